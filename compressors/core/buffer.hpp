@@ -1,0 +1,53 @@
+#pragma once
+// Owners of host memory: scratch that only grows, and the arena in which a reducer's state lives.
+
+#include <cstddef>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "compressors/core/span.hpp"
+
+namespace thinwire {
+
+/// 4096-aligned bytes, huge pages where they pay. Contents are lost on growth.
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(std::size_t bytes) { reserve(bytes); }
+  /// Grows to at least `bytes`; never shrinks. @returns whether memory moved.
+  bool reserve(std::size_t bytes);
+  std::byte* data() const noexcept { return data_.get(); }
+  std::size_t size() const noexcept { return size_; }
+  Bytes bytes(DType dtype = DType::u8) const noexcept { return {data(), size_, dtype, Place::host, 0}; }
+
+ private:
+  struct Free {
+    void operator()(std::byte* p) const noexcept;
+  };
+  std::unique_ptr<std::byte[], Free> data_;
+  std::size_t size_ = 0;
+};
+
+/// Float arrays of one reducer on one huge-page mapping, zeroed. Array j starts at its 2 MiB-rounded place + j × (1 MiB + 1344 B): streams whose distance is a power of
+/// two run at half speed (measured on Zen 3; docs/tuning.md), and three mallocs of 128 MiB lie exactly so.
+class Arena {
+ public:
+  Arena() = default;
+  explicit Arena(std::span<const std::size_t> counts);
+  ~Arena();
+  Arena(Arena&&) noexcept;
+  Arena& operator=(Arena&&) noexcept;
+
+  float* array(std::size_t j) const noexcept { return arrays_[j]; }
+  std::size_t count(std::size_t j) const noexcept { return counts_[j]; }
+  std::size_t arrays() const noexcept { return arrays_.size(); }
+
+ private:
+  void* mapping_ = nullptr;
+  std::size_t mapped_ = 0;
+  std::vector<float*> arrays_;
+  std::vector<std::size_t> counts_;
+};
+
+}  // namespace thinwire

@@ -1,0 +1,77 @@
+#pragma once
+// The feedback recursion as a struct of coefficients (specs: one generic recursion, many methods), and its unfused pieces that need no codec.
+// The fused passes live in the codec families, which instantiate stream<Recursion, Sink>.
+
+#include <array>
+#include <cstdint>
+#include <span>
+#include <string_view>
+
+#include "compressors/core/plan.hpp"
+#include "compressors/core/span.hpp"
+#include "compressors/core/stream.hpp"
+
+namespace thinwire {
+
+/// What a rank keeps back and adds to the next message.
+///   none: message = g.                                                          No state.
+///   error_feedback (EF14; decay rho): message = rho·e + g;  e ← message − sent.   State: residual (e).
+///   momentum_correction (DGC):  u ← m·u + g;  v ← v + u          (Nesterov: u ← m·(u + g);  v ← v + (u + g));
+///                               message = v;  v ← v − sent;  u ← 0 where something was sent, if `mask`.   State: momentum (u), accumulated (v).
+/// @source EF14: Seide et al. 2014; DGC: Lin et al. 2018, momentum correction and momentum factor masking.
+struct Recursion {
+  enum class Kind : std::uint8_t { none, error_feedback, momentum_correction };
+  Kind kind = Kind::none;
+  float decay = 1.0f;      ///< error_feedback: rho in (0, 1]
+  float momentum = 0.9f;   ///< momentum_correction: m in [0, 1)
+  bool nesterov = false;   ///< momentum_correction
+  bool mask = true;        ///< momentum_correction: momentum factor masking
+  float clip_norm = 0.0f;  ///< momentum_correction: local clipping, 0 = off (see clip_factors)
+
+  bool operator==(const Recursion&) const = default;
+};
+
+inline constexpr std::size_t kMaxStateArrays = 2;
+
+/// Names of the state arrays of a parameter that is compressed, in the order of SegmentState::array. The last one is the residual: it holds what was not sent.
+std::span<const std::string_view> state_names(const Recursion& recursion) noexcept;
+/// The same for a parameter that is never compressed: DGC keeps its momentum, the others nothing.
+std::span<const std::string_view> dense_state_names(const Recursion& recursion) noexcept;
+
+/// One segment's state: pointers to its first element, in the place of the plan's data.
+struct SegmentState {
+  std::array<float*, kMaxStateArrays> array{};  ///< none: {}; error_feedback: {e}; momentum_correction: {u, v}, v null where nothing is ever compressed
+  float* memory = nullptr;                      ///< Codec::memory(segment) floats of the codec's own
+
+  bool operator==(const SegmentState&) const = default;
+};
+
+/// Where v or e is, or null: the array into which take-backs go and which a dense step empties.
+float* residual_of(const Recursion& recursion, const SegmentState& state) noexcept;
+
+/// A plan's state, and what its gradients are multiplied by before anything else.
+struct StateView {
+  std::span<const SegmentState> segments;  ///< one per segment of the plan
+  const float* grad_factor = nullptr;      ///< one per segment: 1 / loss scale × clip factor; null: 1
+};
+
+/// Bits of the word that travels in a header and makes the verdict.
+enum Flag : std::uint32_t {
+  kFlagNonfinite = 1,  ///< a gradient element or a message was not finite; it entered no state
+  kFlagJoined = 2,     ///< this rank has no data any more: an empty payload, state untouched
+};
+
+/// clip_norm: factor_s = min(1, c·sqrt(world·n_p / n_total) / ‖unscale·g_p‖) × unscale, the norm over finite elements (fixed-order block sums, DESIGN.md 4).
+/// Without clipping every factor is `unscale`. @source DGC local gradient clipping, for undivided local gradients.
+void clip_factors(const Recursion& recursion, const Plan& plan, ConstBytes grad, float unscale, int world, std::size_t total_numel, float* factors,
+                  Stream stream);
+
+/// A dense step of the recursion: the whole message, fp32 at the segments' places packed one after the other into `message` (or in the gradient's dtype where
+/// `message.dtype` says so and there is no state). The residual holds the message until settle_dense. Sets kFlagNonfinite in `flags`; such elements contribute 0 news.
+/// @complexity reads grad and state, writes state and message, one pass.
+void dense_message(const Recursion& recursion, const Plan& plan, ConstBytes grad, const StateView& state, Bytes message, std::uint32_t* flags, Stream stream);
+
+/// After a finite verdict on a dense step: residuals are empty. After any other verdict nothing needs doing: the message is still there.
+void settle_dense(const Recursion& recursion, const Plan& plan, const StateView& state, Stream stream);
+
+}  // namespace thinwire

@@ -1,0 +1,56 @@
+#pragma once
+// What compressors/registry.cpp, the one file that names every family, provides: construction from a Config and the tables of its grammar.
+
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+
+#include "compressors/core/codec.hpp"
+#include "compressors/core/config.hpp"
+#include "compressors/core/isa.hpp"
+#include "compressors/core/policy.hpp"
+#include "compressors/core/recursion.hpp"
+
+namespace thinwire {
+
+/// The configured codec, or null for codec=none. `isa` chooses the CPU twin; all give the same bits.
+std::unique_ptr<const Codec> make_codec(const Config& config, Isa isa = active_isa());
+Recursion make_recursion(const Config& config);
+/// Never null: policy=none gives every parameter the codec's own setting.
+std::unique_ptr<const RatioPolicy> make_policy(const Config& config);
+
+namespace grammar {
+
+enum class Kind { number, integer, flag, word, number_list };
+
+struct Key {
+  std::string_view name;
+  Kind kind;
+  std::string_view fallback;             ///< default, canonical text; empty: the key must be given
+  std::string_view allowed;              ///< number, integer: an interval such as "(0, 1]"; word: "fp32|bf16|fp16"; number_list: an interval for each
+  std::string_view help;
+};
+struct Name {
+  std::string_view name;
+  std::span<const Key> keys;
+  std::string_view help;
+};
+struct Slot {
+  std::string_view name;
+  std::span<const Name> names;  ///< the first is the default; empty: the slot is a plain number described by `plain`
+  Key plain;
+};
+/// A preset is only a name for a setting of the slots.
+struct Preset {
+  Name name;
+  std::string (*expand)(const Spec& filled);  ///< slots in the grammar's own words
+};
+
+std::span<const Slot> slots();
+std::span<const Preset> presets();
+/// Combinations across slots. @throws Error{invalid_config}.
+void check_combination(const Config& config);
+
+}  // namespace grammar
+}  // namespace thinwire
