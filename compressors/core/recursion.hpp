@@ -61,13 +61,16 @@ enum Flag : std::uint32_t {
   kFlagJoined = 2,     ///< this rank has no data any more: an empty payload, state untouched
 };
 
-/// clip_norm: factor_s = min(1, c·sqrt(world·n_p / n_total) / ‖unscale·g_p‖) × unscale, the norm over finite elements (fixed-order block sums, DESIGN.md 4).
-/// Without clipping every factor is `unscale`. @source DGC local gradient clipping, for undivided local gradients.
-void clip_factors(const Recursion& recursion, const Plan& plan, ConstBytes grad, float unscale, int world, std::size_t total_numel, float* factors,
-                  Stream stream);
+/// norms[s] = Σ x² over the finite elements of segment s, in double, in the fixed order of block sums (DESIGN: numerics): the same bits on every ISA and device.
+/// @complexity reads grad once.
+void squared_norms(const Plan& plan, ConstBytes grad, double* norms, Stream stream);
 
-/// A dense step of the recursion: the whole message, fp32 at the segments' places packed one after the other into `message` (or in the gradient's dtype where
-/// `message.dtype` says so and there is no state). The residual holds the message until settle_dense. Sets kFlagNonfinite in `flags`; such elements contribute 0 news.
+/// clip_norm = c: factors[s] = unscale · min(1, c·sqrt(world · n_s / total_numel) / (unscale · sqrt(norms[s]))). Without clipping every factor is `unscale`.
+/// @source DGC local gradient clipping, for undivided local gradients; per parameter, because a bucket's hook cannot know the model's norm.
+void clip_factors(const Recursion& recursion, const Plan& plan, std::span<const double> norms, float unscale, int world, std::size_t total_numel, float* factors);
+
+/// A dense step of the recursion: the messages of the segments, one after the other in `message`, in message.dtype: fp32 where there is state, fp32 or the gradient's dtype
+/// where there is none. The residual (if any) holds the message until settle_dense. Non-finite elements are no news and set kFlagNonfinite in *flags.
 /// @complexity reads grad and state, writes state and message, one pass.
 void dense_message(const Recursion& recursion, const Plan& plan, ConstBytes grad, const StateView& state, Bytes message, std::uint32_t* flags, Stream stream);
 

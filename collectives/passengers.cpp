@@ -1,0 +1,169 @@
+#include "collectives/passengers.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+
+#include "collectives/ownership.hpp"
+#include "compressors/core/recursion.hpp"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+// Plain loops: the compiler's clones are as good as hand-written ones here, and -ffp-contract=off keeps their bits equal.
+#define THINWIRE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define THINWIRE_CLONES
+#endif
+
+namespace thinwire {
+namespace {
+
+constexpr std::size_t kTile = 2048;  // floats: the accumulator stays in L1 while one rank after the other is added
+
+THINWIRE_CLONES void add_fp32(const float* x, float* sum, std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i) sum[i] += x[i];
+}
+THINWIRE_CLONES void add_bf16(const std::uint16_t* x, float* sum, std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i) sum[i] += bf16_to_float(x[i]);
+}
+THINWIRE_CLONES void add_fp16(const std::uint16_t* x, float* sum, std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i) sum[i] += fp16_to_float(x[i]);
+}
+/// Returns whether all results are finite: the largest magnitude's bits, compared once.
+THINWIRE_CLONES bool store_fp32(const float* sum, float factor, float* out, std::size_t n) {
+  std::uint32_t top = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    out[i] = sum[i] * factor;
+    top = std::max(top, float_bits(out[i]) & 0x7fffffffu);
+  }
+  return top < 0x7f800000u;
+}
+THINWIRE_CLONES bool store_bf16(const float* sum, float factor, std::uint16_t* out, std::size_t n) {
+  std::uint32_t top = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    out[i] = float_to_bf16(sum[i] * factor);
+    top = std::max<std::uint32_t>(top, out[i] & 0x7fffu);
+  }
+  return top < 0x7f80u;
+}
+THINWIRE_CLONES bool store_fp16(const float* sum, float factor, std::uint16_t* out, std::size_t n) {
+  std::uint32_t top = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    out[i] = float_to_fp16(sum[i] * factor);
+    top = std::max<std::uint32_t>(top, out[i] & 0x7fffu);
+  }
+  return top < 0x7c00u;
+}
+
+void add(ConstBytes x, std::size_t first, float* sum, std::size_t n) {
+  if (x.dtype == DType::fp32) add_fp32(x.as<float>() + first, sum, n);
+  if (x.dtype == DType::bf16) add_bf16(x.as<std::uint16_t>() + first, sum, n);
+  if (x.dtype == DType::fp16) add_fp16(x.as<std::uint16_t>() + first, sum, n);
+}
+
+bool store(const float* sum, float factor, Bytes out, std::size_t first, std::size_t n) {
+  if (out.dtype == DType::bf16) return store_bf16(sum, factor, out.as<std::uint16_t>() + first, n);
+  if (out.dtype == DType::fp16) return store_fp16(sum, factor, out.as<std::uint16_t>() + first, n);
+  return store_fp32(sum, factor, out.as<float>() + first, n);
+}
+
+ConstBytes typed(ConstBytes bytes, std::size_t offset, std::size_t count, DType dtype) {
+  return {bytes.data + offset, count * size_of(dtype), dtype, bytes.place, bytes.device};
+}
+Bytes typed(Bytes bytes, std::size_t offset, std::size_t count, DType dtype) {
+  return {bytes.data + offset, count * size_of(dtype), dtype, bytes.place, bytes.device};
+}
+
+/// out = factor × Σ_r element range of each rank's bytes at `offset(r)`.
+template <class Offset>
+void sum_at(std::size_t world, Offset&& message, std::size_t n, float factor, Bytes out, std::uint32_t* flags) {
+  std::array<float, kTile> sum;
+  for (std::size_t first = 0; first < n; first += kTile) {
+    const std::size_t count = std::min(kTile, n - first);
+    std::fill_n(sum.begin(), count, 0.0f);
+    for (std::size_t r = 0; r < world; ++r) add(message(r), first, sum.data(), count);
+    if (!store(sum.data(), factor, out, first, count)) *flags |= kFlagNonfinite;
+  }
+}
+
+}  // namespace
+
+void sum_in_rank_order(std::span<const ConstBytes> messages, float factor, Bytes out, std::uint32_t* flags) {
+  sum_at(messages.size(), [&](std::size_t r) { return messages[r]; }, out.count(), factor, out, flags);
+}
+
+void pack_for_owners(const BucketPlan& bucket, int world, ConstBytes messages, Bytes send) {
+  std::byte* share = send.data;
+  for (int r = 0; r < world; ++r) {
+    const std::byte* group_start = messages.data;
+    std::byte* out = share;
+    for (const Passengers& group : bucket.passengers) {
+      const std::size_t size = size_of(group.dtype);
+      std::size_t packed = 0;
+      for (const Segment& segment : group.segments) {
+        const Range part = owned_part(segment.count, world, r);
+        if (part.count != 0) std::memcpy(out, group_start + (packed + part.first) * size, part.count * size);
+        out += part.count * size;
+        packed += segment.count;
+      }
+      group_start += group.bytes();
+    }
+    share += bucket.send_bytes[std::size_t(r)];
+    std::fill(out, share, std::byte{0});  // the padding that keeps the next share aligned
+  }
+}
+
+std::size_t finish_owned(const BucketPlan& bucket, int world, int rank, ConstBytes received, const float factors[2], Bytes finished, std::uint32_t* flags) {
+  const std::size_t share = bucket.recv_bytes.empty() ? 0 : bucket.recv_bytes.front();
+  std::size_t in = 0, out = 0;
+  for (int g = 0; g < 2; ++g) {
+    const Passengers& group = bucket.passengers[g];
+    std::size_t count = 0;
+    for (const Segment& segment : group.segments) count += owned_part(segment.count, world, rank).count;
+    sum_at(
+        std::size_t(world), [&](std::size_t r) { return typed(received, r * share + in, count, group.dtype); }, count, factors[g],
+        typed(finished, out, count, bucket.dtype), flags);
+    in += count * size_of(group.dtype);
+    out += count * size_of(bucket.dtype);
+  }
+  return out;
+}
+
+void place_owned(const BucketPlan& bucket, int world, int rank, ConstBytes finished, Bytes grad) {
+  const std::size_t size = size_of(bucket.dtype);
+  const std::byte* in = finished.data;
+  for (const Passengers& group : bucket.passengers) {
+    for (const Segment& segment : group.segments) {
+      const Range part = owned_part(segment.count, world, rank);
+      if (part.count != 0) std::memcpy(grad.data + (segment.first + part.first) * size, in, part.count * size);
+      in += part.count * size;
+    }
+  }
+}
+
+void place_raw(const BucketPlan& bucket, std::span<const ConstBytes> messages, const float factors[2], Bytes grad, std::uint32_t* flags) {
+  std::size_t offset = 0;
+  for (int g = 0; g < 2; ++g) {
+    const Passengers& group = bucket.passengers[g];
+    for (const Segment& segment : group.segments) {
+      sum_at(
+          messages.size(), [&](std::size_t r) { return typed(messages[r], offset, segment.count, group.dtype); }, segment.count, factors[g],
+          typed(grad, segment.first * size_of(grad.dtype), segment.count, grad.dtype), flags);
+      offset += segment.count * size_of(group.dtype);
+    }
+  }
+}
+
+void fill_nan(Bytes grad) {
+  if (grad.dtype == DType::fp32) {
+    std::fill_n(grad.as<std::uint32_t>(), grad.count(), nan_bits(DType::fp32));
+  } else {
+    std::fill_n(grad.as<std::uint16_t>(), grad.count(), std::uint16_t(nan_bits(grad.dtype)));
+  }
+}
+
+void scale_in_place(Bytes data, float factor, std::uint32_t* flags) {
+  const ConstBytes self = data;
+  sum_in_rank_order(std::span(&self, 1), factor, data, flags);
+}
+
+}  // namespace thinwire
