@@ -1,0 +1,68 @@
+# Options, what they found, and the flags of everything built here.
+option(THINWIRE_TESTS "Build the C++ tests (GoogleTest)" ${PROJECT_IS_TOP_LEVEL})
+option(THINWIRE_WERROR "Warnings are errors" OFF)
+option(BUILD_SHARED_LIBS "Build thinwire as shared libraries" OFF)
+set(THINWIRE_MPI AUTO CACHE STRING "MPI transport: ON, OFF, or AUTO (if found)")
+set(THINWIRE_TORCH AUTO CACHE STRING "PyTorch extension: ON, OFF, or AUTO (if Python3_EXECUTABLE imports torch)")
+set(THINWIRE_BENCH AUTO CACHE STRING "Google Benchmark programs: ON, OFF, or AUTO (if found)")
+set(THINWIRE_SANITIZE "" CACHE STRING "Value for -fsanitize=, for example address,undefined or thread; empty: none")
+set_property(CACHE THINWIRE_MPI THINWIRE_TORCH THINWIRE_BENCH PROPERTY STRINGS ON OFF AUTO)
+
+if(NOT CMAKE_BUILD_TYPE AND NOT CMAKE_CONFIGURATION_TYPES AND PROJECT_IS_TOP_LEVEL)
+  set(CMAKE_BUILD_TYPE Release CACHE STRING "Debug, Release, RelWithDebInfo" FORCE)
+endif()
+set(CMAKE_EXPORT_COMPILE_COMMANDS ON)
+
+# The flags of our own code. Bits must not depend on the compiler's taste for fused multiply-add, and no -march is set: the SIMD twins carry target attributes.
+add_library(thinwire_flags INTERFACE)
+target_compile_features(thinwire_flags INTERFACE cxx_std_20)
+target_compile_options(thinwire_flags INTERFACE -ffp-contract=off -Wall -Wextra -Wshadow $<$<BOOL:${THINWIRE_WERROR}>:-Werror>)
+if(THINWIRE_SANITIZE)
+  target_compile_options(thinwire_flags INTERFACE -fsanitize=${THINWIRE_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer)
+  target_link_options(thinwire_flags INTERFACE -fsanitize=${THINWIRE_SANITIZE})
+endif()
+
+find_package(Threads REQUIRED)
+
+# thinwire_pick(OPTION found_variable what): turns ON|OFF|AUTO and what was found into THINWIRE_WITH_<what>.
+function(thinwire_pick option found what)
+  if(${option} STREQUAL "AUTO")
+    set(with ${found})
+  else()
+    set(with ${${option}})
+  endif()
+  if(with AND NOT found)
+    message(FATAL_ERROR "${option}=ON, but ${what} was not found")
+  endif()
+  if(with)
+    set(${option}_PICKED TRUE PARENT_SCOPE)
+  else()
+    set(${option}_PICKED FALSE PARENT_SCOPE)
+  endif()
+endfunction()
+
+set(MPI_CXX_FOUND FALSE)
+if(THINWIRE_MPI)
+  set(MPI_CXX_SKIP_MPICXX ON)  # the C interface only: Debian's C++ bindings warn, and Open MPI 5 has none
+  find_package(MPI QUIET COMPONENTS CXX)
+endif()
+thinwire_pick(THINWIRE_MPI "${MPI_CXX_FOUND}" "an MPI for C++ (libopenmpi-dev)")
+set(THINWIRE_WITH_MPI ${THINWIRE_MPI_PICKED})
+
+set(THINWIRE_TORCH_FOUND FALSE)
+if(THINWIRE_TORCH)
+  include(ThinwireTorch)
+endif()
+thinwire_pick(THINWIRE_TORCH "${THINWIRE_TORCH_FOUND}" "torch (${THINWIRE_TORCH_MISSING}); name an interpreter that imports it: -DPython3_EXECUTABLE=PATH")
+set(THINWIRE_WITH_TORCH ${THINWIRE_TORCH_PICKED})
+
+set(benchmark_FOUND FALSE)
+if(THINWIRE_BENCH)
+  find_package(benchmark QUIET)
+endif()
+thinwire_pick(THINWIRE_BENCH "${benchmark_FOUND}" "Google Benchmark (libbenchmark-dev)")
+set(THINWIRE_WITH_BENCH ${THINWIRE_BENCH_PICKED})
+
+if(THINWIRE_TESTS)
+  find_package(GTest REQUIRED)
+endif()

@@ -1,0 +1,18 @@
+# One table of what was found and picked.
+function(thinwire_row name picked yes no)
+  string(SUBSTRING "${name}               " 0 12 name)
+  if(picked)
+    message(STATUS "  ${name}${yes}")
+  else()
+    message(STATUS "  ${name}off (${no})")
+  endif()
+endfunction()
+
+message(STATUS "thinwire ${PROJECT_VERSION}")
+thinwire_row(compiler TRUE "${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}, ${CMAKE_BUILD_TYPE}" "")
+thinwire_row(isa TRUE "scalar avx2 avx512, chosen at run time" "")
+thinwire_row(mpi "${THINWIRE_WITH_MPI}" "MPI ${MPI_CXX_VERSION} from ${MPI_CXX_COMPILER}" "THINWIRE_MPI=${THINWIRE_MPI}, found: ${MPI_CXX_FOUND}")
+thinwire_row(torch "${THINWIRE_WITH_TORCH}" "${THINWIRE_TORCH_VERSION} of ${Python3_EXECUTABLE}" "THINWIRE_TORCH=${THINWIRE_TORCH} ${THINWIRE_TORCH_MISSING}")
+thinwire_row(tests "${THINWIRE_TESTS}" "GoogleTest ${GTest_VERSION}" "THINWIRE_TESTS=OFF")
+thinwire_row(bench "${THINWIRE_WITH_BENCH}" "Google Benchmark ${benchmark_VERSION}" "THINWIRE_BENCH=${THINWIRE_BENCH}, found: ${benchmark_FOUND}")
+thinwire_row(sanitizers "${THINWIRE_SANITIZE}" "${THINWIRE_SANITIZE}" "THINWIRE_SANITIZE is empty")

@@ -1,0 +1,30 @@
+# How libraries and programs are declared here.
+
+# thinwire_library(<name> SOURCES … [LINK …]): the target thinwire::<name>, position independent, symbols hidden, installed and exported.
+function(thinwire_library name)
+  cmake_parse_arguments(ARG "" "" "SOURCES;LINK" ${ARGN})
+  add_library(thinwire_${name} ${ARG_SOURCES})
+  add_library(thinwire::${name} ALIAS thinwire_${name})
+  set_target_properties(thinwire_${name} PROPERTIES EXPORT_NAME ${name} POSITION_INDEPENDENT_CODE ON)
+  if(NOT BUILD_SHARED_LIBS)  # a shared build exports everything: the headers carry no export macros
+    set_target_properties(thinwire_${name} PROPERTIES CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)
+  endif()
+  target_compile_features(thinwire_${name} PUBLIC cxx_std_20)
+  target_include_directories(
+    thinwire_${name} PUBLIC $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}> $<BUILD_INTERFACE:${PROJECT_BINARY_DIR}/include>
+                            $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}> $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}/thinwire>)
+  target_link_libraries(thinwire_${name} PUBLIC ${ARG_LINK} PRIVATE $<BUILD_INTERFACE:thinwire_flags>)
+  install(TARGETS thinwire_${name} EXPORT thinwire-targets)
+endfunction()
+
+# thinwire_program(<name> SOURCES … LINK …): a program of the build tree.
+function(thinwire_program name)
+  cmake_parse_arguments(ARG "" "" "SOURCES;LINK" ${ARGN})
+  add_executable(${name} ${ARG_SOURCES})
+  target_link_libraries(${name} PRIVATE ${ARG_LINK} thinwire_flags)
+endfunction()
+
+function(thinwire_sources out)
+  file(GLOB found CONFIGURE_DEPENDS RELATIVE ${CMAKE_CURRENT_SOURCE_DIR} ${ARGN})
+  set(${out} ${found} PARENT_SCOPE)
+endfunction()
