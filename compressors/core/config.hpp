@@ -10,14 +10,17 @@
 
 namespace thinwire {
 
-/// One slot's choice with every key filled in, in the order of the grammar's table. Values are canonical text: numbers in shortest round-trip form.
+/// One slot's choice with every key filled in, in the order of the grammar's table. Values are canonical text: numbers in shortest
+/// round-trip form.
 struct Spec {
   std::string name;
   std::vector<std::pair<std::string, std::string>> values;
 
-  /// @throws Error{internal} if the key is not in the table of this name.
+  /// @throws Error{internal} if the key is not in the table of this name, or is not of the kind that was asked for.
   const std::string& text(std::string_view key) const;
   double number(std::string_view key) const;
+  std::uint64_t integer(std::string_view key) const;
+  std::vector<double> numbers(std::string_view key) const;
   bool flag(std::string_view key) const { return number(key) != 0; }
 
   std::string str() const;
@@ -28,8 +31,8 @@ struct Spec {
 class Config {
  public:
   Config();
-  /// @throws Error{invalid_config} saying what was given, where, and what is allowed: unknown slots, names and keys, malformed or out-of-range values,
-  /// combinations that mean nothing, an empty text, a slot given twice.
+  /// @throws Error{invalid_config} saying what was given, where, and what is allowed: unknown slots, names and keys, malformed or
+  /// out-of-range values, combinations that mean nothing, an empty text, a slot given twice.
   static Config parse(std::string_view text);
 
   const Spec& codec() const noexcept { return codec_; }
@@ -48,6 +51,9 @@ class Config {
   bool operator==(const Config&) const = default;
 
  private:
+  struct Fields;  // which member each slot of the grammar's table fills
+  void fill(std::string_view text, bool preset_allowed);
+
   Spec codec_, feedback_, target_, exchange_, policy_;
   std::uint64_t min_numel_ = 16384, start_step_ = 0, seed_ = 0, check_every_ = 0;
   double timeout_ = 600;

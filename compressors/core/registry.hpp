@@ -27,8 +27,8 @@ enum class Kind { number, integer, flag, word, number_list };
 struct Key {
   std::string_view name;
   Kind kind;
-  std::string_view fallback;             ///< default, canonical text; empty: the key must be given
-  std::string_view allowed;              ///< number, integer: an interval such as "(0, 1]"; word: "fp32|bf16|fp16"; number_list: an interval for each
+  std::string_view fallback;  ///< default, canonical text; empty: the key must be given
+  std::string_view allowed;   ///< number, integer: an interval such as "(0, 1]"; word: "fp32|bf16|fp16"; number_list: an interval for each
   std::string_view help;
 };
 struct Name {
@@ -49,6 +49,8 @@ struct Preset {
 
 std::span<const Slot> slots();
 std::span<const Preset> presets();
+/// The whole grammar as text for --help: one line per slot, name and key.
+std::string help();
 /// Combinations across slots. @throws Error{invalid_config}.
 void check_combination(const Config& config);
 

@@ -1,0 +1,199 @@
+// The one file that names every family: a new codec, feedback or policy is a folder and its lines here. The tables are the grammar;
+// core/config.cpp reads them and knows no name of its own but the slots'.
+
+#include "compressors/core/registry.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "compressors/core/error.hpp"
+#include "compressors/ratio/warmup.hpp"
+#include "compressors/topk/topk.hpp"
+
+namespace thinwire {
+
+namespace grammar {
+namespace {
+
+constexpr Key kDensity = {"density", Kind::number, "", "(0, 1]", "entries kept / entries of the tensor"};
+constexpr Key kWire = {"wire", Kind::word, "fp32", "fp32|bf16|fp16",
+                       "type of the values on the wire; its rounding error stays in the residual"};
+constexpr Key kSelect = {"select", Kind::word, "sampled", "sampled|exact",
+                         "threshold from a sample (about k entries) or exactly the k largest"};
+constexpr Key kMomentum = {"momentum", Kind::number, "0.9", "[0, 1)", "momentum of the correction, before compression"};
+constexpr Key kNesterov = {"nesterov", Kind::flag, "0", "0|1", "Nesterov's form of the momentum"};
+constexpr Key kMask = {"mask", Kind::flag, "1", "0|1", "momentum factor masking: momentum restarts where an entry was sent"};
+constexpr Key kClipNorm = {"clip_norm", Kind::number, "0", "[0, inf)", "global norm to which local gradients are clipped; 0 = off"};
+
+constexpr Key kTopk[] = {
+    kDensity, kWire, kSelect, {"index", Kind::word, "auto", "auto|u32|u16|bitmap", "how positions are written; auto = the smallest"}};
+constexpr Key kEf14[] = {{"decay", Kind::number, "1", "(0, 1]", "what of the residual is kept per step; below 1 forgets"}};
+constexpr Key kDgc[] = {kMomentum, kNesterov, kMask, kClipNorm};
+constexpr Key kWarmup[] = {{"densities", Kind::number_list, "0.25/0.0625/0.015625/0.004", "(0, 1]",
+                            "one after the other; those below the codec's density are left out"},
+                           {"steps", Kind::integer, "", "[1, inf)", "synchronised steps per entry"}};
+
+constexpr Name kCodecs[] = {{"none", {}, "the transport's own all-reduce"},
+                            {"topk", kTopk, "the entries of largest magnitude, tensor by tensor"}};
+constexpr Name kFeedbacks[] = {{"none", {}, "what is not sent is lost"},
+                               {"ef14", kEf14, "error feedback: what was not sent is added to the next message"},
+                               {"dgc", kDgc, "error feedback with momentum correction (Deep Gradient Compression)"}};
+constexpr Name kTargets[] = {{"gradient", {}, "gradients are compressed"}};
+constexpr Name kExchanges[] = {{"auto", {}, "what the codec allows; a tensor travels dense where that sends no more bytes"},
+                               {"gather", {}, "every rank receives every payload, whatever it costs"}};
+constexpr Name kPolicies[] = {{"none", {}, "the codec's own density throughout"}, {"warmup", kWarmup, "high densities first"}};
+
+constexpr Key kNoKey = {};
+constexpr Slot kSlots[] = {
+    {"codec", kCodecs, kNoKey},
+    {"feedback", kFeedbacks, kNoKey},
+    {"target", kTargets, kNoKey},
+    {"exchange", kExchanges, kNoKey},
+    {"policy", kPolicies, kNoKey},
+    {"min_numel",
+     {},
+     {"min_numel", Kind::integer, "16384", "[0, inf)", "tensors with fewer elements, or fewer than two dimensions, stay dense"}},
+    {"start_step", {}, {"start_step", Kind::integer, "0", "[0, inf)", "synchronised steps that stay dense first"}},
+    {"timeout", {}, {"timeout", Kind::number, "600", "(0, 1e9]", "seconds per blocking call"}},
+    {"seed", {}, {"seed", Kind::integer, "0", "[0, inf)", "of all random numbers"}},
+    {"check_every", {}, {"check_every", Kind::integer, "0", "[0, inf)", "steps between fingerprints of the replicas; 0 = off"}},
+};
+
+constexpr Key kDgcPreset[] = {
+    {"density", Kind::number, "0.001", "(0, 1]", "entries kept / entries of the tensor"},
+    kMomentum,
+    kNesterov,
+    kMask,
+    kClipNorm,
+    {"warmup_steps", Kind::integer, "0", "[0, inf)", "synchronised steps per entry of the paper's warm-up; 0 = no warm-up"},
+    kWire,
+    kSelect};
+
+std::string expand_dgc(const Spec& dgc) {
+  std::string slots = "codec=topk:density=" + dgc.text("density") + ",wire=" + dgc.text("wire") + ",select=" + dgc.text("select");
+  slots += " feedback=dgc:momentum=" + dgc.text("momentum") + ",nesterov=" + dgc.text("nesterov") + ",mask=" + dgc.text("mask") +
+           ",clip_norm=" + dgc.text("clip_norm");
+  if (dgc.integer("warmup_steps") > 0) slots += " policy=warmup:steps=" + dgc.text("warmup_steps");
+  return slots;
+}
+
+constexpr Preset kPresets[] = {{{"dgc", kDgcPreset, "Deep Gradient Compression (Lin et al. 2018)"}, expand_dgc}};
+
+/// Whether the codec sends chosen entries, so that there are some that it leaves out and a density to set.
+bool is_sparse(const Spec& codec) { return codec.name == "topk"; }
+
+std::string describe(const Key& key, const std::string& indent) {
+  std::string domain(key.allowed);
+  std::replace(domain.begin(), domain.end(), '|', ' ');
+  if (key.kind == Kind::integer) domain = "integer in " + domain;
+  if (key.kind == Kind::number) domain = "number in " + domain;
+  if (key.kind == Kind::number_list) domain = "numbers in " + domain + ", separated by '/'";
+  const std::string fallback = key.fallback.empty() ? "must be given" : "default " + std::string(key.fallback);
+  return indent + std::string(key.name) + "  " + std::string(key.help) + " [" + domain + "; " + fallback + "]\n";
+}
+
+std::string describe(const Name& name, const std::string& prefix, const std::string& indent) {
+  std::string text = indent + prefix + std::string(name.name) + "  " + std::string(name.help) + "\n";
+  for (const Key& key : name.keys) text += describe(key, indent + "    ");
+  return text;
+}
+
+}  // namespace
+
+std::span<const Slot> slots() { return kSlots; }
+std::span<const Preset> presets() { return kPresets; }
+
+std::string help() {
+  std::string text = "[preset[:key=value,...]] [slot=name[:key=value,...]] ...\n\npresets\n";
+  for (const Preset& preset : kPresets) text += describe(preset.name, "", "  ");
+  text += "\nslots (the first name is the default)\n";
+  for (const Slot& slot : kSlots) {
+    for (const Name& name : slot.names) text += describe(name, std::string(slot.name) + "=", "  ");
+    if (slot.names.empty()) text += describe(slot.plain, "  ");
+  }
+  return text;
+}
+
+void check_combination(const Config& config) {
+  const auto refuse = [](const std::string& what) { fail(Errc::invalid_config, what); };
+  const std::string codec = "codec=" + config.codec().name;
+  const bool sends_all = config.codec().name == "none";
+  if (config.feedback().name == "dgc" && !is_sparse(config.codec())) {
+    refuse("feedback=dgc needs a sparse codec; " + codec + " is dense. Choose codec=topk:density=..., or feedback=none");
+  }
+  if (config.feedback().name != "none" && sends_all) {
+    refuse("feedback=" + config.feedback().name + " needs a codec that leaves something out; " + codec +
+           " sends everything, so there is nothing to feed back");
+  }
+  if (config.policy().name == "warmup" && !is_sparse(config.codec())) {
+    refuse("policy=warmup needs a sparse codec, whose density it sets; " + codec + " has none");
+  }
+  if (config.exchange().name == "gather" && sends_all) {
+    refuse("exchange=gather needs a codec, whose payloads it gathers; " + codec +
+           " has none and uses the transport's all-reduce. Choose exchange=auto");
+  }
+}
+
+}  // namespace grammar
+
+namespace {
+
+/// The fp32 nearest to `value` inside [lowest, highest]: a momentum just below 1 must not become 1, a clip norm just above 0 not "off".
+float narrow(double value, float lowest, float highest) { return float(std::clamp(value, double(lowest), double(highest))); }
+
+constexpr float kTiniest = std::numeric_limits<float>::denorm_min();
+
+DType wire_type(const Spec& codec) {
+  for (const DType dtype : {DType::fp32, DType::bf16, DType::fp16}) {
+    if (codec.text("wire") == to_string(dtype)) return dtype;
+  }
+  fail(Errc::internal, "no wire type is called " + codec.text("wire"));
+}
+
+TopKOptions::Index index_of(const Spec& codec) {
+  using Index = TopKOptions::Index;
+  const std::string& word = codec.text("index");
+  return word == "u32" ? Index::u32 : word == "u16" ? Index::u16 : word == "bitmap" ? Index::bitmap : Index::automatic;
+}
+
+}  // namespace
+
+std::unique_ptr<const Codec> make_codec(const Config& config, Isa isa) {
+  const Spec& codec = config.codec();
+  if (codec.name == "none") return nullptr;
+  if (codec.name == "topk") {
+    const TopKOptions options = {
+        .density = codec.number("density"), .wire = wire_type(codec), .exact = codec.text("select") == "exact", .index = index_of(codec)};
+    return make_topk(options, isa);
+  }
+  fail(Errc::internal, "codec=" + codec.name + " is in the grammar, but nothing makes it");
+}
+
+Recursion make_recursion(const Config& config) {
+  const Spec& feedback = config.feedback();
+  Recursion recursion;
+  if (feedback.name == "ef14") {
+    recursion.kind = Recursion::Kind::error_feedback;
+    recursion.decay = narrow(feedback.number("decay"), kTiniest, 1.0f);
+  } else if (feedback.name == "dgc") {
+    const double clip_norm = feedback.number("clip_norm");
+    recursion.kind = Recursion::Kind::momentum_correction;
+    recursion.momentum = narrow(feedback.number("momentum"), 0.0f, std::nextafter(1.0f, 0.0f));
+    recursion.nesterov = feedback.flag("nesterov");
+    recursion.mask = feedback.flag("mask");
+    recursion.clip_norm = clip_norm == 0 ? 0.0f : narrow(clip_norm, kTiniest, std::numeric_limits<float>::max());
+  }
+  return recursion;
+}
+
+std::unique_ptr<const RatioPolicy> make_policy(const Config& config) {
+  const Spec& policy = config.policy();
+  const double density = grammar::is_sparse(config.codec()) ? config.codec().number("density") : 1.0;
+  if (policy.name == "warmup") return std::make_unique<WarmupPolicy>(policy.numbers("densities"), policy.integer("steps"), density);
+  return std::make_unique<WarmupPolicy>(std::vector<double>(), 1, density);  // no entries: the codec's own density from the first step on
+}
+
+}  // namespace thinwire
