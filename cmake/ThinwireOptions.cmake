@@ -12,11 +12,15 @@ if(NOT CMAKE_BUILD_TYPE AND NOT CMAKE_CONFIGURATION_TYPES AND PROJECT_IS_TOP_LEV
   set(CMAKE_BUILD_TYPE Release CACHE STRING "Debug, Release, RelWithDebInfo" FORCE)
 endif()
 set(CMAKE_EXPORT_COMPILE_COMMANDS ON)
+set(CMAKE_CXX_EXTENSIONS OFF)
 
 # The flags of our own code. Bits must not depend on the compiler's taste for fused multiply-add, and no -march is set: the SIMD twins carry target attributes.
 add_library(thinwire_flags INTERFACE)
 target_compile_features(thinwire_flags INTERFACE cxx_std_20)
 target_compile_options(thinwire_flags INTERFACE -ffp-contract=off -Wall -Wextra -Wshadow $<$<BOOL:${THINWIRE_WERROR}>:-Werror>)
+if(CMAKE_CXX_COMPILER_ID STREQUAL GNU AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
+  target_compile_options(thinwire_flags INTERFACE -Wno-restrict)  # g++ 12 sees overlaps in std::string's own operator+ (GCC bug 105651)
+endif()
 if(THINWIRE_SANITIZE)
   target_compile_options(thinwire_flags INTERFACE -fsanitize=${THINWIRE_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer)
   target_link_options(thinwire_flags INTERFACE -fsanitize=${THINWIRE_SANITIZE})
