@@ -24,8 +24,8 @@ constexpr std::size_t round_up(std::size_t x, std::size_t to) noexcept { return 
 
 }  // namespace
 
-BucketPlan make_bucket_plan(std::span<const std::uint32_t> ids, DType dtype, bool whole_dense, const std::vector<ParameterSlot>& slots, const Codec* codec,
-                            const Recursion& recursion, int world, int rank) {
+BucketPlan make_bucket_plan(std::span<const std::uint32_t> ids, DType dtype, bool whole_dense, const std::vector<ParameterSlot>& slots,
+                            const Codec* codec, const Recursion& recursion, int world, int rank) {
   BucketPlan bucket;
   bucket.ids.assign(ids.begin(), ids.end());
   bucket.dtype = dtype;

@@ -1,6 +1,6 @@
 #pragma once
-// What one bucket looks like to the engine: which of its parameters are compressed at this step, which stay dense beside the payload, and where everything lies in the
-// buffers that travel. Built once per layout and setting, then reused.
+// What one bucket looks like to the engine: which of its parameters are compressed at this step, which stay dense beside the payload, and
+// where everything lies in the buffers that travel. Built once per layout and setting, then reused.
 
 #include <cstddef>
 #include <cstdint>
@@ -20,22 +20,21 @@ struct ParameterSlot {
   Parameter parameter;
   std::size_t numel = 0;
   std::uint32_t rows = 0, columns = 0;
-  bool compressible = false;       ///< large enough, two dimensions, and the config has a codec
-  std::string never_reason;        ///< why not
-  SegmentState state;              ///< in the arena
-  std::size_t memory_count = 0;    ///< floats at state.memory
-  Setting setting;                 ///< at the current step
-  bool dense_now = false;          ///< this step only
-  const char* dense_reason = "";   ///< why this step
+  bool compressible = false;     ///< large enough, two dimensions, and the config has a codec
+  std::string never_reason;      ///< why not
+  SegmentState state;            ///< in the arena
+  std::size_t memory_count = 0;  ///< floats at state.memory
+  Setting setting;               ///< at the current step
+  bool dense_now = false;        ///< by exchange=auto's rule, as long as the setting stays
 };
 
 /// Segments that stay dense beside a payload, packed one after the other.
 struct Passengers {
   std::vector<Segment> segments;
   std::vector<SegmentState> states;
-  DType dtype = DType::fp32;      ///< of their messages: fp32 where there is state, else the gradient's
+  DType dtype = DType::fp32;  ///< of their messages: fp32 where there is state, else the gradient's
   bool stateful = false;
-  std::size_t count = 0;          ///< elements
+  std::size_t count = 0;  ///< elements
 
   std::size_t bytes() const noexcept { return count * size_of(dtype); }
   Plan plan(std::uint64_t step) const noexcept { return {segments, {}, step}; }
@@ -44,21 +43,21 @@ struct Passengers {
 struct BucketPlan {
   std::vector<std::uint32_t> ids;
   DType dtype = DType::fp32;
-  std::size_t count = 0;           ///< elements of the bucket
-  bool whole_dense = false;        ///< a dense step: the transport's all-reduce
+  std::size_t count = 0;     ///< elements of the bucket
+  bool whole_dense = false;  ///< a dense step: the transport's all-reduce
 
-  std::vector<Segment> segments;   ///< compressed ones
+  std::vector<Segment> segments;  ///< compressed ones
   std::vector<SegmentState> states;
   std::vector<std::uint32_t> part_end;
   WireLayout layout;
 
-  /// [0] with state (fp32 messages), [1] without (messages in the gradient's dtype): in this order everywhere, so that fp32 stays aligned. On a whole dense step all
-  /// segments are in [0], in bucket order.
+  /// [0] with state (fp32 messages), [1] without (messages in the gradient's dtype): in this order everywhere, so that fp32 stays aligned.
+  /// On a whole dense step all segments are in [0], in bucket order.
   Passengers passengers[2];
-  bool owners = false;             ///< passengers are too many to travel raw: their parts go to owners, who send back the finished mean
+  bool owners = false;  ///< passengers are too many to travel raw: their parts go to owners, who send back the finished mean
   std::vector<std::size_t> send_bytes, recv_bytes;  ///< owners: per rank, the all-to-all
-  std::size_t contribution = 0;    ///< bytes of one rank's share of the gather: payload, then passengers
-  std::string name;                ///< for errors: "conv1.weight … fc.bias (12 parameters)"
+  std::size_t contribution = 0;                     ///< bytes of one rank's share of the gather: payload, then passengers
+  std::string name;                                 ///< for errors: "conv1.weight … fc.bias (12 parameters)"
 
   Plan plan(std::uint64_t step) const noexcept { return {segments, part_end, step}; }
 };
@@ -67,7 +66,7 @@ struct BucketPlan {
 inline constexpr std::size_t kRawPassengerBytes = 64 * 1024;
 
 /// `codec` may be null only on whole dense steps. @throws what Codec::layout throws.
-BucketPlan make_bucket_plan(std::span<const std::uint32_t> ids, DType dtype, bool whole_dense, const std::vector<ParameterSlot>& slots, const Codec* codec,
-                            const Recursion& recursion, int world, int rank);
+BucketPlan make_bucket_plan(std::span<const std::uint32_t> ids, DType dtype, bool whole_dense, const std::vector<ParameterSlot>& slots,
+                            const Codec* codec, const Recursion& recursion, int world, int rank);
 
 }  // namespace thinwire

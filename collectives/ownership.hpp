@@ -1,6 +1,6 @@
 #pragma once
-// Who owns which part of a parameter. By parameter, never by bucket, so that re-bucketing moves nothing: n elements are cut into N parts of 8·ceil(n/8N), the last ones
-// shorter or empty; rank r owns part r of every parameter.
+// Who owns which part of a parameter. By parameter, never by bucket, so that re-bucketing moves nothing: n elements are cut into N parts of
+// 8·ceil(n/8N), the last ones shorter or empty; rank r owns part r of every parameter.
 
 #include <algorithm>
 #include <cstddef>

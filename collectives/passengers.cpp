@@ -88,7 +88,8 @@ void sum_at(std::size_t world, Offset&& message, std::size_t n, float factor, By
 }  // namespace
 
 void sum_in_rank_order(std::span<const ConstBytes> messages, float factor, Bytes out, std::uint32_t* flags) {
-  sum_at(messages.size(), [&](std::size_t r) { return messages[r]; }, out.count(), factor, out, flags);
+  sum_at(
+      messages.size(), [&](std::size_t r) { return messages[r]; }, out.count(), factor, out, flags);
 }
 
 void pack_for_owners(const BucketPlan& bucket, int world, ConstBytes messages, Bytes send) {
@@ -112,7 +113,8 @@ void pack_for_owners(const BucketPlan& bucket, int world, ConstBytes messages, B
   }
 }
 
-std::size_t finish_owned(const BucketPlan& bucket, int world, int rank, ConstBytes received, const float factors[2], Bytes finished, std::uint32_t* flags) {
+std::size_t finish_owned(const BucketPlan& bucket, int world, int rank, ConstBytes received, const float factors[2], Bytes finished,
+                         std::uint32_t* flags) {
   const std::size_t share = bucket.recv_bytes.empty() ? 0 : bucket.recv_bytes.front();
   std::size_t in = 0, out = 0;
   for (int g = 0; g < 2; ++g) {

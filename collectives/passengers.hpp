@@ -1,6 +1,7 @@
 #pragma once
-// The rank-order dense sum for what stays dense beside a payload (DESIGN: at most two collectives per bucket). Every function here is a local step on host memory;
-// the engine makes the collective calls between them. Sums run over ranks 0, 1, 2, … in fp32 and are multiplied once, so the bits do not depend on the way taken.
+// The rank-order dense sum for what stays dense beside a payload (DESIGN: at most two collectives per bucket). Every function here is a
+// local step on host memory; the engine makes the collective calls between them. Sums run over ranks 0, 1, 2, … in fp32 and are multiplied
+// once, so the bits do not depend on the way taken.
 
 #include <cstdint>
 #include <span>
@@ -10,14 +11,17 @@
 
 namespace thinwire {
 
-/// out[i] = factor × Σ_r messages[r][i], rounded once to out.dtype. ORs kFlagNonfinite into *flags if a result is not finite. All messages have out's count.
+/// out[i] = factor × Σ_r messages[r][i], rounded once to out.dtype. ORs kFlagNonfinite into *flags if a result is not finite. All messages
+/// have out's count.
 void sum_in_rank_order(std::span<const ConstBytes> messages, float factor, Bytes out, std::uint32_t* flags);
 
 /// Owners, step 1: sorts the packed messages of both groups by owner: for rank 0 its parts of group 0, then of group 1, then for rank 1, …
 void pack_for_owners(const BucketPlan& bucket, int world, ConstBytes messages, Bytes send);
 
-/// Owners, step 2: `received` holds one share per rank; writes this rank's finished means, in the bucket's dtype, group 0 then group 1, and returns their bytes.
-std::size_t finish_owned(const BucketPlan& bucket, int world, int rank, ConstBytes received, const float factors[2], Bytes finished, std::uint32_t* flags);
+/// Owners, step 2: `received` holds one share per rank; writes this rank's finished means, in the bucket's dtype, group 0 then group 1, and
+/// returns their bytes.
+std::size_t finish_owned(const BucketPlan& bucket, int world, int rank, ConstBytes received, const float factors[2], Bytes finished,
+                         std::uint32_t* flags);
 
 /// Owners, step 3: puts what owner `rank` finished into the bucket.
 void place_owned(const BucketPlan& bucket, int world, int rank, ConstBytes finished, Bytes grad);

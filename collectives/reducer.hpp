@@ -1,8 +1,9 @@
 #pragma once
-// GradientReducer: layout + codec + feedback + exchange = one all-reduce of one bucket. A C++ training loop, the PyTorch hook and replay all enter here.
+// GradientReducer: layout + codec + feedback + exchange = one all-reduce of one bucket. A C++ training loop, the PyTorch hook and replay
+// all enter here.
 
-#include <cstdint>
 #include <chrono>
+#include <cstdint>
 #include <exception>
 #include <functional>
 #include <map>
@@ -21,36 +22,36 @@ namespace thinwire {
 
 /// A parameter as the reducer knows it. Its id is its place in the constructor's list, equal on all ranks.
 struct Parameter {
-  std::string name;                 ///< unique; state is keyed by it
-  std::vector<std::size_t> shape;   ///< fewer than two dimensions, or fewer elements than min_numel: stays dense
+  std::string name;                ///< unique; state is keyed by it
+  std::vector<std::size_t> shape;  ///< fewer than two dimensions, or fewer elements than min_numel: stays dense
 };
 
 struct ParameterStats {
   std::string name;
   std::size_t numel = 0;
-  bool compressed = false;      ///< at the last step
-  std::string reason;           ///< why not; empty if compressed
-  double density = 1;           ///< configured now
-  std::uint64_t kept = 0;       ///< entries sent at the last step
+  bool compressed = false;                  ///< at the last step
+  std::string reason;                       ///< why not; empty if compressed
+  double density = 1;                       ///< configured now
+  std::uint64_t kept = 0;                   ///< entries sent at the last step
   double residual_norm = 0, grad_norm = 0;  ///< L2, of this rank; grad_norm of the last step's local gradient, in unscaled units
 };
 
 struct Stats {
-  std::uint64_t step = 0;             ///< synchronised steps completed
-  std::uint64_t payload_bytes = 0;    ///< see Traffic
+  std::uint64_t step = 0;                  ///< synchronised steps completed
+  std::uint64_t payload_bytes = 0;         ///< see Traffic
   double wire_bytes = 0, dense_bytes = 0;  ///< dense_bytes: what a ring all-reduce of the same gradients in their own dtype would have sent
-  double factor = 1;                  ///< dense_bytes / wire_bytes; 1 at world 1
+  double factor = 1;                       ///< dense_bytes / wire_bytes; 1 at world 1
   std::uint64_t nonfinite_steps = 0;
   std::vector<ParameterStats> parameters;  ///< in id order
 };
 
-/// State of one rank by parameter and state name ("momentum", "accumulated", "residual", "threshold", …). Arrays are fp32, numel(parameter) long or, for a codec's
-/// memory, its own length.
+/// State of one rank by parameter and state name ("momentum", "accumulated", "residual", "threshold", …). Arrays are fp32, numel(parameter)
+/// long or, for a codec's memory, its own length.
 struct ReducerState {
   std::uint64_t step = 0;
   int world = 1, rank = 0;
   std::string config;
-  bool started = true;     ///< under a grad scaler: whether a finite step has been seen
+  bool started = true;  ///< under a grad scaler: whether a finite step has been seen
   std::uint64_t nonfinite_steps = 0;
   std::map<std::string, std::map<std::string, std::vector<float>>> parameters;
 };
@@ -63,17 +64,19 @@ class Work {
   void wait();
   bool done() const;
 
+  struct Shared;  ///< of the reducer's inside
+
  private:
   friend class GradientReducer;
-  struct Shared;
   std::shared_ptr<Shared> shared_;
   std::uint64_t ticket_ = 0;
 };
 
 struct ReduceOptions {
-  float loss_scale = 1.0f;   ///< gradients are this times the true ones; state holds true ones; the mean comes back scaled
-  bool joined = false;       ///< this rank has run out of data: it sends an empty payload and its state stays as it is
-  /// Called when the bucket is done, on the thread that finished it, with null or the error. Must not throw and not call back into the reducer.
+  float loss_scale = 1.0f;  ///< gradients are this times the true ones; state holds true ones; the mean comes back scaled
+  bool joined = false;      ///< this rank has run out of data: it sends an empty payload and its state stays as it is
+  /// Called when the bucket is done, on the thread that finished it, with null or the error. Must not throw and not call back into the
+  /// reducer.
   void (*done)(void* context, std::exception_ptr error) noexcept = nullptr;
   void* context = nullptr;
 };
@@ -87,29 +90,34 @@ struct ReducerOptions {
   std::function<void(std::uint64_t step, ConstBytes payload)> record_payload;
 };
 
-/// One all-reduce (mean) per bucket, compressed. All ranks construct it with equal configs and parameters (checked at the first step by a fingerprint exchange) and
-/// call reduce() for the same buckets in the same order. A step is complete when every parameter was reduced (or passed) once; that is the only clock.
+/// One all-reduce (mean) per bucket, compressed. All ranks construct it with equal configs and parameters (checked at the first step by a
+/// fingerprint exchange) and call reduce() for the same buckets in the same order. A step is complete when every parameter was reduced (or
+/// passed) once; that is the only clock.
 ///
-/// State lives with parameters: buckets may change between steps. Work is queued in call order and done by one thread of the reducer on a communicator of its own
-/// (`communicator->split`), so it overlaps the caller's work; where the transport allows only the caller's thread it is done inside reduce().
-/// After a transport error or a corrupt payload the group is aborted and every later call throws the same error.
+/// State lives with parameters: buckets may change between steps. Work is queued in call order and done by one thread of the reducer on a
+/// communicator of its own
+/// (`communicator->split`), so it overlaps the caller's work; where the transport allows only the caller's thread it is done inside
+/// reduce(). After a transport error or a corrupt payload the group is aborted and every later call throws the same error.
 class GradientReducer {
  public:
   /// Collective (it splits the communicator). @throws invalid_config, invalid_argument (duplicate names, empty shapes).
-  GradientReducer(std::shared_ptr<Communicator> communicator, const Config& config, std::vector<Parameter> parameters, ReducerOptions options = {});
+  GradientReducer(std::shared_ptr<Communicator> communicator, const Config& config, std::vector<Parameter> parameters,
+                  ReducerOptions options = {});
   /// Fails what is queued, releases the peers if work was under way, joins the thread (bounded by the timeout). Never throws.
   ~GradientReducer();
   GradientReducer(const GradientReducer&) = delete;
   GradientReducer& operator=(const GradientReducer&) = delete;
 
-  /// Replaces `grad` (local, undivided, fp32 | bf16 | fp16, the parameters' gradients one after the other without gaps, in the order of `parameters`) by the mean
-  /// over ranks. A bucket with a non-finite gradient anywhere, or a non-finite mean, is NaN everywhere on all ranks, and nothing is lost (DESIGN.md 4).
-  /// `grad` must stay valid until the work is done. Bytes moved: see docs/algorithms.md.
+  /// Replaces `grad` (local, undivided, fp32 | bf16 | fp16, the parameters' gradients one after the other without gaps, in the order of
+  /// `parameters`) by the mean over ranks. A bucket with a non-finite gradient anywhere, or a non-finite mean, is NaN everywhere on all
+  /// ranks, and nothing is lost (DESIGN.md 4). `grad` must stay valid until the work is done. Bytes moved: see docs/algorithms.md.
   /// @throws invalid_argument (nothing queued): unknown or repeated id, wrong size or dtype, a parameter twice in one step.
   Work reduce(std::span<const std::uint32_t> parameters, Bytes grad, Stream stream = Stream::host(), const ReduceOptions& options = {});
 
-  /// Parameters whose gradient this reducer does not reduce in this step (sparse rows): `exchange` runs in the queue's order and thread; it may be empty.
-  Work pass(std::span<const std::uint32_t> parameters, std::string reason, std::function<void()> exchange, const ReduceOptions& options = {});
+  /// Parameters whose gradient this reducer does not reduce in this step (sparse rows): `exchange` runs in the queue's order and thread; it
+  /// may be empty.
+  Work pass(std::span<const std::uint32_t> parameters, std::string reason, std::function<void()> exchange,
+            const ReduceOptions& options = {});
 
   /// The next step is dense, so that it empties the residuals. Call it on all ranks, between steps.
   void flush();
@@ -125,7 +133,8 @@ class GradientReducer {
   /// Waits for queued work, then reads. @throws the sticky error, if any.
   Stats stats() const;
   ReducerState state() const;
-  /// One state of this rank and world, or all ranks' states of another world: momentum, accumulated, residual and threshold become their mean.
+  /// One state of this rank and world, or all ranks' states of another world: momentum, accumulated, residual and threshold become their
+  /// mean.
   /// @throws invalid_argument naming missing or unknown names and wrong sizes; nothing changed then. Between steps.
   void load_state(std::span<const ReducerState> states);
 

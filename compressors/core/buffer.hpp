@@ -29,8 +29,8 @@ class Buffer {
   std::size_t size_ = 0;
 };
 
-/// Float arrays of one reducer on one huge-page mapping, zeroed. Array j starts at its 2 MiB-rounded place + j × (1 MiB + 1344 B): streams whose distance is a power of
-/// two run at half speed (measured on Zen 3; docs/tuning.md), and three mallocs of 128 MiB lie exactly so.
+/// Float arrays of one reducer on one huge-page mapping, zeroed. Array j starts at its 2 MiB-rounded place + j × (1 MiB + 1344 B): streams
+/// whose distance is a power of two run at half speed (measured on Zen 3; docs/tuning.md), and three mallocs of 128 MiB lie exactly so.
 class Arena {
  public:
   Arena() = default;

@@ -25,8 +25,8 @@ struct WireLayout {
   std::size_t workspace = 0;      ///< bytes of scratch that stream, encode and decode may use
 };
 
-/// Immutable and shared between threads: all memory between steps belongs to the caller. Calls allocate nothing and never synchronise with the host.
-/// Buffers do not overlap, except that `grad` and a decode's `out` may be the same memory in different calls.
+/// Immutable and shared between threads: all memory between steps belongs to the caller. Calls allocate nothing and never synchronise with
+/// the host. Buffers do not overlap, except that `grad` and a decode's `out` may be the same memory in different calls.
 class Codec {
  public:
   virtual ~Codec() = default;
@@ -41,30 +41,36 @@ class Codec {
   /// Entries of a segment that are meant to be sent (statistics).
   virtual std::size_t target(const Segment& segment) const noexcept = 0;
 
-  /// Sizes of the plan's payload; depends on segments and settings only. @throws invalid_argument on a setting out of range or a segment too large.
+  /// Sizes of the plan's payload; depends on segments and settings only. @throws invalid_argument on a setting out of range or a segment
+  /// too large.
   virtual WireLayout layout(const Plan& plan) const = 0;
 
-  /// The fused pass: reads gradient (fp32, bf16, fp16; flat buffer of the bucket) and state, writes state and the whole payload (unused capacity zeroed, header with
-  /// `*flags` and what this pass finds). New state = message − decode(payload), to the bit. Non-finite elements enter no state and set kFlagNonfinite.
-  /// kept: entries sent per segment, may be null.
-  virtual void stream(const Recursion& recursion, const Plan& plan, ConstBytes grad, const StateView& state, Bytes workspace, Bytes wire, std::uint32_t* flags,
-                      std::uint32_t* kept, Stream stream) const = 0;
+  /// The fused pass: reads gradient (fp32, bf16, fp16; flat buffer of the bucket) and state, writes state and the whole payload (unused
+  /// capacity zeroed, header with
+  /// `*flags` and what this pass finds). New state = message − decode(payload), to the bit. Non-finite elements enter no state and set
+  /// kFlagNonfinite. kept: entries sent per segment, may be null.
+  virtual void stream(const Recursion& recursion, const Plan& plan, ConstBytes grad, const StateView& state, Bytes workspace, Bytes wire,
+                      std::uint32_t* flags, std::uint32_t* kept, Stream stream) const = 0;
 
   /// The payload of a rank that has nothing to say (a joined rank): no entries, flags as given.
   virtual void empty(const Plan& plan, Bytes wire, std::uint32_t flags, Stream stream) const = 0;
 
-  /// The unfused piece: encodes an fp32 message (flat buffer of the bucket), keeps no residual. `previous_sum`: round 0's sum, for codecs of two rounds.
-  /// With message − decode afterwards it is the oracle of `stream`.
-  virtual void encode(int round, const Plan& plan, ConstBytes message, ConstBytes previous_sum, const StateView& state, Bytes workspace, Bytes wire,
+  /// The unfused piece: encodes an fp32 message (flat buffer of the bucket), keeps no residual. `previous_sum`: round 0's sum, for codecs
+  /// of two rounds. With message − decode afterwards it is the oracle of `stream`.
+  virtual void encode(int round, const Plan& plan, ConstBytes message, ConstBytes previous_sum, const StateView& state, Bytes workspace,
+                      Bytes wire, Stream stream) const = 0;
+
+  /// out[segment] = factor × Σ_r decode(wires[r]), added in the order of `wires`, divided (factor) once after the sum, rounded once to
+  /// out.dtype. `out` is the flat buffer of the bucket; elements outside the plan's segments are untouched. ORs the headers' flags, and
+  /// kFlagNonfinite for a non-finite output, into *flags. All payloads are validated before anything is written. @throws
+  /// Error{corrupt_payload} naming rank, segment and what is wrong.
+  virtual void decode(const Plan& plan, std::span<const ConstBytes> wires, float factor, Bytes workspace, Bytes out, std::uint32_t* flags,
                       Stream stream) const = 0;
 
-  /// out[segment] = factor × Σ_r decode(wires[r]), added in the order of `wires`, divided (factor) once after the sum, rounded once to out.dtype. `out` is the flat
-  /// buffer of the bucket; elements outside the plan's segments are untouched. ORs the headers' flags, and kFlagNonfinite for a non-finite output, into *flags.
-  /// All payloads are validated before anything is written. @throws Error{corrupt_payload} naming rank, segment and what is wrong.
-  virtual void decode(const Plan& plan, std::span<const ConstBytes> wires, float factor, Bytes workspace, Bytes out, std::uint32_t* flags, Stream stream) const = 0;
-
-  /// residual += decode(own payload): what a bucket with a bad verdict sent was not applied. Nothing happens for a recursion without residual.
-  virtual void take_back(const Recursion& recursion, const Plan& plan, ConstBytes own_wire, const StateView& state, Stream stream) const = 0;
+  /// residual += decode(own payload): what a bucket with a bad verdict sent was not applied. Nothing happens for a recursion without
+  /// residual.
+  virtual void take_back(const Recursion& recursion, const Plan& plan, ConstBytes own_wire, const StateView& state,
+                         Stream stream) const = 0;
 };
 
 }  // namespace thinwire

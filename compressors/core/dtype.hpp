@@ -58,8 +58,8 @@ THINWIRE_HD constexpr std::uint16_t float_to_fp16(float x) noexcept {
 
 inline constexpr float kFp16Max = 65504.0f;
 
-/// What a receiver decodes when `x` (finite) is sent as `wire`: rounded to nearest even and, for bf16 and fp16, cut to the largest finite value, so that a
-/// payload never holds an infinity and what was cut stays with the sender.
+/// What a receiver decodes when `x` (finite) is sent as `wire`: rounded to nearest even and, for bf16 and fp16, cut to the largest finite
+/// value, so that a payload never holds an infinity and what was cut stays with the sender.
 THINWIRE_HD constexpr float wire_round(float x, DType wire) noexcept {
   if (wire == DType::bf16) {
     const std::uint16_t h = float_to_bf16(x);
@@ -75,8 +75,8 @@ THINWIRE_HD constexpr float wire_round(float x, DType wire) noexcept {
 
 /// The smallest magnitude that does not round to zero on `wire`. Selection starts here, so zeros are never sent.
 THINWIRE_HD constexpr float wire_floor(DType wire) noexcept {
-  if (wire == DType::bf16) return bits_float(0x8001u);        // just above half of bf16's smallest denormal, whose tie goes to zero
-  if (wire == DType::fp16) return bits_float(0x33000001u);    // just above 2^-25
+  if (wire == DType::bf16) return bits_float(0x8001u);      // just above half of bf16's smallest denormal, whose tie goes to zero
+  if (wire == DType::fp16) return bits_float(0x33000001u);  // just above 2^-25
   return bits_float(1u);
 }
 

@@ -4,15 +4,24 @@ namespace thinwire {
 
 const char* to_string(Errc code) noexcept {
   switch (code) {
-    case Errc::invalid_config: return "invalid_config";
-    case Errc::invalid_argument: return "invalid_argument";
-    case Errc::corrupt_payload: return "corrupt_payload";
-    case Errc::peer_lost: return "peer_lost";
-    case Errc::timeout: return "timeout";
-    case Errc::transport: return "transport";
-    case Errc::device: return "device";
-    case Errc::unsupported: return "unsupported";
-    case Errc::internal: return "internal";
+    case Errc::invalid_config:
+      return "invalid_config";
+    case Errc::invalid_argument:
+      return "invalid_argument";
+    case Errc::corrupt_payload:
+      return "corrupt_payload";
+    case Errc::peer_lost:
+      return "peer_lost";
+    case Errc::timeout:
+      return "timeout";
+    case Errc::transport:
+      return "transport";
+    case Errc::device:
+      return "device";
+    case Errc::unsupported:
+      return "unsupported";
+    case Errc::internal:
+      return "internal";
   }
   return "unknown";
 }

@@ -1,6 +1,6 @@
 #pragma once
-// A plan says what one call works on: segments of a flat buffer, none of which crosses a parameter. So the same calls serve a bucket of forty layers with
-// forty densities and the part of it that one rank owns.
+// A plan says what one call works on: segments of a flat buffer, none of which crosses a parameter. So the same calls serve a bucket of
+// forty layers with forty densities and the part of it that one rank owns.
 
 #include <cstddef>
 #include <cstdint>
@@ -20,13 +20,15 @@ struct Segment {
   std::size_t count = 0;                ///< elements
   std::uint32_t rows = 0, columns = 0;  ///< the parameter as a matrix: first dimension × the rest
   Setting setting;
-  const std::uint64_t* live = nullptr;  ///< bit i % 64 of word i / 64 is 1 where element i is live; null: all. Dead elements have no state and decode to 0
+  const std::uint64_t* live =
+      nullptr;  ///< bit i % 64 of word i / 64 is 1 where element i is live; null: all. Dead elements have no state and decode to 0
 };
 
 struct Plan {
   std::span<const Segment> segments;
-  std::span<const std::uint32_t> part_end;  ///< segments [part_end[r-1], part_end[r]) go to rank r; one part for a gather, one per rank for two_phase
-  std::uint64_t step = 0;                   ///< synchronised steps before this one
+  std::span<const std::uint32_t>
+      part_end;            ///< segments [part_end[r-1], part_end[r]) go to rank r; one part for a gather, one per rank for two_phase
+  std::uint64_t step = 0;  ///< synchronised steps before this one
 };
 
 }  // namespace thinwire

@@ -1,6 +1,6 @@
 #pragma once
-// The feedback recursion as a struct of coefficients (specs: one generic recursion, many methods), and its unfused pieces that need no codec.
-// The fused passes live in the codec families, which instantiate stream<Recursion, Sink>.
+// The feedback recursion as a struct of coefficients (specs: one generic recursion, many methods), and its unfused pieces that need no
+// codec. The fused passes live in the codec families, which instantiate stream<Recursion, Sink>.
 
 #include <array>
 #include <cstdint>
@@ -17,7 +17,8 @@ namespace thinwire {
 ///   none: message = g.                                                          No state.
 ///   error_feedback (EF14; decay rho): message = rho·e + g;  e ← message − sent.   State: residual (e).
 ///   momentum_correction (DGC):  u ← m·u + g;  v ← v + u          (Nesterov: u ← m·(u + g);  v ← v + (u + g));
-///                               message = v;  v ← v − sent;  u ← 0 where something was sent, if `mask`.   State: momentum (u), accumulated (v).
+///                               message = v;  v ← v − sent;  u ← 0 where something was sent, if `mask`.   State: momentum (u), accumulated
+///                               (v).
 /// @source EF14: Seide et al. 2014; DGC: Lin et al. 2018, momentum correction and momentum factor masking.
 struct Recursion {
   enum class Kind : std::uint8_t { none, error_feedback, momentum_correction };
@@ -33,15 +34,17 @@ struct Recursion {
 
 inline constexpr std::size_t kMaxStateArrays = 2;
 
-/// Names of the state arrays of a parameter that is compressed, in the order of SegmentState::array. The last one is the residual: it holds what was not sent.
+/// Names of the state arrays of a parameter that is compressed, in the order of SegmentState::array. The last one is the residual: it holds
+/// what was not sent.
 std::span<const std::string_view> state_names(const Recursion& recursion) noexcept;
 /// The same for a parameter that is never compressed: DGC keeps its momentum, the others nothing.
 std::span<const std::string_view> dense_state_names(const Recursion& recursion) noexcept;
 
 /// One segment's state: pointers to its first element, in the place of the plan's data.
 struct SegmentState {
-  std::array<float*, kMaxStateArrays> array{};  ///< none: {}; error_feedback: {e}; momentum_correction: {u, v}, v null where nothing is ever compressed
-  float* memory = nullptr;                      ///< Codec::memory(segment) floats of the codec's own
+  std::array<float*, kMaxStateArrays>
+      array{};              ///< none: {}; error_feedback: {e}; momentum_correction: {u, v}, v null where nothing is ever compressed
+  float* memory = nullptr;  ///< Codec::memory(segment) floats of the codec's own
 
   bool operator==(const SegmentState&) const = default;
 };
@@ -61,18 +64,23 @@ enum Flag : std::uint32_t {
   kFlagJoined = 2,     ///< this rank has no data any more: an empty payload, state untouched
 };
 
-/// norms[s] = Σ x² over the finite elements of segment s, in double, in the fixed order of block sums (DESIGN: numerics): the same bits on every ISA and device.
+/// norms[s] = Σ x² over the finite elements of segment s, in double, in the fixed order of block sums (DESIGN: numerics): the same bits on
+/// every ISA and device.
 /// @complexity reads grad once.
 void squared_norms(const Plan& plan, ConstBytes grad, double* norms, Stream stream);
 
-/// clip_norm = c: factors[s] = unscale · min(1, c·sqrt(world · n_s / total_numel) / (unscale · sqrt(norms[s]))). Without clipping every factor is `unscale`.
+/// clip_norm = c: factors[s] = unscale · min(1, c·sqrt(world · n_s / total_numel) / (unscale · sqrt(norms[s]))). Without clipping every
+/// factor is `unscale`.
 /// @source DGC local gradient clipping, for undivided local gradients; per parameter, because a bucket's hook cannot know the model's norm.
-void clip_factors(const Recursion& recursion, const Plan& plan, std::span<const double> norms, float unscale, int world, std::size_t total_numel, float* factors);
+void clip_factors(const Recursion& recursion, const Plan& plan, std::span<const double> norms, float unscale, int world,
+                  std::size_t total_numel, float* factors);
 
-/// A dense step of the recursion: the messages of the segments, one after the other in `message`, in message.dtype: fp32 where there is state, fp32 or the gradient's dtype
-/// where there is none. The residual (if any) holds the message until settle_dense. Non-finite elements are no news and set kFlagNonfinite in *flags.
+/// A dense step of the recursion: the messages of the segments, one after the other in `message`, in message.dtype: fp32 where there is
+/// state, fp32 or the gradient's dtype where there is none. The residual (if any) holds the message until settle_dense. Non-finite elements
+/// are no news and set kFlagNonfinite in *flags.
 /// @complexity reads grad and state, writes state and message, one pass.
-void dense_message(const Recursion& recursion, const Plan& plan, ConstBytes grad, const StateView& state, Bytes message, std::uint32_t* flags, Stream stream);
+void dense_message(const Recursion& recursion, const Plan& plan, ConstBytes grad, const StateView& state, Bytes message,
+                   std::uint32_t* flags, Stream stream);
 
 /// After a finite verdict on a dense step: residuals are empty. After any other verdict nothing needs doing: the message is still there.
 void settle_dense(const Recursion& recursion, const Plan& plan, const StateView& state, Stream stream);

@@ -31,11 +31,7 @@ struct BasicBytes {
   /// Bytes [first, first + bytes), same dtype and place.
   BasicBytes sub(std::size_t first, std::size_t bytes) const noexcept { return {data + first, bytes, dtype, place, device}; }
 
-  operator BasicBytes<const std::byte>() const noexcept
-    requires(!std::is_const_v<Byte>)
-  {
-    return {data, size, dtype, place, device};
-  }
+  operator BasicBytes<const std::byte>() const noexcept requires(!std::is_const_v<Byte>) { return {data, size, dtype, place, device}; }
 };
 
 using Bytes = BasicBytes<std::byte>;
@@ -43,10 +39,8 @@ using ConstBytes = BasicBytes<const std::byte>;
 
 /// A host view of `count` elements.
 template <class T>
-  requires(!std::is_const_v<T>)
-Bytes host_bytes(T* data, std::size_t count, DType dtype) noexcept {
-  return {reinterpret_cast<std::byte*>(data), count * size_of(dtype), dtype, Place::host, 0};
-}
+requires(!std::is_const_v<T>) Bytes host_bytes(T* data, std::size_t count, DType dtype)
+noexcept { return {reinterpret_cast<std::byte*>(data), count * size_of(dtype), dtype, Place::host, 0}; }
 template <class T>
 ConstBytes host_bytes(const T* data, std::size_t count, DType dtype) noexcept {
   return {reinterpret_cast<const std::byte*>(data), count * size_of(dtype), dtype, Place::host, 0};

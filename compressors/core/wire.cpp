@@ -1,6 +1,7 @@
 #include "compressors/core/wire.hpp"
 
 #include <bit>
+#include <cstddef>
 #include <cstring>
 #include <string>
 
@@ -13,7 +14,8 @@ namespace {
 static_assert(std::endian::native == std::endian::little, "payloads are little-endian and written without conversion");
 
 [[noreturn]] void corrupt(const char* field, std::uint64_t given, std::uint64_t expected) {
-  fail(Errc::corrupt_payload, std::string("payload header: ") + field + " is " + std::to_string(given) + ", expected " + std::to_string(expected));
+  fail(Errc::corrupt_payload,
+       std::string("payload header: ") + field + " is " + std::to_string(given) + ", expected " + std::to_string(expected));
 }
 
 constexpr std::uint64_t mix(std::uint64_t x) noexcept {  // a bijection whose every output bit depends on every input bit
@@ -29,6 +31,14 @@ constexpr std::uint64_t mix(std::uint64_t x) noexcept {  // a bijection whose ev
 void write_header(const Header& header, Bytes payload) {
   THINWIRE_EXPECTS(payload.size >= sizeof(Header), "a payload needs " + std::to_string(sizeof(Header)) + " bytes for its header");
   std::memcpy(payload.data, &header, sizeof(Header));
+}
+
+void add_flags(Bytes payload, std::uint32_t flags) {
+  THINWIRE_EXPECTS(payload.size >= sizeof(Header), "a payload needs " + std::to_string(sizeof(Header)) + " bytes for its header");
+  std::uint32_t word;
+  std::memcpy(&word, payload.data + offsetof(Header, flags), sizeof word);
+  word |= flags;
+  std::memcpy(payload.data + offsetof(Header, flags), &word, sizeof word);
 }
 
 Header read_header(ConstBytes payload, CodecId codec, std::uint64_t plan, std::uint32_t segments, std::uint64_t step) {

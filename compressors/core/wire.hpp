@@ -14,12 +14,12 @@ inline constexpr std::uint16_t kVersion = 1;
 struct Header {
   std::uint32_t magic = kMagic;
   std::uint16_t version = kVersion;
-  std::uint8_t codec = 0;     ///< CodecId
-  std::uint8_t round = 0;     ///< 0 unless the codec has several rounds
-  std::uint32_t flags = 0;    ///< Flag bits of the sender's whole bucket
+  std::uint8_t codec = 0;   ///< CodecId
+  std::uint8_t round = 0;   ///< 0 unless the codec has several rounds
+  std::uint32_t flags = 0;  ///< Flag bits of the sender's whole bucket
   std::uint32_t segments = 0;
-  std::uint64_t bytes = 0;    ///< of the whole payload, this header included
-  std::uint64_t plan = 0;     ///< plan_fingerprint: sender and receiver worked on the same segments with the same settings
+  std::uint64_t bytes = 0;  ///< of the whole payload, this header included
+  std::uint64_t plan = 0;   ///< plan_fingerprint: sender and receiver worked on the same segments with the same settings
   std::uint64_t step = 0;
   std::uint64_t reserved[3] = {0, 0, 0};
 };
@@ -30,7 +30,11 @@ enum CodecId : std::uint8_t { kCodecNone = 0, kCodecTopK = 1 };
 /// Writes `header` at the start of `payload` (host, at least 64 bytes).
 void write_header(const Header& header, Bytes payload);
 
-/// Reads and checks the header against what the receiver knows. @throws Error{corrupt_payload} naming the field, its value and what was expected.
+/// ORs Flag bits that were found after the header was written (an owner's sums) into a payload on the host.
+void add_flags(Bytes payload, std::uint32_t flags);
+
+/// Reads and checks the header against what the receiver knows. @throws Error{corrupt_payload} naming the field, its value and what was
+/// expected.
 Header read_header(ConstBytes payload, CodecId codec, std::uint64_t plan, std::uint32_t segments, std::uint64_t step);
 
 /// A hash of segments (parameter, count, setting) and of `salt`, equal where two ranks decode each other's payloads alike.

@@ -1,0 +1,240 @@
+#include "collectives/reducer.hpp"
+
+#include <algorithm>
+
+#include "collectives/reducer_impl.hpp"
+#include "compressors/core/error.hpp"
+#include "compressors/core/wire.hpp"
+
+namespace thinwire {
+namespace {
+
+std::exception_ptr make_error(Errc code, const std::string& what) { return std::make_exception_ptr(Error(code, what)); }
+
+}  // namespace
+
+GradientReducer::GradientReducer(std::shared_ptr<Communicator> communicator, const Config& config, std::vector<Parameter> parameters,
+                                 ReducerOptions options)
+    : impl_(std::make_unique<Impl>(std::move(communicator), config, std::move(parameters), std::move(options))) {}
+GradientReducer::~GradientReducer() = default;
+
+Work GradientReducer::reduce(std::span<const std::uint32_t> parameters, Bytes grad, Stream stream, const ReduceOptions& options) {
+  Work work;
+  work.ticket_ = impl_->reduce(parameters, grad, stream, options);
+  work.shared_ = impl_->queue_->shared();
+  return work;
+}
+
+Work GradientReducer::pass(std::span<const std::uint32_t> parameters, std::string reason, std::function<void()> exchange,
+                           const ReduceOptions& options) {
+  Work work;
+  work.ticket_ = impl_->pass(parameters, std::move(reason), std::move(exchange), options);
+  work.shared_ = impl_->queue_->shared();
+  return work;
+}
+
+void GradientReducer::flush() { impl_->flush(); }
+void GradientReducer::reset() { impl_->reset(); }
+void GradientReducer::close(std::chrono::milliseconds limit) noexcept { impl_->close(limit); }
+const Config& GradientReducer::config() const noexcept { return impl_->config_; }
+int GradientReducer::rank() const noexcept { return impl_->communicator_->rank(); }
+int GradientReducer::world() const noexcept { return impl_->communicator_->size(); }
+Stats GradientReducer::stats() const { return impl_->stats(); }
+ReducerState GradientReducer::state() const { return impl_->state(); }
+void GradientReducer::load_state(std::span<const ReducerState> states) { impl_->load_state(states); }
+
+std::uint64_t GradientReducer::step() const {
+  const std::lock_guard lock(impl_->submit_);
+  return impl_->step_;
+}
+
+GradientReducer::Impl::~Impl() { close(std::chrono::milliseconds(0)); }
+
+void GradientReducer::Impl::close(std::chrono::milliseconds limit) noexcept {
+  {
+    const std::lock_guard lock(submit_);
+    if (closed_) return;
+    closed_ = true;
+  }
+  const std::string reason = "rank " + std::to_string(communicator_->rank()) + ": the reducer was closed";
+  const bool busy = queue_->busy_after(limit);
+  queue_->fail_all(make_error(Errc::peer_lost, reason));
+  if (busy) communicator_->abort(reason);  // the job under way waits for peers that may never come
+  queue_->stop(nullptr);
+}
+
+void GradientReducer::Impl::between_steps(const char* call) const {
+  if (seen_count_ == 0) return;
+  fail(Errc::invalid_argument, std::string(call) + " belongs between steps; in step " + std::to_string(step_) + " " +
+                                   std::to_string(seen_count_) + " of " + std::to_string(slots_.size()) + " parameters have been reduced");
+}
+
+void GradientReducer::Impl::flush() {
+  const std::lock_guard lock(submit_);
+  between_steps("flush()");
+  flush_next_ = true;
+}
+
+void GradientReducer::Impl::mark(std::span<const std::uint32_t> ids) {
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    const std::uint32_t id = ids[i];
+    std::string problem;
+    if (id >= slots_.size()) {
+      problem = "unknown parameter id " + std::to_string(id) + "; ids are below " + std::to_string(slots_.size());
+    } else if (seen_[id] == step_ + 1) {
+      problem = "parameter '" + slots_[id].parameter.name + "' is reduced twice in step " + std::to_string(step_) + "; " +
+                std::to_string(seen_count_ + i) + " of " + std::to_string(slots_.size()) + " parameters were reduced in it so far";
+    }
+    if (!problem.empty()) {
+      for (std::size_t j = 0; j < i; ++j) seen_[ids[j]] = step_;  // as before: not in this step
+      fail(Errc::invalid_argument, problem);
+    }
+    seen_[id] = step_ + 1;
+  }
+  seen_count_ += ids.size();
+}
+
+void GradientReducer::Impl::begin_step_if_needed() {
+  if (step_begun_) return;
+  step_begun_ = true;
+  bool changed = epoch_ == 0;
+  const bool dense = codec_ == nullptr || step_ < config_.start_step() || flush_next_;
+  changed |= dense != dense_step_;
+  dense_step_ = dense;
+  flush_next_ = false;
+  for (std::size_t p = 0; p < slots_.size() && !dense; ++p) {
+    if (!slots_[p].compressible) continue;
+    const Setting setting = policy_->setting(step_ - config_.start_step(), std::uint32_t(p));
+    changed |= setting != slots_[p].setting;
+    slots_[p].setting = setting;
+  }
+  if (changed) ++epoch_;
+}
+
+/// exchange=auto: where gathering this tensor would send no less than a ring all-reduce of it, it is dense for as long as that holds.
+bool GradientReducer::Impl::dense_sends_less(const ParameterSlot& slot, DType dtype) const {
+  if (config_.exchange().name != "auto") return false;
+  const Segment segment{0, 0, slot.numel, slot.rows, slot.columns, slot.setting, nullptr};
+  const std::uint32_t end = 1;
+  const double capacity = double(codec_->layout({std::span(&segment, 1), std::span(&end, 1), 0}).part_capacity - sizeof(wire::Header));
+  const double world = communicator_->size();
+  return capacity * (world - 1) >= 2 * (world - 1) / world * double(slot.numel * size_of(dtype));
+}
+
+bool GradientReducer::Impl::complete_step_if_all_seen() {
+  if (seen_count_ != slots_.size()) return false;
+  seen_count_ = 0;
+  step_begun_ = false;
+  ++step_;
+  return true;
+}
+
+std::shared_ptr<const BucketPlan> GradientReducer::Impl::find_plan(std::span<const std::uint32_t> ids, DType dtype) {
+  CachedPlan* place = nullptr;
+  for (CachedPlan& cached : plans_) {
+    if (cached.plan->dtype == dtype && std::equal(ids.begin(), ids.end(), cached.plan->ids.begin(), cached.plan->ids.end())) {
+      if (cached.epoch == epoch_) return cached.plan;
+      place = &cached;
+      break;
+    }
+  }
+  for (const std::uint32_t id : ids)
+    if (slots_[id].compressible) slots_[id].dense_now = !dense_step_ && dense_sends_less(slots_[id], dtype);
+  auto plan = std::make_shared<const BucketPlan>(
+      make_bucket_plan(ids, dtype, dense_step_, slots_, codec_.get(), recursion_, communicator_->size(), communicator_->rank()));
+  if (place == nullptr) {
+    // A layout that was given up (DDP rebuilds its first one) shares parameters with this one; nothing of it is needed any more.
+    std::erase_if(plans_, [&](const CachedPlan& cached) {
+      return std::any_of(cached.plan->ids.begin(), cached.plan->ids.end(),
+                         [&](std::uint32_t id) { return std::find(ids.begin(), ids.end(), id) != ids.end(); });
+    });
+    place = &plans_.emplace_back();
+  }
+  *place = {epoch_, plan};
+  return plan;
+}
+
+std::uint64_t GradientReducer::Impl::reduce(std::span<const std::uint32_t> ids, Bytes grad, Stream stream, const ReduceOptions& options) {
+  if (stream.place() != Place::host || grad.place != Place::host)
+    fail(Errc::unsupported, "this build reduces host memory only; the bucket is on a GPU");
+  if (grad.dtype == DType::u8) fail(Errc::invalid_argument, "a bucket's dtype is fp32, bf16 or fp16; this one is u8");
+  if (!(options.loss_scale > 0) || !is_finite(options.loss_scale))
+    fail(Errc::invalid_argument, "loss_scale=" + std::to_string(options.loss_scale) + " is not a positive number");
+  std::unique_lock lock(submit_);
+  if (closed_) fail(Errc::invalid_argument, "reduce() after close()");
+  std::size_t count = 0;
+  for (const std::uint32_t id : ids) count += id < slots_.size() ? slots_[id].numel : 0;
+  mark(ids);
+  if (grad.size != count * size_of(grad.dtype)) {
+    for (const std::uint32_t id : ids) seen_[id] = step_;
+    seen_count_ -= ids.size();
+    fail(Errc::invalid_argument, "the bucket has " + std::to_string(grad.size) + " bytes; its " + std::to_string(ids.size()) +
+                                     " parameters need " + std::to_string(count) + " elements of " + to_string(grad.dtype));
+  }
+  begin_step_if_needed();
+  Job job;
+  job.bucket = find_plan(ids, grad.dtype);
+  job.grad = grad;
+  job.options = options;
+  job.step = step_;
+  job.last = complete_step_if_all_seen();
+  return queue_->push(std::move(job));
+}
+
+std::uint64_t GradientReducer::Impl::pass(std::span<const std::uint32_t> ids, std::string reason, std::function<void()> exchange,
+                                          const ReduceOptions& options) {
+  const std::lock_guard lock(submit_);
+  if (closed_) fail(Errc::invalid_argument, "pass() after close()");
+  mark(ids);
+  begin_step_if_needed();
+  for (const std::uint32_t id : ids) pass_reasons_[id] = reason;
+  Job job;
+  job.options = options;
+  job.exchange = std::move(exchange);
+  job.step = step_;
+  job.last = complete_step_if_all_seen();
+  return queue_->push(std::move(job));
+}
+
+void GradientReducer::Impl::run(Job& job) {
+  if (!fingerprints_checked_) {
+    check_fingerprints(job.step);
+    fingerprints_checked_ = true;
+    const std::lock_guard lock(counters_);
+    const Traffic now = communicator_->traffic();  // gradients are what users count
+    traffic_at_reset_.payload_bytes += now.payload_bytes - traffic_.payload_bytes;
+    traffic_at_reset_.wire_bytes += now.wire_bytes - traffic_.wire_bytes;
+  }
+  if (job.bucket != nullptr) engine_->run(job.bucket, job.grad, job.step, job.options);
+  if (job.exchange) job.exchange();
+  BucketEngine::StepEnd end;
+  if (job.last) {
+    end = engine_->finish_step(job.step);
+    if (end.restart) zero_state();
+  }
+  const std::lock_guard lock(counters_);
+  traffic_ = communicator_->traffic();
+  if (job.last) {
+    ++steps_done_;
+    if (!end.finite) ++nonfinite_steps_;
+  }
+}
+
+std::exception_ptr GradientReducer::Impl::explain(const Job& job, std::exception_ptr error) {
+  Errc code = Errc::internal;
+  std::string what = "unknown exception";
+  try {
+    std::rethrow_exception(error);
+  } catch (const Error& e) {
+    code = e.code();
+    what = e.what();
+  } catch (const std::exception& e) { what = e.what(); } catch (...) {
+    code = Errc::internal;
+  }
+  const std::string where = "rank " + std::to_string(communicator_->rank()) + ", step " + std::to_string(job.step) + ", bucket " +
+                            (job.bucket != nullptr ? job.bucket->name : std::string("passed through"));
+  communicator_->abort(where + ": " + what);
+  return make_error(code, where + ": " + what);
+}
+
+}  // namespace thinwire

@@ -1,0 +1,103 @@
+#pragma once
+// The reducer's inside, shared by reducer.cpp (calls and the clock), reducer_setup.cpp (construction) and reducer_state.cpp (state,
+// statistics).
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "collectives/bucket_engine.hpp"
+#include "collectives/bucket_plan.hpp"
+#include "collectives/communicator.hpp"
+#include "collectives/reducer.hpp"
+#include "collectives/work_queue.hpp"
+#include "compressors/core/buffer.hpp"
+#include "compressors/core/codec.hpp"
+#include "compressors/core/policy.hpp"
+
+namespace thinwire {
+
+class GradientReducer::Impl {
+ public:
+  Impl(std::shared_ptr<Communicator> communicator, const Config& config, std::vector<Parameter> parameters, ReducerOptions options);
+  ~Impl();
+
+  std::uint64_t reduce(std::span<const std::uint32_t> ids, Bytes grad, Stream stream, const ReduceOptions& options);
+  std::uint64_t pass(std::span<const std::uint32_t> ids, std::string reason, std::function<void()> exchange, const ReduceOptions& options);
+  void flush();
+  void reset();
+  void close(std::chrono::milliseconds limit) noexcept;
+  Stats stats() const;
+  ReducerState state() const;
+  void load_state(std::span<const ReducerState> states);
+
+  // reducer_setup.cpp
+  void lay_out_state();
+  void check_fingerprints(std::uint64_t step);
+  std::uint64_t own_fingerprint() const;
+
+  // reducer.cpp
+  void begin_step_if_needed();
+  /// Marks the ids as reduced in this step. @throws invalid_argument, nothing changed.
+  void mark(std::span<const std::uint32_t> ids);
+  bool complete_step_if_all_seen();
+  bool dense_sends_less(const ParameterSlot& slot, DType dtype) const;
+  std::shared_ptr<const BucketPlan> find_plan(std::span<const std::uint32_t> ids, DType dtype);
+  void run(Job& job);
+  std::exception_ptr explain(const Job& job, std::exception_ptr error);
+  void between_steps(const char* call) const;
+
+  // reducer_state.cpp
+  /// One named array of a parameter's state.
+  struct Array {
+    std::string_view name;
+    float* data;
+    std::size_t count;
+  };
+  /// Fills `out` (kMaxStateArrays + 1 of them) with what parameter `id` keeps; returns how many.
+  std::size_t arrays_of(std::uint32_t id, std::span<Array> out) const;
+  void zero_state() noexcept;
+
+  const std::shared_ptr<Communicator> parent_;
+  std::unique_ptr<Communicator> communicator_;  ///< its own duplicate of parent_: collectives of two threads never meet on one
+  const Config config_;
+  const ReducerOptions options_;
+  std::unique_ptr<const Codec> codec_;
+  Recursion recursion_;
+  std::unique_ptr<const RatioPolicy> policy_;
+  std::vector<ParameterSlot> slots_;
+  std::size_t total_numel_ = 0;
+  Arena arena_;
+
+  // The clock, moved by the submitting thread.
+  mutable std::mutex submit_;
+  std::uint64_t step_ = 0;           ///< of the next bucket to come
+  std::vector<std::uint64_t> seen_;  ///< per parameter: 1 + the step in which it was last reduced
+  std::size_t seen_count_ = 0;
+  bool step_begun_ = false;
+  bool dense_step_ = false;
+  bool flush_next_ = false;
+  std::uint64_t epoch_ = 0;  ///< changes with any setting
+  struct CachedPlan {
+    std::uint64_t epoch;
+    std::shared_ptr<const BucketPlan> plan;
+  };
+  std::vector<CachedPlan> plans_;
+  std::vector<std::string> pass_reasons_;  ///< per parameter
+
+  // What the queue's thread counts; read after drain() or under this mutex.
+  mutable std::mutex counters_;
+  std::uint64_t steps_done_ = 0, nonfinite_steps_ = 0;
+  Traffic traffic_, traffic_at_reset_;
+
+  bool fingerprints_checked_ = false;  ///< queue's thread, or between steps
+  bool closed_ = false;
+  std::unique_ptr<BucketEngine> engine_;
+  std::unique_ptr<WorkQueue> queue_;  ///< last: its thread uses all of the above
+};
+
+}  // namespace thinwire

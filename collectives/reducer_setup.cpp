@@ -1,0 +1,146 @@
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <set>
+
+#include "collectives/reducer_impl.hpp"
+#include "compressors/core/error.hpp"
+#include "compressors/core/registry.hpp"
+#include "compressors/core/wire.hpp"
+
+namespace thinwire {
+namespace {
+
+constexpr std::size_t round_up(std::size_t x, std::size_t to) noexcept { return (x + to - 1) / to * to; }
+
+ParameterSlot make_slot(Parameter parameter, const Config& config, bool has_codec) {
+  ParameterSlot slot;
+  slot.numel = 1;
+  for (const std::size_t extent : parameter.shape) slot.numel *= extent;
+  slot.rows = parameter.shape.empty() ? 1 : std::uint32_t(parameter.shape.front());
+  slot.columns = slot.rows == 0 ? 0 : std::uint32_t(slot.numel / slot.rows);
+  if (!has_codec) {
+    slot.never_reason = "codec=none";
+  } else if (parameter.shape.size() < 2) {
+    slot.never_reason = "fewer than two dimensions";
+  } else if (slot.numel < config.min_numel()) {
+    slot.never_reason = "fewer than min_numel=" + std::to_string(config.min_numel()) + " elements";
+  } else if (slot.numel == 0) {
+    slot.never_reason = "empty";
+  }
+  slot.compressible = slot.never_reason.empty();
+  slot.parameter = std::move(parameter);
+  return slot;
+}
+
+}  // namespace
+
+GradientReducer::Impl::Impl(std::shared_ptr<Communicator> communicator, const Config& config, std::vector<Parameter> parameters,
+                            ReducerOptions options)
+    : parent_(std::move(communicator)),
+      config_(config),
+      options_(std::move(options)),
+      codec_(make_codec(config)),
+      recursion_(make_recursion(config)),
+      policy_(make_policy(config)) {
+  THINWIRE_EXPECTS(parent_ != nullptr, "a reducer needs a communicator");
+  std::set<std::string> names;
+  for (Parameter& parameter : parameters) {
+    if (!names.insert(parameter.name).second)
+      fail(Errc::invalid_argument, "two parameters are named '" + parameter.name + "'; state is keyed by name");
+    slots_.push_back(make_slot(std::move(parameter), config, codec_ != nullptr));
+    total_numel_ += slots_.back().numel;
+  }
+  if (slots_.empty()) fail(Errc::invalid_argument, "a reducer needs at least one parameter");
+  if (slots_.size() > std::size_t(1) << 31) fail(Errc::invalid_argument, std::to_string(slots_.size()) + " parameters are more than 2^31");
+  lay_out_state();
+  seen_.assign(slots_.size(), 0);
+  pass_reasons_.resize(slots_.size());
+
+  parent_->set_timeout(std::chrono::milliseconds(std::int64_t(std::ceil(config.timeout_seconds() * 1000))));
+  communicator_ = parent_->split(0, parent_->rank());
+  communicator_->set_timeout(parent_->timeout());
+  engine_ =
+      std::make_unique<BucketEngine>(*communicator_, codec_.get(), recursion_, options_, slots_.size(), total_numel_, config.check_every());
+  const bool threaded = communicator_->any_thread() && !options_.inline_queue;
+  queue_ = std::make_unique<WorkQueue>(
+      threaded, [this](Job& job) { run(job); },
+      [this](const Job& job, std::exception_ptr error) { return explain(job, std::move(error)); });
+}
+
+void GradientReducer::Impl::lay_out_state() {
+  // Array j holds state j of all parameters one after the other; what a codec remembers comes last. Cache-line starts, so that neighbours
+  // share none.
+  constexpr std::size_t kLine = 16;
+  std::array<std::size_t, kMaxStateArrays + 1> counts{};
+  std::vector<std::array<std::size_t, kMaxStateArrays + 1>> offsets(slots_.size());
+  const std::size_t full = state_names(recursion_).size(), dense = dense_state_names(recursion_).size();
+  for (std::size_t p = 0; p < slots_.size(); ++p) {
+    ParameterSlot& slot = slots_[p];
+    const std::size_t arrays = slot.compressible ? full : codec_ != nullptr ? dense : 0;
+    for (std::size_t j = 0; j < arrays; ++j) {
+      offsets[p][j] = counts[j];
+      counts[j] += round_up(slot.numel, kLine);
+    }
+    if (!slot.compressible) continue;
+    slot.setting = policy_->setting(0, std::uint32_t(p));
+    const Segment segment{std::uint32_t(p), 0, slot.numel, slot.rows, slot.columns, slot.setting, nullptr};
+    slot.memory_count = codec_->memory(segment);
+    offsets[p][kMaxStateArrays] = counts[kMaxStateArrays];
+    counts[kMaxStateArrays] += slot.memory_count;
+  }
+  arena_ = Arena(counts);
+  for (std::size_t p = 0; p < slots_.size(); ++p) {
+    ParameterSlot& slot = slots_[p];
+    const std::size_t arrays = slot.compressible ? full : codec_ != nullptr ? dense : 0;
+    for (std::size_t j = 0; j < arrays; ++j) slot.state.array[j] = arena_.array(j) + offsets[p][j];
+    if (slot.memory_count != 0) slot.state.memory = arena_.array(kMaxStateArrays) + offsets[p][kMaxStateArrays];
+  }
+}
+
+std::uint64_t GradientReducer::Impl::own_fingerprint() const {
+  std::uint64_t h = 0;
+  for (const ParameterSlot& slot : slots_) {
+    h = wire::hash_bytes(slot.parameter.name.data(), slot.parameter.name.size(), h);
+    h = wire::hash_bytes(slot.parameter.shape.data(), slot.parameter.shape.size() * sizeof(std::size_t), h);
+  }
+  return h;
+}
+
+/// Ranks that were set up differently would exchange buffers of different sizes: hangs or garbage. So the first thing a reducer ever
+/// exchanges is who it is.
+void GradientReducer::Impl::check_fingerprints(std::uint64_t step) {
+  struct Card {
+    std::uint64_t parameters, step, step_verdict;
+    char config[488];
+  };
+  const int rank = communicator_->rank(), world = communicator_->size();
+  std::vector<Card> cards(static_cast<std::size_t>(world));
+  Card& own = cards[std::size_t(rank)];
+  std::memset(&own, 0, sizeof own);
+  own.parameters = own_fingerprint();
+  own.step = step;
+  own.step_verdict = options_.step_verdict;
+  const std::string text = config_.str();
+  std::memcpy(own.config, text.data(), std::min(text.size(), sizeof own.config - 1));
+  const Bytes all{reinterpret_cast<std::byte*>(cards.data()), cards.size() * sizeof(Card), DType::u8, Place::host, 0};
+  communicator_->all_gather(all.sub(std::size_t(rank) * sizeof(Card), sizeof(Card)), all);
+
+  for (int r = 0; r < world; ++r) {
+    Card& other = cards[std::size_t(r)];
+    other.config[sizeof other.config - 1] = '\0';
+    const Card& first = cards.front();  // everybody compares with rank 0, so everybody refuses with the same words
+    const std::string who = "rank " + std::to_string(r) + " and rank 0 ";
+    if (std::strcmp(other.config, first.config) != 0)
+      fail(Errc::invalid_config, who + "have different configs: '" + other.config + "' and '" + first.config + "'");
+    if (other.parameters != first.parameters)
+      fail(Errc::invalid_config,
+           who + "have different parameters (names, shapes or their order); this rank has " + std::to_string(slots_.size()));
+    if (other.step != first.step)
+      fail(Errc::invalid_config, who + "are at different steps, " + std::to_string(other.step) + " and " + std::to_string(first.step) +
+                                     "; load checkpoints of the same step on all ranks");
+    if (other.step_verdict != first.step_verdict) fail(Errc::invalid_config, who + "do not both use a grad scaler");
+  }
+}
+
+}  // namespace thinwire

@@ -1,0 +1,190 @@
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <set>
+
+#include "collectives/reducer_impl.hpp"
+#include "compressors/core/error.hpp"
+
+namespace thinwire {
+
+std::size_t GradientReducer::Impl::arrays_of(std::uint32_t id, std::span<Array> out) const {
+  const ParameterSlot& slot = slots_[id];
+  const auto names = slot.compressible ? state_names(recursion_) : dense_state_names(recursion_);
+  std::size_t n = 0;
+  for (std::size_t j = 0; j < names.size(); ++j)
+    if (slot.state.array[j] != nullptr) out[n++] = {names[j], slot.state.array[j], slot.numel};
+  if (slot.memory_count != 0) out[n++] = {codec_->memory_name(), slot.state.memory, slot.memory_count};
+  return n;
+}
+
+void GradientReducer::Impl::zero_state() noexcept {
+  for (std::size_t j = 0; j < arena_.arrays(); ++j)
+    if (arena_.count(j) != 0) std::memset(arena_.array(j), 0, arena_.count(j) * sizeof(float));
+}
+
+void GradientReducer::Impl::reset() {
+  const std::lock_guard lock(submit_);
+  between_steps("reset()");
+  queue_->drain();
+  zero_state();
+  engine_->set_started(!options_.step_verdict);
+  engine_->forget_bytes();
+  const std::lock_guard counters(counters_);
+  nonfinite_steps_ = 0;
+  traffic_at_reset_ = traffic_;
+}
+
+Stats GradientReducer::Impl::stats() const {
+  const std::lock_guard lock(submit_);
+  queue_->drain();
+  const std::lock_guard counters(counters_);
+  Stats out;
+  out.step = steps_done_;
+  out.payload_bytes = traffic_.payload_bytes - traffic_at_reset_.payload_bytes;
+  out.wire_bytes = traffic_.wire_bytes - traffic_at_reset_.wire_bytes;
+  out.dense_bytes = engine_->dense_bytes();
+  out.factor = out.wire_bytes > 0 ? out.dense_bytes / out.wire_bytes : 1.0;
+  out.nonfinite_steps = nonfinite_steps_;
+  for (std::size_t p = 0; p < slots_.size(); ++p) {
+    const ParameterSlot& slot = slots_[p];
+    ParameterStats& s = out.parameters.emplace_back();
+    s.name = slot.parameter.name;
+    s.numel = slot.numel;
+    s.reason = !pass_reasons_[p].empty() ? pass_reasons_[p]
+               : !slot.compressible      ? slot.never_reason
+               : dense_step_             ? "a dense step"
+               : slot.dense_now          ? "dense sends no more bytes at this density and world"
+                                         : "";
+    s.compressed = s.reason.empty();
+    s.density = s.compressed ? slot.setting.density : 1.0;
+    s.kept = engine_->kept()[p];
+    s.grad_norm = std::sqrt(engine_->grad_norms()[p]);
+    if (const float* residual = slot.compressible ? residual_of(recursion_, slot.state) : nullptr) {
+      double sum = 0;
+      for (std::size_t i = 0; i < slot.numel; ++i) sum += double(residual[i]) * residual[i];
+      s.residual_norm = std::sqrt(sum);
+    }
+  }
+  return out;
+}
+
+ReducerState GradientReducer::Impl::state() const {
+  const std::lock_guard lock(submit_);
+  between_steps("state()");
+  queue_->drain();
+  ReducerState out;
+  out.step = step_;
+  out.world = communicator_->size();
+  out.rank = communicator_->rank();
+  out.config = config_.str();
+  out.started = engine_->started();
+  {
+    const std::lock_guard counters(counters_);
+    out.nonfinite_steps = nonfinite_steps_;
+  }
+  std::array<Array, kMaxStateArrays + 1> arrays;
+  for (std::uint32_t p = 0; p < slots_.size(); ++p) {
+    auto& named = out.parameters[slots_[p].parameter.name];
+    for (std::size_t a = 0, n = arrays_of(p, arrays); a < n; ++a)
+      named[std::string(arrays[a].name)].assign(arrays[a].data, arrays[a].data + arrays[a].count);
+  }
+  return out;
+}
+
+namespace {
+
+const ReducerState& checked_front(std::span<const ReducerState> states, int world, int rank) {
+  if (states.empty()) fail(Errc::invalid_argument, "load_state: no state was given");
+  for (const ReducerState& s : states) {
+    if (s.world != states.front().world || s.step != states.front().step)
+      fail(Errc::invalid_argument, "load_state: the states are not of one checkpoint: rank " + std::to_string(s.rank) + " is of world " +
+                                       std::to_string(s.world) + " at step " + std::to_string(s.step) + ", rank " +
+                                       std::to_string(states.front().rank) + " of world " + std::to_string(states.front().world) +
+                                       " at step " + std::to_string(states.front().step));
+  }
+  const int old_world = states.front().world;
+  if (states.size() == 1 && old_world == world) {
+    if (states.front().rank != rank)
+      fail(Errc::invalid_argument, "load_state: this is rank " + std::to_string(rank) + ", the state is rank " +
+                                       std::to_string(states.front().rank) + "'s; every rank loads its own, or the sequence of all");
+    return states.front();
+  }
+  if (states.size() != std::size_t(old_world))
+    fail(Errc::invalid_argument, "load_state: " + std::to_string(states.size()) + " state(s) of a world of " + std::to_string(old_world) +
+                                     " were given to a world of " + std::to_string(world) +
+                                     "; another world size needs the states of all " + std::to_string(old_world) + " old ranks");
+  for (std::size_t r = 0; r < states.size(); ++r) {
+    if (states[r].rank != int(r))
+      fail(Errc::invalid_argument, "load_state: state " + std::to_string(r) + " of the sequence is rank " + std::to_string(states[r].rank) +
+                                       "'s; give them in rank order");
+  }
+  return old_world == world ? states[std::size_t(rank)] : states.front();
+}
+
+}  // namespace
+
+void GradientReducer::Impl::load_state(std::span<const ReducerState> states) {
+  const std::lock_guard lock(submit_);
+  between_steps("load_state()");
+  queue_->drain();
+  const int world = communicator_->size(), rank = communicator_->rank();
+  const ReducerState& front = checked_front(states, world, rank);
+  // The same world: this rank's own arrays. Another one: the mean over the old ranks, because the mean is what the output divides by.
+  const std::span<const ReducerState> sources = front.world == world ? std::span(&front, 1) : states;
+
+  // First everything is checked, then everything is written.
+  std::string problems;
+  std::set<std::string_view> mine;
+  for (const ParameterSlot& slot : slots_) mine.insert(slot.parameter.name);
+  std::array<Array, kMaxStateArrays + 1> arrays;
+  for (const ReducerState& source : sources) {
+    for (std::uint32_t p = 0; p < slots_.size(); ++p) {
+      const std::string& name = slots_[p].parameter.name;
+      const auto found = source.parameters.find(name);
+      if (found == source.parameters.end()) {
+        problems += "; '" + name + "' is missing";
+        continue;
+      }
+      const std::size_t n = arrays_of(p, arrays);
+      for (std::size_t a = 0; a < n; ++a) {
+        const auto values = found->second.find(std::string(arrays[a].name));
+        if (values == found->second.end()) {
+          problems += "; '" + name + "' has no '" + std::string(arrays[a].name) + "'";
+        } else if (values->second.size() != arrays[a].count) {
+          problems += "; '" + name + "' '" + std::string(arrays[a].name) + "' has " + std::to_string(values->second.size()) +
+                      " elements instead of " + std::to_string(arrays[a].count);
+        } else if (!std::all_of(values->second.begin(), values->second.end(), [](float x) { return is_finite(x); })) {
+          problems += "; '" + name + "' '" + std::string(arrays[a].name) + "' holds a value that is not finite";
+        }
+      }
+      if (found->second.size() > n)
+        problems += "; '" + name + "' has " + std::to_string(found->second.size()) + " arrays, this config keeps " + std::to_string(n);
+    }
+    for (const auto& [name, ignored] : source.parameters)
+      if (!mine.contains(name)) problems += "; '" + name + "' is not a parameter here";
+  }
+  if (!problems.empty()) fail(Errc::invalid_argument, "load_state: the state does not fit config '" + config_.str() + "'" + problems);
+
+  for (std::uint32_t p = 0; p < slots_.size(); ++p) {
+    const std::size_t n = arrays_of(p, arrays);
+    for (std::size_t a = 0; a < n; ++a) {
+      const std::string key(arrays[a].name);
+      for (std::size_t i = 0; i < arrays[a].count; ++i) {
+        double sum = 0;
+        for (const ReducerState& source : sources) sum += source.parameters.at(slots_[p].parameter.name).at(key)[i];
+        arrays[a].data[i] = float(sum / double(sources.size()));
+      }
+    }
+  }
+  step_ = front.step;
+  std::fill(seen_.begin(), seen_.end(), step_);
+  engine_->set_started(front.started || !options_.step_verdict);
+  fingerprints_checked_ = false;  // ranks may have loaded different checkpoints
+  const std::lock_guard counters(counters_);
+  steps_done_ = front.step;
+  nonfinite_steps_ = front.nonfinite_steps;
+}
+
+}  // namespace thinwire
