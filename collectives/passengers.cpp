@@ -5,14 +5,8 @@
 #include <cstring>
 
 #include "collectives/ownership.hpp"
+#include "compressors/core/clones.hpp"
 #include "compressors/core/recursion.hpp"
-
-#if defined(__x86_64__) && defined(__GNUC__)
-// Plain loops: the compiler's clones are as good as hand-written ones here, and -ffp-contract=off keeps their bits equal.
-#define THINWIRE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define THINWIRE_CLONES
-#endif
 
 namespace thinwire {
 namespace {

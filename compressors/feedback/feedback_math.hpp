@@ -1,0 +1,63 @@
+#pragma once
+// The formulas of the feedback recursions, each written once. V is float or a GCC vector of floats: scalar, AVX2, AVX-512 and CUDA twins all call these, so their bits
+// agree. Products and sums are rounded separately (-ffp-contract=off): never an fma.
+// SIMD files include this header under their own target pragma: a vector operation compiled without it is lowered to pieces before it is inlined.
+
+#include <cstdint>
+
+#include "compressors/core/dtype.hpp"
+#include "compressors/core/recursion.hpp"
+
+namespace thinwire::feedback {
+
+/// Recursion::Kind with Nesterov's variant apart: what decides the shape of a kernel.
+enum class Form : std::uint8_t { none = 0, error_feedback = 1, momentum = 2, nesterov = 3 };
+inline constexpr int kForms = 4;
+
+constexpr Form form_of(const Recursion& recursion) noexcept {
+  if (recursion.kind == Recursion::Kind::none) return Form::none;
+  if (recursion.kind == Recursion::Kind::error_feedback) return Form::error_feedback;
+  return recursion.nesterov ? Form::nesterov : Form::momentum;
+}
+/// The recursion's one coefficient: rho or m.
+constexpr float rate_of(const Recursion& recursion) noexcept {
+  return recursion.kind == Recursion::Kind::error_feedback ? recursion.decay : recursion.momentum;
+}
+THINWIRE_HD constexpr bool has_residual(Form form) noexcept { return form != Form::none; }
+THINWIRE_HD constexpr bool has_momentum(Form form) noexcept { return form == Form::momentum || form == Form::nesterov; }
+
+/// The message x of one element or vector: g is the (finite, scaled) gradient, `residual` e or v, and u becomes the new momentum.
+///   none            x = g
+///   error_feedback  x = rho·e + g
+///   momentum        u = m·u + g,    x = v + u
+///   nesterov        u = m·(u + g),  x = v + (u + g)
+/// @source DGC (Lin et al. 2018) eq. 7 and its Nesterov form; EF14 (Seide et al. 2014).
+template <Form form, class V>
+[[gnu::always_inline]] THINWIRE_HD inline void message(const V& g, const V& rate, const V& residual, V& u, V& x) noexcept {
+  if constexpr (form == Form::none) {
+    x = g;
+  } else if constexpr (form == Form::error_feedback) {
+    x = rate * residual + g;
+  } else if constexpr (form == Form::momentum) {
+    u = rate * u + g;
+    x = residual + u;
+  } else {
+    u = rate * (u + g);
+    x = residual + (u + g);
+  }
+}
+
+/// A gradient element as the recursion sees it: a non-finite one is no news. @returns whether it was finite.
+[[gnu::always_inline]] THINWIRE_HD inline bool news(float scaled, float& g) noexcept {
+  const bool finite = is_finite(scaled);
+  g = finite ? scaled : 0.0f;
+  return finite;
+}
+
+/// What stays behind of a message x whose rounded value w was sent: exact but for values cut at fp16's largest.
+template <class V>
+[[gnu::always_inline]] THINWIRE_HD inline void leave(const V& x, const V& w, V& residual) noexcept {
+  residual = x - w;
+}
+
+}  // namespace thinwire::feedback

@@ -1,0 +1,119 @@
+// The recursion's parts that need no codec: state names, gradient norms and clip factors. The dense step is in dense.cpp.
+#include "compressors/core/recursion.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+#include "compressors/core/clones.hpp"
+
+namespace thinwire {
+namespace {
+
+constexpr std::size_t kBlock = 4096, kPartials = 64;
+
+/// Adds 64 partials in halves: i with i + 32, then with i + 16, … The order is the same on every ISA and device.
+template <class T>
+T add_in_halves(T* partial) noexcept {
+  for (std::size_t width = kPartials / 2; width != 0; width /= 2)
+    for (std::size_t i = 0; i < width; ++i) partial[i] += partial[i + width];
+  return partial[0];
+}
+
+inline float finite_or_zero(float x) noexcept { return is_finite(x) ? x : 0.0f; }
+
+/// One block's Σ x² in fp32: element i goes to partial i mod 64 in rising i.
+template <class Load>
+inline __attribute__((always_inline)) void add_squares(Load load, std::size_t n, float* partial) noexcept {
+  std::size_t row = 0;
+  for (; row + kPartials <= n; row += kPartials)
+    for (std::size_t j = 0; j < kPartials; ++j) {
+      const float x = finite_or_zero(load(row + j));
+      partial[j] += x * x;
+    }
+  for (std::size_t j = 0; row + j < n; ++j) {
+    const float x = finite_or_zero(load(row + j));
+    partial[j] += x * x;
+  }
+}
+
+THINWIRE_CLONES void add_squares_fp32(const float* x, std::size_t n, float* partial) {
+  add_squares([x](std::size_t i) { return x[i]; }, n, partial);
+}
+THINWIRE_CLONES void add_squares_bf16(const std::uint16_t* x, std::size_t n, float* partial) {
+  add_squares([x](std::size_t i) { return bf16_to_float(x[i]); }, n, partial);
+}
+THINWIRE_CLONES void add_squares_fp16(const std::uint16_t* x, std::size_t n, float* partial) {
+  add_squares([x](std::size_t i) { return fp16_to_float(x[i]); }, n, partial);
+}
+
+float block_sum(ConstBytes grad, std::size_t first, std::size_t n) noexcept {
+  float partial[kPartials] = {};
+  if (grad.dtype == DType::fp32) add_squares_fp32(grad.as<float>() + first, n, partial);
+  if (grad.dtype == DType::bf16) add_squares_bf16(grad.as<std::uint16_t>() + first, n, partial);
+  if (grad.dtype == DType::fp16) add_squares_fp16(grad.as<std::uint16_t>() + first, n, partial);
+  return add_in_halves(partial);
+}
+
+double squared_norm(ConstBytes grad, std::size_t first, std::size_t count) noexcept {
+  double partial[kPartials] = {};
+  std::size_t block = 0;
+  for (std::size_t i = 0; i < count; i += kBlock, ++block) {
+    const std::size_t n = std::min(kBlock, count - i);
+    double sum = block_sum(grad, first + i, n);
+    if (!std::isfinite(sum)) {  // squares of finite values beyond fp32's range; in double they fit
+      sum = 0;
+      for (std::size_t j = 0; j < n; ++j) {
+        const std::size_t at = first + i + j;
+        const double x = finite_or_zero(grad.dtype == DType::fp32   ? grad.as<float>()[at]
+                                        : grad.dtype == DType::bf16 ? bf16_to_float(grad.as<std::uint16_t>()[at])
+                                                                    : fp16_to_float(grad.as<std::uint16_t>()[at]));
+        sum += x * x;
+      }
+    }
+    partial[block % kPartials] += sum;
+  }
+  return add_in_halves(partial);
+}
+
+constexpr std::string_view kNames[] = {"momentum", "accumulated", "residual"};
+
+}  // namespace
+
+std::span<const std::string_view> state_names(const Recursion& recursion) noexcept {
+  switch (recursion.kind) {
+    case Recursion::Kind::none: return {};
+    case Recursion::Kind::error_feedback: return std::span(kNames).subspan(2, 1);
+    case Recursion::Kind::momentum_correction: return std::span(kNames).first(2);
+  }
+  return {};
+}
+
+std::span<const std::string_view> dense_state_names(const Recursion& recursion) noexcept {
+  return recursion.kind == Recursion::Kind::momentum_correction ? std::span(kNames).first(1) : std::span<const std::string_view>{};
+}
+
+float* residual_of(const Recursion& recursion, const SegmentState& state) noexcept {
+  switch (recursion.kind) {
+    case Recursion::Kind::none: return nullptr;
+    case Recursion::Kind::error_feedback: return state.array[0];
+    case Recursion::Kind::momentum_correction: return state.array[1];
+  }
+  return nullptr;
+}
+
+void squared_norms(const Plan& plan, ConstBytes grad, double* norms, Stream) {
+  for (std::size_t s = 0; s < plan.segments.size(); ++s) norms[s] = squared_norm(grad, plan.segments[s].first, plan.segments[s].count);
+}
+
+void clip_factors(const Recursion& recursion, const Plan& plan, std::span<const double> norms, float unscale, int world, std::size_t total_numel,
+                  float* factors) {
+  for (std::size_t s = 0; s < plan.segments.size(); ++s) {
+    factors[s] = unscale;
+    if (recursion.clip_norm <= 0) continue;
+    const double limit = double(recursion.clip_norm) * std::sqrt(double(world) * double(plan.segments[s].count) / double(total_numel));
+    const double norm = double(unscale) * std::sqrt(norms[s]);
+    if (norm > limit) factors[s] = float(double(unscale) * (limit / norm));
+  }
+}
+
+}  // namespace thinwire
