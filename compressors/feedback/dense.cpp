@@ -1,4 +1,5 @@
-// The dense step of the recursion: nothing is left out, so the whole message travels and the residual is empty afterwards. Unfused from any codec.
+// The dense step of the recursion: nothing is left out, so the whole message travels and the residual is empty afterwards. Unfused from any
+// codec.
 #include <cstring>
 
 #include "compressors/core/clones.hpp"
@@ -22,33 +23,55 @@ struct LoadFp16 {
   float operator()(std::size_t i) const noexcept { return fp16_to_float(p[i]); }
 };
 
-/// One segment. u may be null (no momentum), v may be null (no residual). Returns whether something was not finite; such news is dropped, and where the accumulated message
-/// itself would overflow the element keeps its state and sends what it held.
-template <class Math, class Load>
-inline __attribute__((always_inline)) bool dense_loop(const Math& math, Load load, float factor, float* u, float* v, float* message, std::size_t n) noexcept {
+/// One segment; u and v as the form and the parameter have them. Returns whether something was not finite: such news is dropped, and where
+/// the accumulated message itself would overflow the element keeps its state and sends what it held.
+template <feedback::Form form, bool residual, class Load>
+inline __attribute__((always_inline)) bool dense_loop(Load load, float factor, float rate, float* u, float* v, float* message,
+                                                      std::size_t n) noexcept {
   bool bad = false;
   for (std::size_t i = 0; i < n; ++i) {
-    const float given = load(i) * factor;
-    const float g = is_finite(given) ? given : 0.0f;
-    const float u0 = u != nullptr ? u[i] : 0.0f, v0 = v != nullptr ? v[i] : 0.0f;
-    float u1 = u0, x = v0;
-    math(g, u1, x);
-    const bool overflow = !is_finite(x);
-    bad |= !is_finite(given) | overflow;
-    u1 = overflow ? u0 : u1;
-    x = overflow ? v0 : x;
-    if (u != nullptr) u[i] = u1;
-    if (v != nullptr) v[i] = x;
+    float g = 0.0f;
+    bool finite = feedback::news(load(i) * factor, g);
+    const float v0 = residual ? v[i] : 0.0f;
+    float u1 = feedback::has_momentum(form) ? u[i] : 0.0f, x = 0.0f;
+    const float u0 = u1;
+    feedback::message<form>(g, rate, v0, u1, x);
+    const bool kept = is_finite(x);
+    finite &= kept;
+    x = kept ? x : v0;
+    if (feedback::has_momentum(form)) u[i] = kept ? u1 : u0;
+    if (residual) v[i] = x;
     message[i] = x;
+    bad |= !finite;
   }
   return bad;
 }
 
-template <class Math>
-bool dense_segment(const Math& math, ConstBytes grad, std::size_t first, float factor, float* u, float* v, float* message, std::size_t n) noexcept {
-  if (grad.dtype == DType::bf16) return dense_loop(math, LoadBf16{grad.as<std::uint16_t>() + first}, factor, u, v, message, n);
-  if (grad.dtype == DType::fp16) return dense_loop(math, LoadFp16{grad.as<std::uint16_t>() + first}, factor, u, v, message, n);
-  return dense_loop(math, LoadFp32{grad.as<float>() + first}, factor, u, v, message, n);
+template <feedback::Form form, bool residual>
+THINWIRE_CLONES bool dense_segment(ConstBytes grad, std::size_t first, float factor, float rate, float* u, float* v, float* message,
+                                   std::size_t n) noexcept {
+  if (grad.dtype == DType::bf16)
+    return dense_loop<form, residual>(LoadBf16{grad.as<std::uint16_t>() + first}, factor, rate, u, v, message, n);
+  if (grad.dtype == DType::fp16)
+    return dense_loop<form, residual>(LoadFp16{grad.as<std::uint16_t>() + first}, factor, rate, u, v, message, n);
+  return dense_loop<form, residual>(LoadFp32{grad.as<float>() + first}, factor, rate, u, v, message, n);
+}
+
+using DenseSegment = bool (*)(ConstBytes, std::size_t, float, float, float*, float*, float*, std::size_t);
+
+DenseSegment choose(feedback::Form form, bool residual) noexcept {
+  using feedback::Form;
+  switch (form) {
+    case Form::none:
+      return dense_segment<Form::none, false>;
+    case Form::error_feedback:
+      return residual ? dense_segment<Form::error_feedback, true> : dense_segment<Form::none, false>;
+    case Form::momentum:
+      return residual ? dense_segment<Form::momentum, true> : dense_segment<Form::momentum, false>;
+    case Form::nesterov:
+      return residual ? dense_segment<Form::nesterov, true> : dense_segment<Form::nesterov, false>;
+  }
+  return nullptr;
 }
 
 bool any_nonfinite(ConstBytes x) noexcept {
@@ -63,7 +86,10 @@ bool any_nonfinite(ConstBytes x) noexcept {
 
 }  // namespace
 
-void dense_message(const Recursion& recursion, const Plan& plan, ConstBytes grad, const StateView& state, Bytes message, std::uint32_t* flags, Stream) {
+void dense_message(const Recursion& recursion, const Plan& plan, ConstBytes grad, const StateView& state, Bytes message,
+                   std::uint32_t* flags, Stream) {
+  const feedback::Form form = feedback::form_of(recursion);
+  const float rate = feedback::rate_of(recursion);
   bool bad = false;
   std::size_t packed = 0;
   for (std::size_t s = 0; s < plan.segments.size(); ++s) {
@@ -79,21 +105,8 @@ void dense_message(const Recursion& recursion, const Plan& plan, ConstBytes grad
     const float factor = state.grad_factor != nullptr ? state.grad_factor[s] : 1.0f;
     const SegmentState& arrays = state.segments[s];
     float* out = message.as<float>() + packed;
-    switch (recursion.kind) {
-      case Recursion::Kind::none:
-        bad |= dense_segment(detail::NoFeedback{}, grad, segment.first, factor, nullptr, nullptr, out, n);
-        break;
-      case Recursion::Kind::error_feedback:
-        bad |= dense_segment(detail::ErrorFeedback{recursion.decay}, grad, segment.first, factor, nullptr, arrays.array[0], out, n);
-        break;
-      case Recursion::Kind::momentum_correction:
-        if (recursion.nesterov) {
-          bad |= dense_segment(detail::NesterovCorrection{recursion.momentum}, grad, segment.first, factor, arrays.array[0], arrays.array[1], out, n);
-        } else {
-          bad |= dense_segment(detail::MomentumCorrection{recursion.momentum}, grad, segment.first, factor, arrays.array[0], arrays.array[1], out, n);
-        }
-        break;
-    }
+    float* v = residual_of(recursion, arrays);
+    bad |= choose(form, v != nullptr)(grad, segment.first, factor, rate, arrays.array[0], v, out, n);
     packed += n;
   }
   if (bad) *flags |= kFlagNonfinite;
