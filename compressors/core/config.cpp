@@ -215,8 +215,9 @@ std::vector<std::string> split_tokens(std::string_view text) {
   return tokens;
 }
 
-Spec parse_spec(const Name& name, std::optional<std::string_view> settings) {
-  const std::string where = std::string(name.name) + ": ";
+/// `place`: what the name is called in error messages, "topk", or "codec=none" where the name alone could mean several.
+Spec parse_spec(const Name& name, const std::string& place, std::optional<std::string_view> settings) {
+  const std::string where = place + ": ";
   const Texts keys = names_of(name.keys);
   const std::string takes = keys.empty() ? " it takes no keys" : " its keys are " + joined(keys);
   Spec spec{std::string(name.name), {}};
@@ -250,10 +251,16 @@ std::pair<std::string_view, std::optional<std::string_view>> split_spec(std::str
   return {text.substr(0, colon), text.substr(colon + 1)};
 }
 
+std::string place_of(const Slot& slot, const Name& name) {
+  int meanings = find_preset(name.name) != nullptr ? 1 : 0;
+  for (const Slot& other : grammar::slots()) meanings += find(other.names, name.name) != nullptr ? 1 : 0;
+  return (meanings > 1 ? std::string(slot.name) + "=" : std::string()) + std::string(name.name);
+}
+
 Spec parse_choice(const Slot& slot, std::string_view text) {
   const auto [word, settings] = split_spec(text);
   const Name* const name = find(slot.names, word);
-  if (name != nullptr) return parse_spec(*name, settings);
+  if (name != nullptr) return parse_spec(*name, place_of(slot, *name), settings);
   const Texts valid = names_of(slot.names);
   refuse(std::string(slot.name) + "=" + shown(word) + " is unknown" + suggestion(word, valid) + " allowed: " + joined(valid));
 }
@@ -281,11 +288,11 @@ std::string owners_of_key(std::string_view word) {
   refuse("unknown slot " + quoted(word) + hint + " slots: " + joined(valid));
 }
 
-[[noreturn]] void refuse_preset(std::string_view word) {
+[[noreturn]] void refuse_preset(std::string_view word, std::string_view token) {
   for (const Slot& slot : grammar::slots()) {
     if (find(slot.names, word) == nullptr) continue;
     refuse(quoted(word) + " is not a preset but a value of the slot " + std::string(slot.name) + ": write " + std::string(slot.name) + "=" +
-           std::string(word));
+           shown(token));
   }
   if (find(grammar::slots(), word) != nullptr) refuse("the slot " + quoted(word) + " has no value: write " + std::string(word) + "=...");
   refuse("unknown preset " + quoted(word) + suggestion(word, preset_names()) + " presets: " + joined(preset_names()) +
@@ -376,9 +383,9 @@ void Config::fill(std::string_view text, bool preset_allowed) {
     const std::string_view word = std::string_view(token).substr(0, end);
     if (end == std::string::npos || token[end] == ':') {
       const grammar::Preset* const preset = find_preset(word);
-      if (preset == nullptr) refuse_preset(word);
+      if (preset == nullptr) refuse_preset(word, token);
       if (!first || !preset_allowed) refuse("the preset " + quoted(word) + " must come first, and there can be one only");
-      fill(preset->expand(parse_spec(preset->name, split_spec(token).second)), false);
+      fill(preset->expand(parse_spec(preset->name, std::string(word), split_spec(token).second)), false);
     } else {
       const Slot* const slot = find(grammar::slots(), word);
       if (slot == nullptr) refuse_slot(word);
