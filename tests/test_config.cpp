@@ -350,9 +350,7 @@ TEST(Config, RandomRoundTrips) {
     EXPECT_EQ(config.codec().text("select"), select);
     EXPECT_EQ(config.codec().text("index"), index);
     EXPECT_EQ(config.feedback().name, feedback);
-    if (feedback == "ef14") {
-      EXPECT_EQ(config.feedback().number("decay"), decay);
-    }
+    if (feedback == "ef14") { EXPECT_EQ(config.feedback().number("decay"), decay); }
     if (feedback == "dgc") {
       EXPECT_EQ(config.feedback().number("momentum"), momentum);
       EXPECT_EQ(config.feedback().flag("nesterov"), nesterov == "1");
