@@ -5,6 +5,7 @@ option(BUILD_SHARED_LIBS "Build thinwire as shared libraries" OFF)
 set(THINWIRE_MPI AUTO CACHE STRING "MPI transport: ON, OFF, or AUTO (if found)")
 set(THINWIRE_TORCH AUTO CACHE STRING "PyTorch extension: ON, OFF, or AUTO (if Python3_EXECUTABLE imports torch)")
 set(THINWIRE_BENCH AUTO CACHE STRING "Google Benchmark programs: ON, OFF, or AUTO (if found)")
+option(THINWIRE_FUZZ "Build the libFuzzer targets instead of the tests (Clang)" OFF)
 set(THINWIRE_SANITIZE "" CACHE STRING "Value for -fsanitize=, for example address,undefined or thread; empty: none")
 set_property(CACHE THINWIRE_MPI THINWIRE_TORCH THINWIRE_BENCH PROPERTY STRINGS ON OFF AUTO)
 
@@ -26,9 +27,13 @@ if(THINWIRE_SANITIZE)
   target_link_options(thinwire_flags INTERFACE -fsanitize=${THINWIRE_SANITIZE})
 endif()
 
+if(THINWIRE_FUZZ)
+  target_compile_options(thinwire_flags INTERFACE -fsanitize=fuzzer-no-link)
+endif()
+
 find_package(Threads REQUIRED)
 
-# thinwire_pick(OPTION found_variable what): turns ON|OFF|AUTO and what was found into THINWIRE_WITH_<what>.
+# thinwire_pick(OPTION found what): turns ON|OFF|AUTO and whether `what` was found into OPTION_PICKED.
 function(thinwire_pick option found what)
   if(${option} STREQUAL "AUTO")
     set(with ${found})
@@ -67,6 +72,6 @@ endif()
 thinwire_pick(THINWIRE_BENCH "${benchmark_FOUND}" "Google Benchmark (libbenchmark-dev)")
 set(THINWIRE_WITH_BENCH ${THINWIRE_BENCH_PICKED})
 
-if(THINWIRE_TESTS)
+if(THINWIRE_TESTS AND NOT THINWIRE_FUZZ)
   find_package(GTest REQUIRED)
 endif()
