@@ -1,0 +1,254 @@
+#include "torch_ext/src/hook.hpp"
+
+#include <ATen/core/grad_mode.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "compressors/core/error.hpp"
+
+namespace thinwire::torch_ext {
+namespace {
+
+std::optional<DType> dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat: return DType::fp32;
+    case at::kBFloat16: return DType::bf16;
+    case at::kHalf: return DType::fp16;
+    default: return std::nullopt;
+  }
+}
+
+/// Whether every element is +0 or −0. DDP.join gives ranks without data buckets of zeros; any other bucket is told from them by its first elements.
+bool all_zero(ConstBytes data) {
+  const std::uint64_t magnitudes = data.dtype == DType::fp32 ? 0x7fffffff7fffffffull : 0x7fff7fff7fff7fffull;
+  std::size_t i = 0;
+  for (; i + 8 <= data.size; i += 8) {
+    std::uint64_t word;
+    std::memcpy(&word, data.data + i, 8);
+    if (word & magnitudes) return false;
+  }
+  std::uint64_t tail = 0;
+  std::memcpy(&tail, data.data + i, data.size - i);
+  return (tail & magnitudes) == 0;
+}
+
+std::string shape_of(const at::Tensor& tensor) {
+  std::string text = "(";
+  for (const auto size : tensor.sizes()) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  return text + ")";
+}
+
+Parameter describe(const std::string& name, const at::Tensor& tensor) { return {name, {tensor.sizes().begin(), tensor.sizes().end()}}; }
+
+}  // namespace
+
+struct Engine::Pending {
+  Engine* engine;  // outlives it: the destructor ends all that is queued
+  c10::intrusive_ptr<c10::ivalue::Future> future;
+  at::Tensor buffer;
+  std::vector<std::uint32_t> ids;
+  std::optional<c10::IValue> result;
+  std::size_t index = 0;
+};
+
+Engine::Engine(std::shared_ptr<C10dCommunicator> communicator, Config config, std::optional<std::vector<NamedParameter>> parameters, EngineOptions options)
+    : communicator_(std::move(communicator)), config_(std::move(config)), options_(options), named_(parameters.has_value()), pid_(getpid()) {
+  if (!named_) return;
+  std::vector<Parameter> described;
+  for (const auto& [name, tensor] : *parameters) {
+    const auto* impl = tensor.unsafeGetTensorImpl();
+    if (!ids_.emplace(impl, std::uint32_t(described.size())).second) {
+      fail(Errc::invalid_argument, "parameter \"" + name + "\" is \"" + described[ids_.at(impl)].name + "\" under another name; name tied parameters once");
+    }
+    identities_.emplace_back(tensor.getIntrusivePtr());
+    described.push_back(describe(name, tensor));
+  }
+  build(std::move(described));
+}
+
+Engine::~Engine() {
+  if (getpid() != pid_) {
+    // The queue's thread and Gloo's do not exist in this process; joining them would wait for ever.
+    static_cast<void>(reducer_.release());
+    new std::shared_ptr<C10dCommunicator>(communicator_);
+    return;
+  }
+  close(std::chrono::milliseconds(0));
+}
+
+void Engine::build(std::vector<Parameter> parameters) {
+  ReducerOptions options;
+  options.step_verdict = options_.loss_scale.defined();
+  auto reducer = std::make_unique<GradientReducer>(communicator_, config_, std::move(parameters), std::move(options));
+  const std::lock_guard lock(mutex_);
+  reducer_ = std::move(reducer);
+}
+
+GradientReducer* Engine::reducer() const {
+  if (getpid() != pid_) fail(Errc::invalid_argument, "this hook belongs to the process that made it, not to a forked child");
+  const std::lock_guard lock(mutex_);
+  if (closed_) fail(Errc::invalid_argument, "this hook is closed");
+  return reducer_.get();
+}
+
+void Engine::learn(const std::vector<at::Tensor>& parameters) {
+  for (const at::Tensor& tensor : parameters) {
+    if (!ids_.emplace(tensor.unsafeGetTensorImpl(), std::uint32_t(learnt_.size())).second) {
+      fail(Errc::invalid_argument, "a parameter of shape " + shape_of(tensor) + " came twice in the first step");
+    }
+    identities_.emplace_back(tensor.getIntrusivePtr());
+    learnt_.push_back(describe("parameter " + std::to_string(learnt_.size()), tensor));
+  }
+}
+
+std::vector<std::uint32_t> Engine::ids_of(const std::vector<at::Tensor>& parameters) const {
+  std::vector<std::uint32_t> ids;
+  ids.reserve(parameters.size());
+  for (const at::Tensor& tensor : parameters) {
+    const auto found = ids_.find(tensor.unsafeGetTensorImpl());
+    if (found == ids_.end()) {
+      fail(Errc::invalid_argument, "DDP reduces a parameter of shape " + shape_of(tensor) + " that is not among the " + std::to_string(ids_.size()) +
+                                       (named_ ? " named parameters" : " parameters of the first step"));
+    }
+    ids.push_back(found->second);
+  }
+  return ids;
+}
+
+c10::intrusive_ptr<c10::ivalue::Future> Engine::submit(c10d::GradBucket& bucket, std::optional<c10::IValue> result, bool python) noexcept {
+  c10::TypePtr type = c10::TensorType::get();
+  if (python) type = c10::PyObjectType::get();
+  auto future = c10::make_intrusive<c10::ivalue::Future>(std::move(type));
+  try {
+    GradientReducer* reducer = this->reducer();
+    std::vector<c10::IValue> discarded;  // destroyed here: this thread may take the GIL
+    {
+      const std::lock_guard lock(mutex_);
+      discarded.swap(discarded_);
+    }
+    auto pending = std::make_unique<Pending>(Pending{this, future, bucket.getBuffer(), {}, std::move(result), bucket.getIndex()});
+    const auto parameters = bucket.getParameters();
+    if (bucket.getIndex() == 0) seen_ = 0;
+    seen_ += parameters.size();
+    if (reducer != nullptr) {
+      pending->ids = ids_of(parameters);
+      if (bucket.isLast() && seen_ < ids_.size()) {
+        fail(Errc::invalid_argument, "DDP reduces " + std::to_string(seen_) + " parameters, but " + std::to_string(ids_.size()) +
+                                         " are named: name exactly those that require gradients and that DDP does not ignore");
+      }
+      start(std::move(pending));
+      return future;
+    }
+    if (bucket.getIndex() == 0 && !waiting_.empty()) {  // the step before broke off: forget it
+      fail_waiting(std::make_exception_ptr(Error(Errc::invalid_argument, "the first step was not finished")));
+      learnt_.clear(), ids_.clear(), identities_.clear();
+    }
+    learn(parameters);
+    pending->ids = ids_of(parameters);
+    waiting_.push_back(std::move(pending));
+    if (!bucket.isLast()) return future;
+    build(std::move(learnt_));
+    std::vector<std::unique_ptr<Pending>> waiting;
+    waiting.swap(waiting_);
+    for (auto& one : waiting) start(std::move(one));
+  } catch (...) {
+    auto error = std::current_exception();
+    fail_waiting(error);
+    future->setErrorIfNeeded(options_.translate ? options_.translate(error) : error);
+  }
+  return future;
+}
+
+void Engine::start(std::unique_ptr<Pending> pending) {
+  ReduceOptions options;
+  options.done = &Engine::finish;
+  options.context = pending.get();
+  if (options_.loss_scale.defined()) options.loss_scale = *options_.loss_scale.const_data_ptr<float>();
+
+  Pending& bucket = *pending;
+  const at::Tensor& buffer = bucket.buffer;
+  const auto dtype = dtype_of(buffer.scalar_type());
+  // From here on `finish` owns the bucket: on a throw nothing was queued, and it is ours again.
+  pending.release();
+  try {
+    if (!buffer.device().is_cpu()) fail(Errc::unsupported, "gradients on " + buffer.device().str() + ": this build reduces gradients on the CPU");
+    if (buffer.is_sparse() || !dtype) {
+      const std::string reason = buffer.is_sparse() ? "sparse gradient" : std::string("dtype ") + c10::toString(buffer.scalar_type());
+      auto exchange = [this, &bucket] {
+        const at::NoGradGuard no_grad;
+        at::Tensor sum = bucket.buffer;
+        communicator_->last_split()->all_reduce_tensor(sum);
+        sum.mul_(1.0 / world());
+        if (!sum.is_same(bucket.buffer)) bucket.buffer.copy_(sum);
+      };
+      reducer_->pass(bucket.ids, reason, std::move(exchange), options);
+      return;
+    }
+    if (!buffer.is_contiguous()) fail(Errc::invalid_argument, "the bucket's buffer is not contiguous");
+    const Bytes grad{static_cast<std::byte*>(buffer.data_ptr()), buffer.nbytes(), *dtype, Place::host, 0};
+    options.joined = all_zero(grad);
+    reducer_->reduce(bucket.ids, grad, Stream::host(), options);
+  } catch (...) {
+    finish(&bucket, std::current_exception());
+  }
+}
+
+void Engine::finish(void* context, std::exception_ptr error) noexcept {
+  const std::unique_ptr<Pending> bucket(static_cast<Pending*>(context));
+  Engine& engine = *bucket->engine;
+  try {
+    if (!error) {
+      // Moved, so that the last owner of a wrapped result is never this thread.
+      bucket->future->markCompleted(bucket->result ? std::move(*bucket->result) : c10::IValue(bucket->buffer));
+      return;
+    }
+    if (bucket->result) {
+      const std::lock_guard lock(engine.mutex_);
+      engine.discarded_.push_back(std::move(*bucket->result));
+    }
+    bucket->future->setErrorIfNeeded(engine.options_.translate ? engine.options_.translate(error) : error);
+  } catch (...) {
+    // Out of memory while telling the result: the future still has to end.
+    bucket->future->setErrorIfNeeded(std::current_exception());
+  }
+}
+
+void Engine::fail_waiting(std::exception_ptr error) noexcept {
+  std::vector<std::unique_ptr<Pending>> waiting;
+  waiting.swap(waiting_);
+  for (auto& one : waiting) finish(one.release(), error);
+}
+
+void Engine::close(std::chrono::milliseconds limit) noexcept {
+  if (getpid() != pid_) return;
+  std::vector<c10::IValue> discarded;
+  GradientReducer* reducer = nullptr;
+  {
+    const std::lock_guard lock(mutex_);
+    closed_ = true;
+    discarded.swap(discarded_);
+    reducer = reducer_.get();
+  }
+  fail_waiting(std::make_exception_ptr(Error(Errc::peer_lost, "the hook was closed")));
+  if (reducer) reducer->close(limit);
+}
+
+namespace {
+
+class CommHook final : public c10d::CommHookInterface {
+ public:
+  explicit CommHook(std::shared_ptr<Engine> engine) : engine_(std::move(engine)) {}
+  c10::intrusive_ptr<c10::ivalue::Future> runHook(c10d::GradBucket& bucket) override { return engine_->submit(bucket); }
+  at::Tensor parseHookResult(const c10::IValue& result) override { return c10d::detail::parseCppCommHookResult(result); }
+
+ private:
+  const std::shared_ptr<Engine> engine_;
+};
+
+}  // namespace
+
+std::unique_ptr<c10d::CommHookInterface> make_comm_hook(std::shared_ptr<Engine> engine) { return std::make_unique<CommHook>(std::move(engine)); }
+
+}  // namespace thinwire::torch_ext

@@ -1,0 +1,92 @@
+#pragma once
+// From DDP's buckets to GradientReducer and back: tensor → span, parameter → id, done → future. No Python here: the backward pass never needs the GIL.
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/ivalue.h>
+#include <torch/csrc/distributed/c10d/comm.hpp>
+
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "collectives/reducer.hpp"
+#include "compressors/core/config.hpp"
+#include "torch_ext/src/c10d_communicator.hpp"
+
+namespace thinwire::torch_ext {
+
+struct NamedParameter {
+  std::string name;
+  at::Tensor tensor;
+};
+
+struct EngineOptions {
+  /// GradScaler's one scale tensor (fp32, on the CPU), read whenever a bucket comes; undefined: gradients are not scaled.
+  at::Tensor loss_scale;
+  /// Turns an error of ours into the exception that autograd shows; null: as it is.
+  std::exception_ptr (*translate)(std::exception_ptr error) noexcept = nullptr;
+};
+
+/// All of one model's buckets of one rank. A bucket's parameters are known by their tensors' identity, so buckets may change between steps.
+///
+/// Without names the parameters are learnt: the buckets of the first step wait for its last one, then the reducer is built from all of them in the order in which
+/// they came, and they are worked through in that order. Nothing but that one step's overlap is lost, but what names the state is then the order of arrival.
+///
+/// In a forked child every call is refused and the destructor lets go of the threads' memory without touching it.
+class Engine {
+ public:
+  /// Collective if `parameters` is given: it makes the group. Parameters are held weakly.
+  Engine(std::shared_ptr<C10dCommunicator> communicator, Config config, std::optional<std::vector<NamedParameter>> parameters, EngineOptions options);
+  ~Engine();
+
+  /// Queues a bucket; never throws: what goes wrong is in the future. `result`: what the future gets, the bucket's own buffer unless torch's Python hooks want it
+  /// wrapped; after an error it is kept until the next submit or close, on a thread that may destroy it.
+  c10::intrusive_ptr<c10::ivalue::Future> submit(c10d::GradBucket& bucket, std::optional<c10::IValue> result = std::nullopt, bool python = false) noexcept;
+
+  bool named() const noexcept { return named_; }
+  /// Null until the parameters are known. @throws internal in a forked child, invalid_argument after close.
+  GradientReducer* reducer() const;
+  const Config& config() const noexcept { return config_; }
+  int rank() const noexcept { return communicator_->rank(); }
+  int world() const noexcept { return communicator_->size(); }
+  /// Idempotent, from any thread without the GIL. Waits at most `limit` for work under way, then releases the peers.
+  void close(std::chrono::milliseconds limit) noexcept;
+
+ private:
+  struct Pending;  // one bucket on its way
+
+  void learn(const std::vector<at::Tensor>& parameters);
+  void build(std::vector<Parameter> parameters);
+  void start(std::unique_ptr<Pending> pending);
+  void fail_waiting(std::exception_ptr error) noexcept;
+  static void finish(void* context, std::exception_ptr error) noexcept;
+  std::vector<std::uint32_t> ids_of(const std::vector<at::Tensor>& parameters) const;
+
+  const std::shared_ptr<C10dCommunicator> communicator_;
+  const Config config_;
+  const EngineOptions options_;
+  const bool named_;
+  const int pid_;
+
+  using Identity = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;  // keeps the address from being used again
+  std::vector<Identity> identities_;
+  std::unordered_map<const c10::TensorImpl*, std::uint32_t> ids_;
+  std::vector<Parameter> learnt_;
+  std::vector<std::unique_ptr<Pending>> waiting_;  // the first step's buckets while parameters are being learnt
+  std::size_t seen_ = 0;                           // parameters in this step's buckets so far
+
+  mutable std::mutex mutex_;  // guards closed_ and discarded_
+  bool closed_ = false;
+  std::vector<c10::IValue> discarded_;
+  std::unique_ptr<GradientReducer> reducer_;
+};
+
+/// The hook for c10d::Reducer::register_comm_hook.
+std::unique_ptr<c10d::CommHookInterface> make_comm_hook(std::shared_ptr<Engine> engine);
+
+}  // namespace thinwire::torch_ext

@@ -1,0 +1,47 @@
+"""Configurations: parsed once, in C++; here are only the names that people type."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ._extension import native
+
+Config = native.Config
+
+
+def dgc(
+    density: float = 0.001,
+    *,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    mask: bool = True,
+    clip_norm: float | None = None,
+    warmup_steps: int = 0,
+    wire: str = "fp32",
+    select: str = "sampled",
+    **slots: Any,
+) -> Config:
+    """Deep Gradient Compression: top-k with momentum correction, factor masking and, if asked for, local clipping.
+
+    Use it with ``optim.DGCSGD``, or SGD without momentum: the momentum is here. ``warmup_steps``: synchronised steps per entry of the paper's warm-up sequence of
+    densities. ``slots``: any other slot, such as ``min_numel`` or ``timeout``.
+    """
+    warmup = {"policy": f"warmup:steps={warmup_steps}"} if warmup_steps else {}
+    return Config(
+        codec=f"topk:density={density},wire={wire},select={select}",
+        feedback=f"dgc:momentum={momentum},nesterov={int(nesterov)},mask={int(mask)},clip_norm={0 if clip_norm is None else clip_norm}",
+        **{**warmup, **slots},
+    )
+
+
+def error_feedback(kind: str = "ef14", *, codec: str, **keys_and_slots: Any) -> Config:
+    """Error feedback around any codec: what was not sent is added to the next message. Use it with any optimizer.
+
+    ``keys_and_slots``: keys of the feedback (``decay=0.9``) and other slots (``min_numel=0``).
+    """
+    slots = {name: value for name, value in keys_and_slots.items() if name in _SLOTS}
+    keys = ",".join(f"{name}={int(value) if isinstance(value, bool) else value}" for name, value in keys_and_slots.items() if name not in _SLOTS)
+    return Config(codec=codec, feedback=f"{kind}:{keys}" if keys else kind, **slots)
+
+
+_SLOTS = frozenset({"target", "exchange", "policy", "min_numel", "start_step", "timeout", "seed", "check_every"})

@@ -1,0 +1,279 @@
+"""The hook on a DistributedDataParallel model and its state."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from ._extension import native
+from .config import Config
+from .errors import ArgumentError, UnsupportedError
+from .optim import DGCSGD
+from .replay import shaped
+
+_FORMAT = 1
+_CLOSE_MS = 5000  # how long the end of a model or of the process waits for a bucket on its way
+
+
+class HookState:
+    """One model's compressed all-reduce on one rank: counters, error feedback, checkpoints.
+
+    ``attach`` makes one and installs the C++ hook. By torch's own convention it is ``ddp.register_comm_hook(HookState(config, named_parameters=...), thinwire.hook)``.
+    Making it is collective over ``process_group`` (default: the default group), in the same order on all its ranks: it builds a Gloo group of its own, so that DDP's
+    and your own collectives never meet its.
+
+    ``named_parameters``: the (name, parameter) pairs that DDP reduces (``model.named_parameters()``; those without ``requires_grad`` are left out). Without them the
+    parameters are learnt from the first step, whose buckets then wait for its last one; the state has no names, so ``state_dict()`` refuses. ``grad_scaler``: the
+    GradScaler that scales the loss, so that the state holds unscaled gradients.
+
+    A copy or a pickle holds the configuration and the state, but no process group: it reads (``state_dict()``, ``step``), but reduces nothing. To go on from it:
+    ``attach(ddp, copy.config).load_state_dict(copy.state_dict())``.
+    """
+
+    def __init__(
+        self,
+        config: Config | str,
+        process_group: dist.ProcessGroup | None = None,
+        *,
+        named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None = None,
+        grad_scaler: Any = None,
+    ) -> None:
+        self._config = Config.parse(config) if isinstance(config, str) else config
+        if not isinstance(self._config, Config):
+            raise ArgumentError(f"config must be a Config or a string, not {type(config).__name__}")
+        named = None if named_parameters is None else _named(named_parameters)
+        self._shapes = None if named is None else {name: p.shape for name, p in named}
+        self._kept: dict[str, Any] | None = None  # a copy's state, in place of an engine
+        scale = _scale_of(grad_scaler)
+        group = _group(process_group)
+        store = group.get_group_store()
+        # Numbers the hooks of this group: every rank counts its own, all in the same order.
+        nth = store.add(f"thinwire/hooks/{group.rank()}", 1)
+        self._engine = native.Engine(store, f"thinwire/{nth}", group.rank(), group.size(), self._config, named, scale)
+        # Exit must not find a thread of ours at work; no Python object is needed for it any more.
+        self._finalizer = weakref.finalize(self, self._engine.close, _CLOSE_MS)
+
+    @property
+    def config(self) -> Config:
+        return self._config
+
+    @property
+    def step(self) -> int:
+        """Synchronised steps seen."""
+        if self._kept is not None:
+            return int(self._kept["step"])
+        return int(self._engine.step()) if self._engine.known() else 0
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start and what each parameter gets now. Waits for the buckets on their way. Keys: README, "Statistics"."""
+        return dict(self._live("stats").stats())
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state: tensors keyed by parameter name, independent of buckets. Between steps; save it on every rank, as it differs between ranks."""
+        if self._kept is not None:
+            return _copied(self._kept)
+        shapes = self._shapes
+        if shapes is None:
+            raise ArgumentError(
+                "this HookState was made without named_parameters, so its state has no names by which another process could find it; "
+                "use attach(), or HookState(..., named_parameters=model.named_parameters())"
+            )
+        state = self._engine.state()
+        state["parameters"] = {name: shaped(arrays, shapes[name]) for name, arrays in state["parameters"].items()}
+        return {"format": _FORMAT, **state}
+
+    def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+        """Takes this rank's own ``state_dict()``, or the sequence of all old ranks' dicts, which another world size needs. Between steps, on all ranks.
+
+        With another world size every new rank gets the mean over the old ranks: the mean is what the output divides by. Names or shapes that do not fit are
+        refused, and nothing has changed then.
+        """
+        engine = self._live("load_state_dict")
+        shapes = self._shapes
+        if shapes is None:
+            raise ArgumentError("this HookState was made without named_parameters, so it cannot tell whose state it is given")
+        states = [state] if isinstance(state, Mapping) else list(state)
+        if not states:
+            raise ArgumentError("load_state_dict: an empty sequence of states")
+        for one in states:
+            _check_state(one, shapes)
+        engine.load_state([dict(one) for one in states])
+
+    def flush(self) -> None:
+        """Makes the next synchronised step dense, so that it empties the residuals. Call it on all ranks."""
+        self._live("flush").flush()
+
+    def reset(self) -> None:
+        """Empties all state and counters, not the step. Between steps, on all ranks."""
+        self._live("reset").reset()
+
+    def close(self) -> None:
+        """Ends the hook's thread and group; idempotent. A backward pass with a closed hook raises."""
+        if self._kept is None:
+            self._finalizer()
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = self._kept
+        if kept is None and self._shapes is not None:
+            kept = self.state_dict()
+        if kept is None and self.step > 0:
+            raise ArgumentError("this HookState cannot be copied: it has state but was made without named_parameters, so the copy could not say whose it is")
+        return {"config": str(self._config), "shapes": self._shapes, "kept": kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._config = Config.parse(state["config"])
+        self._shapes = state["shapes"]
+        self._kept = state["kept"] or {"format": _FORMAT, "step": 0, "world": 1, "rank": 0, "config": state["config"], "parameters": {}}
+        self._engine = None
+
+    def __repr__(self) -> str:
+        return f"HookState('{self._config}'{', a copy without process group' if self._kept is not None else ''})"
+
+    def _live(self, what: str) -> Any:
+        if self._kept is not None:
+            raise ArgumentError(
+                f"{what}: this HookState is a copy, which has no process group; attach a new one and load_state_dict(copy.state_dict()) into it"
+            )
+        return self._engine
+
+
+def hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """The hook by torch's convention: ``ddp.register_comm_hook(state, thinwire.hook)``. The same engine as ``attach`` installs, with the GIL taken once per bucket."""
+    return state._live("hook").submit(bucket)
+
+
+def attach(
+    ddp: DistributedDataParallel,
+    config: Config | str,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    grad_scaler: Any = None,
+) -> HookState:
+    """Installs the C++ hook on ``ddp``, before its first backward pass; no GIL is taken in the backward pass. Collective over the model's process group.
+
+    ``optimizer``: the one that will apply the gradients; it is only checked against the config: ``feedback=dgc`` has the momentum in the hook, so it takes
+    ``optim.DGCSGD`` or SGD without momentum. ``grad_scaler``: see HookState. @raises ConfigError, Error, with nothing changed.
+    """
+    config = Config.parse(config) if isinstance(config, str) else config
+    _check_model(ddp)
+    if optimizer is not None:
+        _check_optimizer(config, optimizer)
+    state = HookState(config, ddp.process_group, named_parameters=_reduced_by(ddp), grad_scaler=grad_scaler)
+    try:
+        native.install(ddp.reducer, state._engine)
+    except Exception:
+        state.close()
+        raise
+    ddp.logger._set_comm_hook_name(f"thinwire.attach({config})")
+    ddp._comm_hooks.append((hook, state))
+    weakref.finalize(ddp, state._engine.close, _CLOSE_MS)
+    return state
+
+
+def _group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    if process_group is None:
+        if not dist.is_initialized():
+            raise ArgumentError("no process group: call torch.distributed.init_process_group first, or give process_group")
+        process_group = dist.group.WORLD
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise ArgumentError(f"process_group is {process_group!r}: this process is not a member of that group")
+    if not dist.is_gloo_available():
+        raise UnsupportedError("this build of torch has no Gloo, over which the hook sends its payloads")
+    return process_group
+
+
+def _named(pairs: Iterable[tuple[str, torch.nn.Parameter]]) -> list[tuple[str, torch.nn.Parameter]]:
+    named: list[tuple[str, torch.nn.Parameter]] = []
+    for pair in pairs:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], torch.Tensor)):
+            raise ArgumentError(f"named_parameters must yield (name, parameter) pairs as model.named_parameters() does, not {type(pair).__name__}")
+        if pair[1].requires_grad:
+            named.append(pair)
+    return named
+
+
+def _reduced_by(ddp: DistributedDataParallel) -> list[tuple[str, torch.nn.Parameter]]:
+    """The parameters in DDP's own reducer under the module's own names; tied ones once, under the first name; those that DDP is told to ignore left out."""
+    names: dict[int, str] = {}
+    for name, parameter in ddp.module.named_parameters():
+        names.setdefault(id(parameter), name)
+    return [(names[id(p)], p) for p in dict.fromkeys(ddp._module_parameters) if p.requires_grad]
+
+
+def _scale_of(grad_scaler: Any) -> torch.Tensor | None:
+    if grad_scaler is None or not grad_scaler.is_enabled():
+        return None
+    try:
+        if grad_scaler._scale is None:  # made by the first scale(), then the same tensor for ever: make it now, so that the hook can read it without Python
+            grad_scaler._lazy_init_scale_growth_tracker(torch.device("cpu"))
+        return grad_scaler._scale
+    except AttributeError as error:
+        raise UnsupportedError(f"grad_scaler is a {type(grad_scaler).__name__}, which is no torch.amp.GradScaler") from error
+
+
+def _check_model(ddp: Any) -> None:
+    if not isinstance(ddp, DistributedDataParallel):
+        what = type(ddp).__name__
+        if hasattr(ddp, "_orig_mod"):
+            what = "compiled module; attach to the DistributedDataParallel model before torch.compile"
+        raise ArgumentError(f"attach needs a DistributedDataParallel model, not a {what}")
+    if ddp._use_python_reducer:
+        raise ArgumentError("this model uses DDP's Python reducer (torch._dynamo.config.optimize_ddp='python_reducer'), which runs no hook in C++")
+    if ddp.mixed_precision is not None:
+        raise ArgumentError("DistributedDataParallel(mixed_precision=...) installs a hook of its own; cast the model or use torch.autocast instead")
+    if ddp._comm_hooks:
+        raise ArgumentError(f"this model has a communication hook already ({ddp._comm_hooks[0][0].__qualname__}); DDP takes one")
+    if any(hasattr(p, "_in_backward_optimizers") for p in ddp._module_parameters):
+        raise ArgumentError("this model applies its optimizer in the backward pass, before the gradients are reduced")
+    if ddp.device_type != "cpu":
+        raise UnsupportedError(f"the model is on {ddp.device}: this build reduces gradients on the CPU")
+
+
+def _check_optimizer(config: Config, optimizer: Any) -> None:
+    if not config.feedback.startswith("dgc"):
+        return
+    keys = config.keys_of("feedback")
+    momentum, nesterov = float(keys["momentum"]), bool(float(keys["nesterov"]))
+    if isinstance(optimizer, DGCSGD):
+        for group in optimizer.param_groups:
+            if group["weight_decay"] != 0 and (group["momentum"], bool(group["nesterov"])) != (momentum, nesterov):
+                raise ArgumentError(
+                    f"DGCSGD decays weights with momentum={group['momentum']}, nesterov={group['nesterov']}, but feedback=dgc has momentum={momentum}, "
+                    f"nesterov={nesterov}; give both the same"
+                )
+        return
+    if type(optimizer) is not torch.optim.SGD:
+        raise ArgumentError(
+            f"feedback=dgc applies momentum in the hook, so it needs thinwire.optim.DGCSGD or torch.optim.SGD without momentum, not {type(optimizer).__name__}; "
+            "error_feedback('ef14', codec=...) goes with any optimizer"
+        )
+    for group in optimizer.param_groups:
+        if group["momentum"] != 0:
+            raise ArgumentError(
+                f"feedback=dgc applies momentum in the hook; SGD(momentum={group['momentum']}) would apply it a second time. "
+                f"Use thinwire.optim.DGCSGD(params, lr, momentum={momentum})"
+            )
+
+
+def _check_state(state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> None:
+    missing = [key for key in ("format", "step", "world", "rank", "config", "started", "nonfinite_steps", "parameters") if key not in state]
+    if missing:
+        raise ArgumentError(f"load_state_dict: this is no state of a HookState: {', '.join(missing)} missing")
+    if state["format"] != _FORMAT:
+        raise ArgumentError(f"load_state_dict: a state of format {state['format']}; this version reads format {_FORMAT}")
+    for name, arrays in state["parameters"].items():
+        for key, value in arrays.items():
+            if not isinstance(value, torch.Tensor):
+                raise ArgumentError(f"load_state_dict: {name}.{key} is a {type(value).__name__}, not a tensor")
+            if name in shapes and value.dim() > 0 and shaped({key: value.reshape(-1)}, shapes[name])[key].shape != value.shape:
+                raise ArgumentError(f"load_state_dict: {name}.{key} has shape {tuple(value.shape)}, the parameter {tuple(shapes[name])}")
+
+
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = {name: {key: value.clone() for key, value in arrays.items()} for name, arrays in state["parameters"].items()}
+    return {**state, "parameters": parameters}

@@ -1,0 +1,54 @@
+"""What this build is, and what it found."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ._extension import TORCH_BUILT, VERSION, native
+
+
+def build_info() -> dict[str, Any]:
+    """Version, instruction sets in use and built, and the libraries compiled in and found; None where a part is not there."""
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else None
+    return {
+        "version": VERSION,
+        **{key: value for key, value in native.isa_info().items() if key != "torch_built"},
+        "torch_built": TORCH_BUILT,
+        "torch_found": torch.__version__,
+        "python": platform.python_version(),
+        "transports": ["loopback", "gloo"],
+        "gloo_found": dist.is_gloo_available(),
+        "cuda_built": None,
+        "cuda_found": torch.version.cuda,
+        "nccl_built": None,
+        "nccl_found": nccl,
+        "mpi_built": None,
+        "mpi_found": dist.is_mpi_available(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """The ``machine`` of JSON outputs."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": torch.get_num_threads(),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "isa": native.isa_info()["isa"],
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass  # not Linux: the platform module knows something shorter
+    return platform.processor() or platform.machine()
