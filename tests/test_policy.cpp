@@ -39,6 +39,8 @@ TEST(Policy, EntriesBelowTheFinalDensityAreLeftOut) {
   EXPECT_EQ(sequence("dgc:density=0.004,warmup_steps=1", 5), (std::vector<double>{0.25, 0.0625, 0.015625, 0.004, 0.004}));
   EXPECT_EQ(sequence("dgc:density=0.1,warmup_steps=3", 5), (std::vector<double>{0.25, 0.25, 0.25, 0.1, 0.1}));
   EXPECT_EQ(sequence("dgc:density=0.5,warmup_steps=3", 2), (std::vector<double>{0.5, 0.5}));
+  // An entry equal to the final density is not below it.
+  EXPECT_EQ(sequence("codec=topk:density=0.1 policy=warmup:densities=0.1/0.5,steps=1", 3), (std::vector<double>{0.1, 0.5, 0.1}));
   // Left out before counting: the entries after a gap move up instead of repeating the final density.
   EXPECT_EQ(sequence("codec=topk:density=0.1 policy=warmup:densities=0.05/0.5/0.01/0.2,steps=2", 6),
             (std::vector<double>{0.5, 0.5, 0.2, 0.2, 0.1, 0.1}));
