@@ -1,7 +1,7 @@
 #pragma once
-// The formulas of the feedback recursions, each written once. V is float or a GCC vector of floats: scalar, AVX2, AVX-512 and CUDA twins all call these, so their bits
-// agree. Products and sums are rounded separately (-ffp-contract=off): never an fma.
-// SIMD files include this header under their own target pragma: a vector operation compiled without it is lowered to pieces before it is inlined.
+// The formulas of the feedback recursions, each written once. V is float or a GCC vector of floats: scalar, AVX2, AVX-512 and CUDA twins
+// all call these, so their bits agree. Products and sums are rounded separately (-ffp-contract=off): never an fma. SIMD files include this
+// header under their own target pragma: a vector operation compiled without it is lowered to pieces before it is inlined.
 
 #include <cstdint>
 

@@ -1,0 +1,186 @@
+// One segment through the pass: thresholds, blocks, and the cut to exactly k.
+
+#include <algorithm>
+#include <array>
+#include <limits>
+
+#include "compressors/core/recursion.hpp"
+#include "compressors/topk/selection.hpp"
+#include "compressors/topk/topk_codec.hpp"
+
+namespace thinwire::topk {
+namespace {
+
+std::size_t take_sample(const SegmentPass& pass, const Workspace& workspace) {
+  return pass.kernels.sample[std::size_t(pass.form)][std::size_t(pass.grad_dtype)](pass.segment, pass.step, workspace.magnitudes);
+}
+
+float sampled_threshold(const SegmentPass& pass, std::size_t k, float carried, const Workspace& workspace) {
+  const std::size_t m = take_sample(pass, workspace);
+  const SampleRanks ranks(pass.segment.count, m, k);
+  const std::array<std::size_t, 3> wanted = {ranks.high, ranks.middle, ranks.low};
+  std::array<std::uint32_t, 3> bits;
+  order_statistics(workspace.magnitudes, m, wanted, bits.data(), workspace.scratch);
+  const bool whole = m == pass.segment.count;
+  return std::max(steady_threshold(carried, bits_float(bits[0]), bits_float(bits[1]), bits_float(bits[2]), whole), pass.floor);
+}
+
+/// Branchy where the previous block of this segment had few hits, branchless elsewhere: the same bits at the better speed.
+class Dispatch {
+ public:
+  explicit Dispatch(const SegmentPass& pass) noexcept : pass_(pass), density_(float(pass.density)) {}
+  Emitted operator()(const Block& block) noexcept {
+    const auto& table = density_ >= pass_.kernels.crossover[std::size_t(pass_.form)] ? pass_.kernels.branchless : pass_.kernels.branchy;
+    Emitted emitted;
+    table[std::size_t(pass_.form)][std::size_t(pass_.grad_dtype)](block, emitted);
+    density_ = float(emitted.hits) / float(block.count);
+    return emitted;
+  }
+
+ private:
+  const SegmentPass& pass_;
+  float density_;
+};
+
+/// What exact selection sends: bits above `bits`, and the first `ties` equal to it.
+struct Cut {
+  std::uint32_t bits = 0;
+  std::size_t ties = 0;
+  bool takes(std::uint32_t magnitude_bits) noexcept {
+    if (magnitude_bits != bits) return magnitude_bits > bits;
+    if (ties == 0) return false;
+    --ties;
+    return true;
+  }
+};
+
+/// The message after the pass, as it lies in the state; a gradient without state is read again. 0 where nothing may be sent.
+float message_at(const SegmentPass& pass, std::size_t i) noexcept {
+  const Block& s = pass.segment;
+  if (s.live != nullptr && ((s.live[i / 64] >> (i % 64)) & 1u) == 0) return 0;
+  if (s.residual != nullptr) return s.residual[i];
+  const float raw = pass.grad_dtype == DType::fp32   ? load_grad<DType::fp32>(s.grad, i)
+                    : pass.grad_dtype == DType::bf16 ? load_grad<DType::bf16>(s.grad, i)
+                                                     : load_grad<DType::fp16>(s.grad, i);
+  float g;
+  feedback::news(raw * s.factor, g);
+  return g;
+}
+
+/// Digit by digit over the whole message: three histograms of 11, 11 and 9 bits. No memory beside them.
+Cut cut_message(const SegmentPass& pass, std::size_t k) noexcept {
+  constexpr std::array<int, 3> kShift = {20, 9, 0};
+  constexpr std::array<std::uint32_t, 3> kMask = {0x7ff, 0x7ff, 0x1ff};
+  const std::uint32_t floor = float_bits(pass.floor);
+  std::uint32_t prefix = 0, prefix_mask = 0;
+  std::size_t wanted = k;
+  for (std::size_t digit = 0; digit < 3; ++digit) {
+    std::array<std::uint32_t, 2048> histogram{};
+    for (std::size_t i = 0; i < pass.segment.count; ++i) {
+      const std::uint32_t bits = float_bits(magnitude(message_at(pass, i)));
+      if (bits >= floor && (bits & prefix_mask) == prefix) ++histogram[(bits >> kShift[digit]) & kMask[digit]];
+    }
+    std::uint32_t bin = kMask[digit];
+    while (bin > 0 && histogram[bin] < wanted) wanted -= histogram[bin--];
+    if (digit == 0 && histogram[bin] < wanted) return {floor, std::numeric_limits<std::size_t>::max()};  // fewer than k: all of them
+    prefix |= bin << kShift[digit];
+    prefix_mask |= kMask[digit] << kShift[digit];
+  }
+  return {prefix, wanted};
+}
+
+/// Sends entry i of the segment with message x: stages it and leaves the rest in the state.
+void send(const SegmentPass& pass, std::size_t i, float x, std::size_t staged, const Workspace& workspace) noexcept {
+  const float w = wire_round(x, pass.segment.wire);
+  workspace.index[staged] = std::uint16_t(i % kBlock);
+  workspace.value[staged] = w;
+  if (pass.segment.residual != nullptr) feedback::leave(x, w, pass.segment.residual[i]);
+  if (pass.segment.momentum != nullptr && pass.segment.mask) pass.segment.momentum[i] = 0;
+}
+
+}  // namespace
+
+SegmentResult stream_sampled(const SegmentPass& pass, const SegmentWire& wire, float* memory, const Workspace& workspace,
+                             SegmentPacker& packer) {
+  const std::size_t n = pass.segment.count;
+  const bool all = wire.k == n;  // nothing to choose: no sample may hold back the smallest
+  const float threshold = all ? pass.floor : sampled_threshold(pass, wire.k, memory != nullptr ? *memory : 0.0f, workspace);
+
+  SegmentResult result;
+  std::size_t hits = 0;
+  Dispatch dispatch(pass);
+  for (std::size_t first = 0; first < n; first += kBlock) {
+    Block block = block_at(pass, first, workspace);
+    block.threshold = threshold;
+    block.room = std::uint32_t(std::min<std::size_t>(packer.room(), block.count));
+    const Emitted emitted = dispatch(block);
+    packer.append(first / kBlock, block.index, block.value, emitted.count);
+    hits += emitted.hits;
+    result.flags |= emitted.flags;
+  }
+  if (memory != nullptr && !all) *memory = next_threshold(threshold, hits, wire.k);
+  return result;
+}
+
+SegmentResult stream_exact(const SegmentPass& pass, const SegmentWire& wire, const Workspace& workspace, SegmentPacker& packer) {
+  const std::size_t n = pass.segment.count, k = wire.k, capacity = candidate_capacity(n, k);
+  const std::size_t m = take_sample(pass, workspace);
+  const std::size_t rank = candidate_rank(n, m, k);
+  std::uint32_t bits;
+  order_statistics(workspace.magnitudes, m, {&rank, 1}, &bits, workspace.scratch);
+  const float threshold = std::max(bits_float(bits), pass.floor);
+
+  // 1. Update the state as if nothing was sent, and keep every candidate.
+  SegmentResult result;
+  std::size_t candidates = 0, hits = 0;
+  Dispatch dispatch(pass);
+  for (std::size_t first = 0; first < n; first += kBlock) {
+    Block block = block_at(pass, first, workspace);
+    block.threshold = threshold;
+    block.clear = false;
+    block.room = std::uint32_t(std::min<std::size_t>(capacity - candidates, block.count));
+    const Emitted emitted = dispatch(block);
+    for (std::size_t i = 0; i < emitted.count; ++i) {
+      workspace.candidate_index[candidates + i] = std::uint32_t(first) + block.index[i];
+      workspace.candidate_value[candidates + i] = block.value[i];
+    }
+    candidates += emitted.count;
+    hits += emitted.hits;
+    result.flags |= emitted.flags;
+  }
+
+  // 2. Cut to k, among the candidates if they hold the k largest.
+  const bool complete = hits == candidates && (candidates >= k || threshold == pass.floor);
+  Cut cut;
+  if (!complete) {
+    cut = cut_message(pass, k);
+  } else if (candidates > k) {
+    for (std::size_t i = 0; i < candidates; ++i) workspace.magnitudes[i] = float_bits(magnitude(workspace.candidate_value[i]));
+    order_statistics(workspace.magnitudes, candidates, {&k, 1}, &cut.bits, workspace.scratch);
+    std::size_t above = 0;
+    for (std::size_t i = 0; i < candidates; ++i) above += workspace.magnitudes[i] > cut.bits;
+    cut.ties = k - above;
+  }
+
+  // 3. Send those, and clear them.
+  std::size_t next = 0;
+  for (std::size_t first = 0; first < n; first += kBlock) {
+    const std::size_t end = std::min<std::size_t>(first + kBlock, n);
+    std::size_t staged = 0;
+    if (complete) {
+      for (; next < candidates && workspace.candidate_index[next] < end; ++next) {
+        const float x = workspace.candidate_value[next];
+        if (cut.takes(float_bits(magnitude(x)))) send(pass, workspace.candidate_index[next], x, staged++, workspace);
+      }
+    } else {
+      for (std::size_t i = first; i < end; ++i) {
+        const float x = message_at(pass, i);
+        if (cut.takes(float_bits(magnitude(x)))) send(pass, i, x, staged++, workspace);
+      }
+    }
+    packer.append(first / kBlock, workspace.index, workspace.value, staged);
+  }
+  return result;
+}
+
+}  // namespace thinwire::topk

@@ -1,0 +1,79 @@
+#include "compressors/topk/selection.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <functional>
+#include <limits>
+
+namespace thinwire::topk {
+namespace {
+
+constexpr int kBinShift = 20;  // exponent and three bits of the mantissa: 2048 bins
+constexpr std::size_t kBins = 2048;
+
+std::size_t sample_rank(std::size_t count, std::size_t sampled, std::size_t k) noexcept {
+  const auto r = std::size_t(std::floor(double(k) * double(sampled) / double(count) + 0.5));
+  return std::clamp<std::size_t>(r, 1, sampled);
+}
+
+}  // namespace
+
+void order_statistics(const std::uint32_t* bits, std::size_t count, std::span<const std::size_t> ranks, std::uint32_t* out,
+                      std::uint32_t* scratch) {
+  // 1. Histogram, four of them in turn: consecutive increments of one bin would wait for each other.
+  std::array<std::array<std::uint32_t, kBins>, 4> histogram{};
+  std::size_t i = 0;
+  for (; i + 4 <= count; i += 4) {
+    for (std::size_t j = 0; j < 4; ++j) ++histogram[j][bits[i + j] >> kBinShift];
+  }
+  for (; i < count; ++i) ++histogram[0][bits[i] >> kBinShift];
+
+  // 2. Walk down from the largest bin; the ranks that fall into one bin are found among its members.
+  std::size_t above = 0, held = kBins, members = 0;
+  std::size_t bin = kBins - 1;
+  const auto in_bin = [&] { return std::size_t(histogram[0][bin]) + histogram[1][bin] + histogram[2][bin] + histogram[3][bin]; };
+  for (std::size_t r = 0; r < ranks.size(); ++r) {
+    while (above + in_bin() < ranks[r]) {
+      above += in_bin();
+      --bin;
+    }
+    if (held != bin) {
+      members = 0;
+      for (std::size_t e = 0; e < count; ++e) {
+        scratch[members] = bits[e];
+        members += (bits[e] >> kBinShift) == bin;
+      }
+      held = bin;
+    }
+    const auto nth = scratch + (ranks[r] - above - 1);
+    std::nth_element(scratch, nth, scratch + members, std::greater<>());
+    out[r] = *nth;
+  }
+}
+
+SampleRanks::SampleRanks(std::size_t count, std::size_t sampled, std::size_t k) noexcept {
+  middle = high = low = sample_rank(count, sampled, k);
+  if (sampled == count) return;
+  const double spread = 2 * std::sqrt(double(middle));  // two standard deviations of a count of r
+  high = std::size_t(std::max(1.0, std::floor(double(middle) - spread)));
+  low = std::min(sampled, std::size_t(std::ceil(double(middle) + spread)));
+}
+
+std::size_t candidate_rank(std::size_t count, std::size_t sampled, std::size_t k) noexcept {
+  const std::size_t r = sample_rank(count, sampled, k);
+  if (sampled == count) return r;
+  return std::min(sampled, std::size_t(std::ceil(double(r) + 3 * std::sqrt(double(r)) + 2)));
+}
+
+float steady_threshold(float carried, float high, float middle, float low, bool whole) noexcept {
+  if (whole || !(carried > 0)) return middle;
+  return std::min(std::max(carried, low), high);
+}
+
+float next_threshold(float threshold, std::size_t hits, std::size_t k) noexcept {
+  const float excess = std::sqrt(std::sqrt(float(hits) / float(k)));  // a quarter of the way in the exponent: follows drifts, ignores noise
+  return std::min(threshold * std::min(std::max(excess, 0.5f), 2.0f), std::numeric_limits<float>::max());
+}
+
+}  // namespace thinwire::topk

@@ -1,0 +1,27 @@
+#pragma once
+// Order statistics of magnitudes, given as bit patterns of non-negative floats (which sort as the floats do).
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+namespace thinwire::topk {
+
+/// out[i] = the ranks[i]-th largest (1 is the largest) of bits[0, count). Ranks ascend and lie in [1, count]. `scratch`: count words.
+/// @complexity reads bits once for a histogram of 2048 bins and once per bin that a rank falls into; exact.
+void order_statistics(const std::uint32_t* bits, std::size_t count, std::span<const std::size_t> ranks, std::uint32_t* out,
+                      std::uint32_t* scratch);
+
+/// What a sample of `sampled` of `count` elements says about the k-th largest of all.
+struct SampleRanks {
+  std::size_t high, middle, low;  ///< ranks in the sample: r − 2√r, r, r + 2√r; all r where the sample is the segment
+  SampleRanks(std::size_t count, std::size_t sampled, std::size_t k) noexcept;
+};
+/// A rank whose statistic is below the k-th largest of all but for one case in about a thousand: r + 3√r + 2.
+std::size_t candidate_rank(std::size_t count, std::size_t sampled, std::size_t k) noexcept;
+
+/// The threshold for this step, and for the next one after `hits` of k were found.
+float steady_threshold(float carried, float high, float middle, float low, bool whole) noexcept;
+float next_threshold(float threshold, std::size_t hits, std::size_t k) noexcept;
+
+}  // namespace thinwire::topk

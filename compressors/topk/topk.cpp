@@ -1,0 +1,273 @@
+#include "compressors/topk/topk.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+
+#include "compressors/core/error.hpp"
+#include "compressors/core/wire.hpp"
+#include "compressors/topk/topk_codec.hpp"
+
+namespace thinwire {
+namespace topk {
+
+const Kernels& kernels(Isa isa) {
+  THINWIRE_EXPECTS(cpu_supports(isa), std::string("topk: this CPU does not support ") + to_string(isa));
+  return isa == Isa::avx512 ? kernels_avx512() : isa == Isa::avx2 ? kernels_avx2() : kernels_scalar();
+}
+
+std::size_t carve(const Plan& plan, const TopKOptions& options, std::byte* base, Workspace* out) {
+  std::size_t staging = 0, magnitudes = 0, candidates = 0;
+  for (const Segment& segment : plan.segments) {
+    staging = std::max(staging, std::min<std::size_t>(segment.count, kBlock) + kStagingSlack);
+    magnitudes = std::max(magnitudes, sample_size(segment.count));
+    if (options.exact) candidates = std::max(candidates, candidate_capacity(segment.count, segment_wire(segment, options).k));
+  }
+  magnitudes = std::max(magnitudes, candidates) + kSampleGroup;
+  std::size_t end = 0;
+  const auto place = [&](auto*& pointer, std::size_t count) {
+    if (base != nullptr) pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(base + end);
+    end += round_up(count * sizeof(*pointer), 64);
+  };
+  Workspace workspace;
+  place(workspace.index, staging);
+  place(workspace.value, staging);
+  place(workspace.magnitudes, magnitudes);
+  place(workspace.scratch, magnitudes);
+  place(workspace.candidate_index, candidates);
+  place(workspace.candidate_value, candidates);
+  const std::size_t encoding = end;
+  end = 0;
+  place(workspace.tile, kTile + kStagingSlack);
+  place(workspace.cursors, 2 * kMaxPayloads);
+  if (out != nullptr) *out = workspace;
+  return std::max(encoding, end);
+}
+
+Block block_at(const SegmentPass& pass, std::size_t first, const Workspace& workspace) noexcept {
+  Block block = pass.segment;
+  block.grad = static_cast<const std::byte*>(block.grad) + first * size_of(pass.grad_dtype);
+  if (block.momentum != nullptr) block.momentum += first;
+  if (block.residual != nullptr) block.residual += first;
+  if (block.live != nullptr) block.live += first / 64;
+  block.count = std::uint32_t(std::min<std::size_t>(pass.segment.count - first, kBlock));
+  block.index = workspace.index;
+  block.value = workspace.value;
+  return block;
+}
+
+}  // namespace topk
+
+namespace {
+
+using namespace topk;
+
+class TopK final : public Codec {
+ public:
+  TopK(const TopKOptions& options, Isa isa) : options_(options), kernels_(kernels(isa)) {}
+
+  Combine combine() const noexcept override { return Combine::gather; }
+  std::size_t memory(const Segment&) const noexcept override { return options_.exact ? 0 : 1; }
+  const char* memory_name() const noexcept override { return options_.exact ? "" : "threshold"; }
+  std::size_t target(const Segment& segment) const noexcept override { return segment_wire(segment, options_).k; }
+
+  WireLayout layout(const Plan& plan) const override {
+    THINWIRE_EXPECTS(plan.part_end.size() <= 1,
+                     "topk: payloads are gathered whole, the plan has " + std::to_string(plan.part_end.size()) + " parts");
+    std::size_t bytes = entries_offset(plan.segments.size());
+    for (const Segment& segment : plan.segments) bytes += segment_wire(segment, options_).bytes();
+    return {bytes, carve(plan, options_, nullptr, nullptr) + kAlignment};
+  }
+
+  void stream(const Recursion& recursion, const Plan& plan, ConstBytes grad, const StateView& state, Bytes workspace, Bytes wire,
+              std::uint32_t* flags, std::uint32_t* kept, Stream) const override {
+    run(recursion, plan, grad, state, workspace, wire, flags, kept);
+  }
+
+  void empty(const Plan& plan, Bytes wire, std::uint32_t flags, Stream) const override {
+    const std::size_t bytes = layout(plan).part_capacity;
+    check_payload_size(wire.size, bytes);
+    std::memset(wire.data, 0, bytes);
+    write_header(plan, wire, flags);
+  }
+
+  void encode(int round, const Plan& plan, ConstBytes message, ConstBytes, const StateView& state, Bytes workspace, Bytes wire,
+              Stream) const override {
+    THINWIRE_EXPECTS(round == 0, "topk has one round, round " + std::to_string(round) + " was asked for");
+    THINWIRE_EXPECTS(message.dtype == DType::fp32, std::string("a message is fp32, this one is ") + to_string(message.dtype));
+    run(Recursion{}, plan, message, {state.segments, nullptr}, workspace, wire, nullptr, nullptr);
+  }
+
+  void decode(const Plan& plan, std::span<const ConstBytes> wires, float factor, Bytes workspace, Bytes out, std::uint32_t* flags,
+              Stream) const override;
+  void take_back(const Recursion& recursion, const Plan& plan, ConstBytes own_wire, const StateView& state, Stream) const override;
+
+ private:
+  static constexpr std::size_t kAlignment = 64;
+
+  static void check_payload_size(std::size_t given, std::size_t bytes) {
+    THINWIRE_EXPECTS(given == bytes, "topk: the payload has " + std::to_string(given) + " bytes, this plan's has " + std::to_string(bytes));
+  }
+  static void check_bounds(const Plan& plan, std::size_t elements) {
+    for (const Segment& segment : plan.segments) {
+      THINWIRE_EXPECTS(segment.count <= elements && segment.first <= elements - segment.count,
+                       "topk: parameter " + std::to_string(segment.parameter) + " has elements [" + std::to_string(segment.first) + ", " +
+                           std::to_string(segment.first + segment.count) + ") of a flat buffer of " + std::to_string(elements));
+    }
+  }
+  Workspace carve_aligned(const Plan& plan, Bytes workspace) const {
+    const std::size_t bytes = carve(plan, options_, nullptr, nullptr) + kAlignment;
+    THINWIRE_EXPECTS(workspace.size >= bytes,
+                     "topk: the workspace has " + std::to_string(workspace.size) + " bytes, this plan needs " + std::to_string(bytes));
+    Workspace out;
+    carve(plan, options_, workspace.data + (kAlignment - reinterpret_cast<std::uintptr_t>(workspace.data) % kAlignment) % kAlignment, &out);
+    return out;
+  }
+  std::uint64_t fingerprint(const Plan& plan) const noexcept { return wire::plan_fingerprint(plan, options_salt(options_)); }
+  void write_header(const Plan& plan, Bytes wire, std::uint32_t flags) const {
+    wire::Header header;
+    header.codec = wire::kCodecTopK;
+    header.flags = flags;
+    header.segments = std::uint32_t(plan.segments.size());
+    header.bytes = wire.size;
+    header.plan = fingerprint(plan);
+    header.step = plan.step;
+    wire::write_header(header, wire);
+  }
+  /// Checks a payload from end to end; the flags of its header.
+  std::uint32_t check(const Plan& plan, ConstBytes wire, std::size_t rank) const;
+  void run(const Recursion& recursion, const Plan& plan, ConstBytes grad, const StateView& state, Bytes workspace, Bytes wire,
+           std::uint32_t* flags, std::uint32_t* kept) const;
+
+  TopKOptions options_;
+  const Kernels& kernels_;
+};
+
+void TopK::run(const Recursion& recursion, const Plan& plan, ConstBytes grad, const StateView& state, Bytes workspace, Bytes wire,
+               std::uint32_t* flags, std::uint32_t* kept) const {
+  check_payload_size(wire.size, layout(plan).part_capacity);
+  THINWIRE_EXPECTS(grad.dtype != DType::u8, "topk: gradients are fp32, bf16 or fp16");
+  const Workspace scratch = carve_aligned(plan, workspace);
+  const Form form = feedback::form_of(recursion);
+  THINWIRE_EXPECTS(
+      state.segments.size() == plan.segments.size() || (state.segments.empty() && form == Form::none),
+      "topk: state for " + std::to_string(state.segments.size()) + " segments, the plan has " + std::to_string(plan.segments.size()));
+
+  check_bounds(plan, grad.count());
+
+  std::uint32_t found = flags != nullptr ? *flags : 0;
+  std::byte* at = wire.data + entries_offset(plan.segments.size());
+  for (std::size_t s = 0; s < plan.segments.size(); ++s) {
+    const Segment& segment = plan.segments[s];
+    const SegmentState own = state.segments.empty() ? SegmentState{} : state.segments[s];
+    const SegmentWire layout = segment_wire(segment, options_);
+    SegmentPass pass{kernels_, form, grad.dtype, {}, plan.step, segment.setting.density, wire_floor(options_.wire)};
+    pass.segment.grad = grad.data + segment.first * size_of(grad.dtype);
+    pass.segment.momentum = feedback::has_momentum(form) ? own.array[0] : nullptr;
+    pass.segment.residual = feedback::has_momentum(form) ? own.array[1] : form == Form::error_feedback ? own.array[0] : nullptr;
+    pass.segment.live = segment.live;
+    pass.segment.count = std::uint32_t(segment.count);
+    pass.segment.factor = state.grad_factor != nullptr ? state.grad_factor[s] : 1.0f;
+    pass.segment.rate = feedback::rate_of(recursion);
+    pass.segment.wire = options_.wire;
+    pass.segment.mask = recursion.mask;
+
+    SegmentPacker packer(layout, options_.wire, segment.count, at, kernels_.narrow);
+    if (segment.count != 0) {
+      found |= options_.exact ? stream_exact(pass, layout, scratch, packer).flags
+                              : stream_sampled(pass, layout, own.memory, scratch, packer).flags;
+    }
+    packer.finish();
+    const std::uint32_t sent = packer.kept();
+    std::memcpy(wire.data + sizeof(wire::Header) + 4 * s, &sent, 4);
+    if (kept != nullptr) kept[s] = sent;
+    at += layout.bytes();
+  }
+  write_header(plan, wire, found);
+  if (flags != nullptr) *flags = found;
+}
+
+std::uint32_t TopK::check(const Plan& plan, ConstBytes wire, std::size_t rank) const {
+  const auto whose = "payload of rank " + std::to_string(rank);
+  wire::Header header;
+  try {
+    header = wire::read_header(wire, wire::kCodecTopK, fingerprint(plan), std::uint32_t(plan.segments.size()), plan.step);
+  } catch (const Error& error) { fail(error.code(), whose + ": " + error.what()); }
+  std::size_t at = entries_offset(plan.segments.size());
+  std::size_t bytes = at;
+  for (const Segment& segment : plan.segments) bytes += segment_wire(segment, options_).bytes();
+  if (wire.size != bytes)
+    fail(Errc::corrupt_payload, whose + " has " + std::to_string(wire.size) + " bytes, this plan's has " + std::to_string(bytes));
+  for (std::size_t s = 0; s < plan.segments.size(); ++s) {
+    const SegmentWire layout = segment_wire(plan.segments[s], options_);
+    std::uint32_t kept;
+    std::memcpy(&kept, wire.data + sizeof(wire::Header) + 4 * s, 4);
+    check_entries(layout, options_.wire, plan.segments[s].count, kept, wire.data + at,
+                  whose + ", segment " + std::to_string(s) + " (parameter " + std::to_string(plan.segments[s].parameter) + ")");
+    at += layout.bytes();
+  }
+  return header.flags;
+}
+
+void TopK::decode(const Plan& plan, std::span<const ConstBytes> wires, float factor, Bytes workspace, Bytes out, std::uint32_t* flags,
+                  Stream) const {
+  THINWIRE_EXPECTS(wires.size() <= kMaxPayloads,
+                   "topk: " + std::to_string(wires.size()) + " payloads, at most " + std::to_string(kMaxPayloads) + " are decoded at once");
+  THINWIRE_EXPECTS(out.dtype != DType::u8, "topk: the output is fp32, bf16 or fp16");
+  const Workspace scratch = carve_aligned(plan, workspace);
+  std::uint32_t found = 0;
+  for (std::size_t r = 0; r < wires.size(); ++r) found |= check(plan, wires[r], r);
+  check_bounds(plan, out.count());
+
+  std::memset(scratch.tile, 0, 4 * kTile);
+  std::size_t at = entries_offset(plan.segments.size());
+  auto* cursors = reinterpret_cast<Cursor*>(scratch.cursors);
+  for (std::size_t s = 0; s < plan.segments.size(); ++s) {
+    const Segment& segment = plan.segments[s];
+    const SegmentWire layout = segment_wire(segment, options_);
+    std::fill_n(cursors, wires.size(), Cursor{});
+    const bool streaming = segment.count * size_of(out.dtype) >= kStreamingBytes;
+    for (std::size_t begin = 0; begin < segment.count; begin += kTile) {
+      const std::size_t end = std::min(begin + kTile, segment.count);
+      for (std::size_t r = 0; r < wires.size(); ++r) {
+        Entries entries{wires[r].data + at, wires[r].data + at + layout.index_bytes, 0};
+        std::memcpy(&entries.kept, wires[r].data + sizeof(wire::Header) + 4 * s, 4);
+        add_range(layout, options_.wire, segment.count, entries, cursors[r], begin, end, scratch.tile);
+      }
+      if (!kernels_.finish(scratch.tile, end - begin, factor, out.dtype, out.data + (segment.first + begin) * size_of(out.dtype),
+                           streaming))
+        found |= kFlagNonfinite;
+    }
+    at += layout.bytes();
+  }
+  if (flags != nullptr) *flags |= found;
+}
+
+void TopK::take_back(const Recursion& recursion, const Plan& plan, ConstBytes own_wire, const StateView& state, Stream) const {
+  check(plan, own_wire, 0);
+  const Form form = feedback::form_of(recursion);
+  if (!feedback::has_residual(form)) return;
+  std::size_t at = entries_offset(plan.segments.size());
+  for (std::size_t s = 0; s < plan.segments.size(); ++s) {
+    const Segment& segment = plan.segments[s];
+    const SegmentWire layout = segment_wire(segment, options_);
+    Entries entries{own_wire.data + at, own_wire.data + at + layout.index_bytes, 0};
+    std::memcpy(&entries.kept, own_wire.data + sizeof(wire::Header) + 4 * s, 4);
+    float* residual = state.segments[s].array[feedback::has_momentum(form) ? 1 : 0];
+    Cursor cursor;
+    for (std::size_t begin = 0; begin < segment.count; begin += kBlock) {
+      add_range(layout, options_.wire, segment.count, entries, cursor, begin, std::min<std::size_t>(begin + kBlock, segment.count),
+                residual + begin);
+    }
+    at += layout.bytes();
+  }
+}
+
+}  // namespace
+
+std::unique_ptr<const Codec> make_topk(const TopKOptions& options, Isa isa) {
+  THINWIRE_EXPECTS(options.wire != DType::u8, "topk: wire values are fp32, bf16 or fp16");
+  return std::make_unique<TopK>(options, isa);
+}
+
+}  // namespace thinwire

@@ -1,0 +1,105 @@
+#pragma once
+// The kernels of top-k behind one table per ISA. All ISAs give the same bits; the portable one is the reference.
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
+#include "compressors/core/dtype.hpp"
+#include "compressors/core/isa.hpp"
+#include "compressors/feedback/feedback_math.hpp"
+#include "compressors/topk/topk_wire.hpp"
+
+namespace thinwire::topk {
+
+using feedback::Form;
+
+inline constexpr int kDTypes = 3;                 // gradients: fp32, bf16, fp16
+inline constexpr std::size_t kSampleGroup = 16;   // consecutive elements: one cache line of fp32
+inline constexpr std::size_t kStagingSlack = 64;  // entries that a left-pack may overwrite past the last one
+
+/// A block of at most kBlock elements (the sampling kernels: a whole segment). Pointers are to its first element.
+struct Block {
+  const void* grad = nullptr;
+  float* momentum = nullptr;            ///< u; forms with momentum
+  float* residual = nullptr;            ///< e or v; null for Form::none
+  const std::uint64_t* live = nullptr;  ///< bit 0 of word 0 is the first element; null: all live
+  std::uint32_t count = 0;
+  std::uint32_t room = 0;  ///< the first `room` hits are emitted; later ones are counted and stay in the residual
+  float factor = 1;        ///< of the gradient
+  float rate = 0;          ///< rho or m
+  float threshold = 0;     ///< hit: |x| >= threshold, which is positive
+  DType wire = DType::fp32;
+  bool clear = true;               ///< false: emit x itself, unrounded, and leave the state as if nothing was sent
+  bool mask = true;                ///< momentum factor masking
+  std::uint16_t* index = nullptr;  ///< staging of min(room, count) + kStagingSlack entries
+  float* value = nullptr;
+};
+
+struct Emitted {
+  std::uint32_t count = 0;  ///< entries in the staging
+  std::uint32_t hits = 0;   ///< elements at or above the threshold
+  std::uint32_t flags = 0;  ///< kFlagNonfinite
+};
+
+/// The fused pass over a block: gradient and state in, state and entries (ascending) out. One read of gradient and state, one write of
+/// state.
+using StreamKernel = void (*)(const Block& block, Emitted& emitted);
+/// Elements [from, to) of a block, one by one, continuing `emitted`: what vector kernels call for tails, masks, full rooms and non-finite
+/// values.
+using RangeKernel = void (*)(const Block& block, std::uint32_t from, std::uint32_t to, Emitted& emitted);
+/// |x| bits of the sample of a segment, non-finite and dead elements as 0. @returns how many: sample_size(count).
+using SampleKernel = std::size_t (*)(const Block& segment, std::uint64_t step, std::uint32_t* magnitudes);
+/// out = factor × tile, rounded once to dtype; the tile is zero afterwards. @returns whether all of out is finite. `streaming`: past the
+/// caches.
+using FinishKernel = bool (*)(float* tile, std::size_t count, float factor, DType dtype, void* out, bool streaming);
+
+struct Kernels {
+  std::array<std::array<StreamKernel, kDTypes>, feedback::kForms> branchy;     // fast where hits are rare
+  std::array<std::array<StreamKernel, kDTypes>, feedback::kForms> branchless;  // the same speed at every density
+  std::array<std::array<SampleKernel, kDTypes>, feedback::kForms> sample;
+  std::array<float, feedback::kForms> crossover;  // density of the previous block from which branchless is faster (measured)
+  Narrow narrow;
+  FinishKernel finish;
+};
+
+/// @throws Error{invalid_argument} if this CPU lacks the ISA.
+const Kernels& kernels(Isa isa);
+
+const Kernels& kernels_scalar() noexcept;
+const Kernels& kernels_avx2() noexcept;
+const Kernels& kernels_avx512() noexcept;
+RangeKernel range_kernel(Form form, DType grad) noexcept;
+
+/// Elements in the sample of a segment: all of them, or whole groups of kSampleGroup.
+constexpr std::size_t sample_size(std::size_t count) noexcept {
+  std::size_t m = count / 32;
+  m = m < 4096 ? 4096 : m > (std::size_t(1) << 18) ? std::size_t(1) << 18 : m;
+  return count <= m ? count : m / kSampleGroup * kSampleGroup;
+}
+
+/// Where the j-th group of a sample starts: groups are stratified, and hashed within their stratum, since a fixed stride would always meet
+/// the same matrix columns.
+struct SampleGroups {
+  std::uint64_t groups;  ///< full groups of the segment
+  std::uint64_t taken;
+  std::uint64_t step;
+
+  SampleGroups(std::size_t count, std::uint64_t step_) noexcept
+      : groups(count / kSampleGroup), taken(sample_size(count) / kSampleGroup), step(step_) {}
+  std::size_t first(std::uint64_t j) const noexcept {
+    std::uint64_t h = (j + 1) * 0x9e3779b97f4a7c15ull + (step + 1) * 0xd1b54a32d192ed03ull;
+    h = (h ^ (h >> 32)) * 0xd6e8feb86659fd93ull;
+    h = (h ^ (h >> 32)) >> 32;
+    return std::size_t(j * groups / taken + ((h * (groups / taken)) >> 32)) * kSampleGroup;
+  }
+};
+
+template <DType dtype>
+inline float load_grad(const void* grad, std::size_t i) noexcept {
+  if constexpr (dtype == DType::fp32) return static_cast<const float*>(grad)[i];
+  if constexpr (dtype == DType::bf16) return bf16_to_float(static_cast<const std::uint16_t*>(grad)[i]);
+  if constexpr (dtype == DType::fp16) return fp16_to_float(static_cast<const std::uint16_t*>(grad)[i]);
+}
+
+}  // namespace thinwire::topk
