@@ -5,7 +5,7 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/reducer.hpp>
-#include <torch/csrc/jit/python/python_ivalue.h>
+#include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
@@ -188,9 +188,26 @@ auto unlocked(const Engine& engine, const char* what, Call&& call) {
   return call(ready(engine, what));
 }
 
+/// A Python tensor inside an IValue, as torch's Python hooks give it. Its last owner needs the GIL.
+struct TensorObject final : c10::ivalue::PyObjectHolder {
+  explicit TensorObject(const at::Tensor& of) : tensor(of), object(py::cast(of).release().ptr()) {}
+  ~TensorObject() override {
+    const py::gil_scoped_acquire gil;
+    Py_DECREF(object);
+  }
+  PyObject* getPyObject() override { return object; }
+  c10::InferredType tryToInferType() override { return c10::InferredType(c10::TensorType::get()); }
+  c10::IValue toIValue(const c10::TypePtr&, std::optional<std::int32_t>) override { return tensor; }
+  std::string toStr() override { return "tensor"; }
+  std::vector<at::Tensor> extractTensors() override { return {tensor}; }
+
+  at::Tensor tensor;
+  PyObject* object;
+};
+
 /// torch's Python hooks return a future that holds a Python object. It is wrapped here, by the thread that has the GIL; the reducer's thread only hands it on.
 std::shared_ptr<torch::jit::PythonFutureWrapper> submit(Engine& engine, c10d::GradBucket& bucket) {
-  c10::IValue result(c10::ivalue::ConcretePyObjectHolder::create(py::cast(bucket.getBuffer())));
+  c10::IValue result(c10::intrusive_ptr<c10::ivalue::PyObjectHolder>(c10::make_intrusive<TensorObject>(bucket.getBuffer())));
   const py::gil_scoped_release no_gil;
   return std::make_shared<torch::jit::PythonFutureWrapper>(engine.submit(bucket, std::move(result), true));
 }
