@@ -1,4 +1,5 @@
-// The half of every collective that is the same on all transports: arguments are checked before a peer hears of the call, bytes are counted after it succeeded.
+// The half of every collective that is the same on all transports: arguments are checked before a peer hears of the call, bytes are counted
+// after it succeeded.
 
 #include "collectives/communicator.hpp"
 
@@ -35,10 +36,12 @@ std::size_t total(const char* call, const char* what, std::span<const std::size_
 
 void Communicator::check(const char* call, ConstBytes span, Stream stream) const {
   THINWIRE_EXPECTS(span.data != nullptr || span.empty(), std::string(call) + ": null data with size " + std::to_string(span.size));
-  if (!serves(span.place)) fail(Errc::unsupported, std::string(call) + ": the " + transport() + " transport takes no " + name_of(span.place) + " spans");
+  if (!serves(span.place))
+    fail(Errc::unsupported, std::string(call) + ": the " + transport() + " transport takes no " + name_of(span.place) + " spans");
   if (span.place == Place::host) return;
-  THINWIRE_EXPECTS(stream.place() == span.place && stream.device() == span.device,
-                   std::string(call) + ": a span on " + name_of(span.place) + ":" + std::to_string(span.device) + " needs a stream of that device");
+  THINWIRE_EXPECTS(
+      stream.place() == span.place && stream.device() == span.device,
+      std::string(call) + ": a span on " + name_of(span.place) + ":" + std::to_string(span.device) + " needs a stream of that device");
 }
 
 void Communicator::count(std::size_t payload, double leaves) noexcept {
@@ -52,8 +55,9 @@ void Communicator::all_gather(ConstBytes send, Bytes recv, Stream stream) {
   check("all_gather", send, stream);
   check("all_gather", recv, stream);
   THINWIRE_EXPECTS(send.place == recv.place && send.device == recv.device, "all_gather: send and recv lie on different places");
-  THINWIRE_EXPECTS(recv.size % world == 0 && recv.size / world == send.size,
-                   "all_gather: recv has " + std::to_string(recv.size) + " bytes, need " + std::to_string(world) + " x " + std::to_string(send.size));
+  THINWIRE_EXPECTS(
+      recv.size % world == 0 && recv.size / world == send.size,
+      "all_gather: recv has " + std::to_string(recv.size) + " bytes, need " + std::to_string(world) + " x " + std::to_string(send.size));
   const bool in_place = !send.empty() && send.data == recv.data + std::size_t(rank()) * send.size;
   if (!in_place) expect_no_overlap("all_gather", send, recv);
   do_all_gather(send, recv, stream);
@@ -62,22 +66,23 @@ void Communicator::all_gather(ConstBytes send, Bytes recv, Stream stream) {
 
 void Communicator::all_to_all(ConstBytes send, Bytes recv, Stream stream) {
   const auto world = std::size_t(size());
-  THINWIRE_EXPECTS(send.size == recv.size, "all_to_all: send has " + std::to_string(send.size) + " bytes, recv " + std::to_string(recv.size));
+  THINWIRE_EXPECTS(send.size == recv.size,
+                   "all_to_all: send has " + std::to_string(send.size) + " bytes, recv " + std::to_string(recv.size));
   THINWIRE_EXPECTS(send.size % world == 0,
                    "all_to_all: " + std::to_string(send.size) + " bytes cannot be cut into " + std::to_string(world) + " equal slots");
   slots_.assign(world, send.size / world);
   all_to_all_v(send, slots_, recv, slots_, stream);
 }
 
-void Communicator::all_to_all_v(ConstBytes send, std::span<const std::size_t> send_bytes, Bytes recv, std::span<const std::size_t> recv_bytes,
-                                Stream stream) {
+void Communicator::all_to_all_v(ConstBytes send, std::span<const std::size_t> send_bytes, Bytes recv,
+                                std::span<const std::size_t> recv_bytes, Stream stream) {
   const auto world = std::size_t(size()), me = std::size_t(rank());
   check("all_to_all", send, stream);
   check("all_to_all", recv, stream);
   THINWIRE_EXPECTS(send.place == recv.place && send.device == recv.device, "all_to_all: send and recv lie on different places");
-  THINWIRE_EXPECTS(send_bytes.size() == world && recv_bytes.size() == world,
-                   "all_to_all: " + std::to_string(send_bytes.size()) + " sizes to send and " + std::to_string(recv_bytes.size()) +
-                       " to receive, need " + std::to_string(world) + " each");
+  THINWIRE_EXPECTS(send_bytes.size() == world && recv_bytes.size() == world, "all_to_all: " + std::to_string(send_bytes.size()) +
+                                                                                 " sizes to send and " + std::to_string(recv_bytes.size()) +
+                                                                                 " to receive, need " + std::to_string(world) + " each");
   const std::size_t sending = total("all_to_all", "send_bytes", send_bytes), receiving = total("all_to_all", "recv_bytes", recv_bytes);
   THINWIRE_EXPECTS(sending == send.size,
                    "all_to_all: send has " + std::to_string(send.size) + " bytes, its slots have " + std::to_string(sending));
@@ -102,7 +107,8 @@ void Communicator::all_reduce(Bytes data, Stream stream) {
 
 void Communicator::broadcast(Bytes data, int root, Stream stream) {
   check("broadcast", data, stream);
-  THINWIRE_EXPECTS(root >= 0 && root < size(), "broadcast: root " + std::to_string(root) + " is outside [0, " + std::to_string(size()) + ")");
+  THINWIRE_EXPECTS(root >= 0 && root < size(),
+                   "broadcast: root " + std::to_string(root) + " is outside [0, " + std::to_string(size()) + ")");
   do_broadcast(data, root, stream);
   count(rank() == root ? data.size : 0, double(size() - 1));
 }

@@ -1,5 +1,5 @@
-// Ranks as threads of one process. A collective is: meet (publish where the data is), read straight from the peers' spans, meet again (so that nobody's span changes
-// or dies while a peer reads it). Nothing is staged and nothing is allocated per call.
+// Ranks as threads of one process. A collective is: meet (publish where the data is), read straight from the peers' spans, meet again (so
+// that nobody's span changes or dies while a peer reads it). Nothing is staged and nothing is allocated per call.
 
 #include <algorithm>
 #include <chrono>
@@ -28,14 +28,22 @@ constexpr bool opens_spans(Op op) { return op <= Op::broadcast || op == Op::summ
 
 const char* to_string(Op op) {
   switch (op) {
-    case Op::all_gather: return "all_gather";
-    case Op::all_to_all: return "all_to_all";
-    case Op::all_reduce: return "all_reduce";
-    case Op::broadcast: return "broadcast";
-    case Op::barrier: return "barrier";
-    case Op::split: return "split";
-    case Op::summed: return "all_reduce (second half)";
-    case Op::finish: return "the end of a call";
+    case Op::all_gather:
+      return "all_gather";
+    case Op::all_to_all:
+      return "all_to_all";
+    case Op::all_reduce:
+      return "all_reduce";
+    case Op::broadcast:
+      return "broadcast";
+    case Op::barrier:
+      return "barrier";
+    case Op::split:
+      return "split";
+    case Op::summed:
+      return "all_reduce (second half)";
+    case Op::finish:
+      return "the end of a call";
   }
   return "?";
 }
@@ -53,7 +61,8 @@ struct Offer {
 std::string describe(const Offer& offer) {
   std::string text = to_string(offer.op);
   if (offer.op == Op::broadcast) text += " from root " + std::to_string(offer.root);
-  if (offer.op == Op::all_gather || offer.op == Op::all_reduce || offer.op == Op::broadcast) text += " of " + std::to_string(offer.bytes) + " bytes";
+  if (offer.op == Op::all_gather || offer.op == Op::all_reduce || offer.op == Op::broadcast)
+    text += " of " + std::to_string(offer.bytes) + " bytes";
   if (offer.op == Op::all_reduce) text += std::string(" ") + thinwire::to_string(offer.dtype);
   return text;
 }
@@ -72,9 +81,9 @@ class Group {
   int world() const noexcept { return int(members_.size()); }
   const Offer& offer(int rank) const noexcept { return members_[std::size_t(rank)].offer; }
 
-  /// Returns once all ranks are here for the same thing; if that opens spans, the peers' offers and what they point to may be read until this rank's next meet().
-  /// `offer` is null in the later meetings of a call: peers may still be reading the first one's. On failure waits until no rank reads any more, then throws:
-  /// the caller's spans may die after that.
+  /// Returns once all ranks are here for the same thing; if that opens spans, the peers' offers and what they point to may be read until
+  /// this rank's next meet(). `offer` is null in the later meetings of a call: peers may still be reading the first one's. On failure waits
+  /// until no rank reads any more, then throws: the caller's spans may die after that.
   void meet(int rank, Op op, const Offer* offer, const char* call, Clock::time_point deadline, std::chrono::milliseconds timeout) {
     std::unique_lock lock(mutex_);
     Member& me = members_[std::size_t(rank)];
@@ -92,10 +101,11 @@ class Group {
       } else {
         while (meeting_ == meeting && !failed_) {
           if (std::any_of(members_.begin(), members_.end(), [](const Member& m) { return m.gone && !m.here; })) {
-            set_failed(Errc::peer_lost, "lost " + list([](const Member& m) { return m.gone && !m.here; }) + ": its communicator was destroyed");
+            set_failed(Errc::peer_lost,
+                       "lost " + list([](const Member& m) { return m.gone && !m.here; }) + ": its communicator was destroyed");
           } else if (changed_.wait_until(lock, deadline) == std::cv_status::timeout && meeting_ == meeting && !failed_) {
-            set_failed(Errc::timeout, "timed out: rank " + std::to_string(rank) + " waited " + std::to_string(timeout.count()) + " ms in " + call + " for " +
-                                          list([](const Member& m) { return !m.here; }));
+            set_failed(Errc::timeout, "timed out: rank " + std::to_string(rank) + " waited " + std::to_string(timeout.count()) + " ms in " +
+                                          call + " for " + list([](const Member& m) { return !m.here; }));
           }
         }
       }
@@ -174,15 +184,17 @@ class Group {
     const Offer& first = members_[0].offer;
     for (std::size_t r = 1; r < members_.size(); ++r) {
       const Offer& other = members_[r].offer;
-      if (members_[r].op != members_[0].op || other.op != first.op || other.bytes != first.bytes || other.dtype != first.dtype || other.root != first.root) return says(0) + ", " + says(r);
+      if (members_[r].op != members_[0].op || other.op != first.op || other.bytes != first.bytes || other.dtype != first.dtype ||
+          other.root != first.root)
+        return says(0) + ", " + says(r);
     }
     if (members_[0].op != Op::all_to_all) return {};
     for (std::size_t from = 0; from < members_.size(); ++from) {
       for (std::size_t to = 0; to < members_.size(); ++to) {
         const std::size_t sent = members_[from].offer.send_bytes[to], expected = members_[to].offer.recv_bytes[from];
         if (sent != expected) {
-          return "all_to_all: rank " + std::to_string(from) + " sends " + std::to_string(sent) + " bytes to rank " + std::to_string(to) + ", which expects " +
-                 std::to_string(expected);
+          return "all_to_all: rank " + std::to_string(from) + " sends " + std::to_string(sent) + " bytes to rank " + std::to_string(to) +
+                 ", which expects " + std::to_string(expected);
         }
       }
     }
@@ -257,7 +269,8 @@ class Loopback final : public Communicator {
     call.meet_again(Op::finish);
   }
 
-  void do_all_to_all(ConstBytes send, std::span<const std::size_t> send_bytes, Bytes recv, std::span<const std::size_t> recv_bytes, Stream) override {
+  void do_all_to_all(ConstBytes send, std::span<const std::size_t> send_bytes, Bytes recv, std::span<const std::size_t> recv_bytes,
+                     Stream) override {
     Call call(*this, "all_to_all");
     call.meet({.op = Op::all_to_all, .send = send.data, .send_bytes = send_bytes, .recv_bytes = recv_bytes});
     std::byte* to = recv.data;
@@ -290,7 +303,8 @@ class Loopback final : public Communicator {
     call.meet_again(Op::summed);
     for (int r = 0; r < world; ++r) {
       if (r == rank_) continue;
-      const std::size_t first = detail::part_begin(data.size, data.dtype, r, world), last = detail::part_begin(data.size, data.dtype, r + 1, world);
+      const std::size_t first = detail::part_begin(data.size, data.dtype, r, world),
+                        last = detail::part_begin(data.size, data.dtype, r + 1, world);
       if (first != last) copy(data.data + first, group_->offer(r).send + first, last - first);
     }
     call.meet_again(Op::finish);
