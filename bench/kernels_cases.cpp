@@ -1,0 +1,163 @@
+#include "bench/kernels_cases.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+
+#include "compressors/core/config.hpp"
+#include "compressors/core/error.hpp"
+#include "compressors/core/registry.hpp"
+#include "compressors/topk/topk_wire.hpp"
+
+namespace thinwire::bench {
+namespace {
+
+constexpr std::size_t kSlideBetweenRanks = 37;  // repetitions apart: other payloads' entries lie elsewhere
+
+}  // namespace
+
+Recursion recursion_named(const std::string& name) { return make_recursion(Config::parse("codec=topk:density=0.01 feedback=" + name)); }
+
+StreamKernel::StreamKernel(StreamCase what, Arrays& arrays) : case_(std::move(what)), arrays_(arrays) {
+  recursion_ = recursion_named(case_.recursion);
+  case_.topk.density = case_.density;
+  codec_ = make_topk(case_.topk, case_.isa);
+  const std::vector<std::size_t> whole = {arrays.numel()};
+  for (const std::size_t count : case_.layers.empty() ? whole : case_.layers) {
+    Segment segment;
+    segment.parameter = std::uint32_t(segments_.size());
+    segment.first = numel_;
+    segment.count = count;
+    segment.rows = 1;
+    segment.columns = std::uint32_t(count);
+    segment.setting.density = case_.density;
+    segments_.push_back(segment);
+    numel_ += count;
+  }
+  THINWIRE_EXPECTS(numel_ <= arrays.numel(),
+                   case_.recursion + ": " + std::to_string(numel_) + " elements in arrays of " + std::to_string(arrays.numel()));
+  part_end_ = std::uint32_t(segments_.size());
+  plan_ = {segments_, {&part_end_, 1}, 0};
+  layout_ = codec_->layout(plan_);
+  wire_.reserve(layout_.part_capacity);
+  workspace_.reserve(layout_.workspace);
+  kept_.resize(segments_.size());
+
+  std::size_t memory = 0, capacity = 0, bytes = 0;
+  for (const Segment& segment : segments_) {
+    memory += codec_->memory(segment);
+    const topk::SegmentWire wire = topk::segment_wire(segment, case_.topk);
+    capacity += wire.capacity;
+    bytes += wire.bytes();
+  }
+  memory_.assign(memory, 0.0f);
+  entry_bytes_ = double(bytes) / double(capacity);
+  float* next = memory_.data();
+  for (const Segment& segment : segments_) {
+    SegmentState state;
+    if (recursion_.kind == Recursion::Kind::error_feedback) {
+      state.array = {arrays.residual() + segment.first, nullptr};
+    } else if (recursion_.kind == Recursion::Kind::momentum_correction) {
+      state.array = {arrays.momentum() + segment.first, arrays.residual() + segment.first};
+    }
+    const std::size_t floats = codec_->memory(segment);
+    state.memory = floats > 0 ? next : nullptr;
+    next += floats;
+    state_.push_back(state);
+  }
+  state_bytes_ = double(state_names(recursion_).size()) * 2 * sizeof(float);
+}
+
+std::string StreamKernel::name() const {
+  return case_.recursion + "_topk_" + (case_.topk.exact ? "exact" : "sampled") + (case_.variant.empty() ? "" : "_" + case_.variant);
+}
+
+std::optional<double> StreamKernel::density() const {
+  return double(std::accumulate(kept_.begin(), kept_.end(), std::uint64_t(0))) / double(numel_);
+}
+
+double StreamKernel::bytes_per_element() const { return double(size_of(case_.grad)) + state_bytes_ + entry_bytes_ * *density(); }
+
+void StreamKernel::settle() {
+  arrays_.settle(recursion_, case_.density);
+  std::fill(memory_.begin(), memory_.end(), 0.0f);
+}
+
+void StreamKernel::stream(std::size_t window, std::uint64_t step) {
+  plan_.step = step;
+  const ConstBytes grad =
+      case_.grad == DType::bf16 ? host_bytes(arrays_.grad_bf16(window), numel_, DType::bf16) : host_bytes(arrays_.grad(window), numel_);
+  std::uint32_t flags = 0;
+  codec_->stream(recursion_, plan_, grad, state(), workspace_.bytes(), wire_.bytes().sub(0, layout_.part_capacity), &flags, kept_.data(),
+                 Stream::host());
+}
+
+DecodeKernel::DecodeKernel(double density, DType wire, int payloads, Isa isa, Arrays& arrays)
+    : density_(density), wire_dtype_(wire), payloads_(payloads), isa_(isa), arrays_(arrays) {}
+
+std::string DecodeKernel::name() const {
+  return "decode_topk_" + std::to_string(payloads_) +
+         (wire_dtype_ == DType::fp32 ? "" : std::string("_") + to_string(wire_dtype_) + "wire");
+}
+
+void DecodeKernel::settle() {
+  StreamCase what;
+  what.recursion = "none";
+  what.density = density_;
+  what.topk.wire = wire_dtype_;
+  what.isa = isa_;
+  sender_ = std::make_unique<StreamKernel>(what, arrays_);
+  storage_.clear();
+  wires_.clear();
+  reached_ = 0;
+  for (int rank = 0; rank < payloads_; ++rank) {
+    sender_->stream(std::size_t(rank) * kSlideBetweenRanks, 0);
+    reached_ += *sender_->density() / payloads_;
+    const ConstBytes payload = sender_->payload();
+    Buffer& copy = storage_.emplace_back(payload.size);
+    std::memcpy(copy.data(), payload.data, payload.size);
+    wires_.push_back(copy.bytes().sub(0, payload.size));
+  }
+  workspace_.reserve(sender_->codec().layout(sender_->plan()).workspace);
+  entry_bytes_ = sender_->entry_bytes();
+}
+
+double DecodeKernel::bytes_per_element() const { return sizeof(float) + payloads_ * entry_bytes_ * reached_; }
+
+void DecodeKernel::run(std::size_t) {
+  std::uint32_t flags = 0;
+  sender_->codec().decode(sender_->plan(), wires_, 1.0f / float(payloads_), workspace_.bytes(), host_bytes(arrays_.out(), arrays_.numel()),
+                          &flags, Stream::host());
+}
+
+DenseKernel::DenseKernel(What what, const std::string& recursion, Arrays& arrays)
+    : what_(what), recursion_name_(recursion), recursion_(recursion_named(recursion)), arrays_(arrays) {
+  segment_.count = arrays.numel();
+  segment_.rows = 1;
+  segment_.columns = std::uint32_t(segment_.count);
+  plan_ = {{&segment_, 1}, {&part_end_, 1}, 0};
+  if (recursion_.kind == Recursion::Kind::error_feedback) state_.array = {arrays.residual(), nullptr};
+  if (recursion_.kind == Recursion::Kind::momentum_correction) state_.array = {arrays.momentum(), arrays.residual()};
+}
+
+std::string DenseKernel::name() const { return recursion_name_ + (what_ == What::norms ? "_norms" : "_dense"); }
+
+double DenseKernel::bytes_per_element() const {
+  if (what_ == What::norms) return sizeof(float);
+  return sizeof(float) * (1 + 2 * double(state_names(recursion_).size()) + 1);  // gradient, state twice, message
+}
+
+void DenseKernel::settle() { arrays_.settle(recursion_, 0.01); }
+
+void DenseKernel::run(std::size_t repetition) {
+  const ConstBytes grad = host_bytes(arrays_.grad(repetition), arrays_.numel());
+  if (what_ == What::norms) {
+    double norm = 0;
+    squared_norms(plan_, grad, &norm, Stream::host());
+    return;
+  }
+  std::uint32_t flags = 0;
+  dense_message(recursion_, plan_, grad, {{&state_, 1}, nullptr}, host_bytes(arrays_.out(), arrays_.numel()), &flags, Stream::host());
+}
+
+}  // namespace thinwire::bench

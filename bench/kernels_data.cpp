@@ -1,0 +1,102 @@
+#include "bench/kernels_data.hpp"
+
+#include <sys/mman.h>
+
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <vector>
+
+#include "compressors/core/clones.hpp"
+#include "compressors/core/dtype.hpp"
+#include "compressors/core/error.hpp"
+
+namespace thinwire::bench {
+namespace {
+
+constexpr std::size_t kHugePage = std::size_t(2) << 20;
+constexpr std::size_t kBadDistance = std::size_t(128) << 20;
+
+inline std::uint64_t hash(std::uint64_t x) noexcept {  // splitmix64's finisher
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+  return x ^ (x >> 31);
+}
+
+constexpr std::size_t round_up(std::size_t x, std::size_t to) noexcept { return (x + to - 1) / to * to; }
+
+THINWIRE_CLONES void narrow(const float* in, std::uint16_t* out, std::size_t count) {
+  for (std::size_t i = 0; i < count; ++i) out[i] = float_to_bf16(in[i]);
+}
+
+}  // namespace
+
+THINWIRE_CLONES void fill_normal(float* out, std::size_t count, float sigma, std::uint64_t seed) {
+  // Four uniform 16-bit numbers have the variance 4·(2^32 − 1)/12.
+  const float scale = sigma / 37837.2f;
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::uint64_t h = hash(seed * 0x9e3779b97f4a7c15ull + i);
+    const int sum = int(h & 0xffff) + int((h >> 16) & 0xffff) + int((h >> 32) & 0xffff) + int(h >> 48) - 2 * 65535;
+    out[i] = float(sum) * scale;
+  }
+}
+
+THINWIRE_CLONES void fill_uniform(float* out, std::size_t count, float bound, std::uint64_t seed) {
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::uint64_t h = hash(seed * 0x9e3779b97f4a7c15ull + i);
+    out[i] = (float(int(h >> 40)) * 0x1p-23f - 1.0f) * bound;
+  }
+}
+
+Arrays::Arrays(std::size_t numel, Placement placement) : numel_(numel) {
+  if (placement == Placement::arena) {
+    const std::array<std::size_t, 6> counts = {numel + kSlack, numel, numel, numel, numel, (numel + kSlack) / 2};
+    arena_ = Arena(counts);
+    grad_ = arena_.array(0), momentum_ = arena_.array(1), residual_ = arena_.array(2);
+    from_ = arena_.array(3), out_ = arena_.array(4), grad_bf16_ = arena_.array(5);
+  } else {
+    const std::size_t distance = round_up(numel * sizeof(float), kBadDistance);
+    mapped_ = 3 * distance + kSlack * sizeof(float) + kHugePage;
+    mapping_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapping_ == MAP_FAILED) fail(Errc::device, "no memory for " + std::to_string(mapped_) + " bytes");
+    const std::size_t base = round_up(reinterpret_cast<std::size_t>(mapping_), kHugePage);
+    madvise(reinterpret_cast<void*>(base), mapped_ - kHugePage, MADV_HUGEPAGE);
+    momentum_ = reinterpret_cast<float*>(base);
+    residual_ = reinterpret_cast<float*>(base + distance);
+    grad_ = reinterpret_cast<float*>(base + 2 * distance);  // last: its window slides past the end
+  }
+  fill_normal(grad_, numel + kSlack, 1.0f, 1);
+  if (grad_bf16_ != nullptr) narrow(grad_, reinterpret_cast<std::uint16_t*>(grad_bf16_), numel + kSlack);
+  if (from_ != nullptr) fill_uniform(from_, numel, 1.0f, 2), fill_uniform(out_, numel, 1.0f, 3);
+}
+
+Arrays::~Arrays() {
+  if (mapping_ != nullptr) munmap(mapping_, mapped_);
+}
+
+void Arrays::settle(const Recursion& recursion, double density) {
+  if (recursion.kind == Recursion::Kind::none) return;
+  double sigma = 1;  // of what a step adds to the residual
+  if (recursion.kind == Recursion::Kind::momentum_correction) {
+    sigma = 1 / std::sqrt(1 - double(recursion.momentum) * recursion.momentum);
+    fill_normal(momentum_, numel_, float(sigma), 4);
+  }
+  const double increment = sigma * std::sqrt(2 / M_PI);
+  fill_uniform(residual_, numel_, float(increment / (2 * density)), 5);
+}
+
+std::string Arrays::offsets() const {
+  std::string text;
+  const std::array<std::pair<const char*, const float*>, 5> arrays = {
+      {{"momentum", momentum_}, {"residual", residual_}, {"copy source", from_}, {"copy target", out_}, {"bf16 gradient", grad_bf16_}}};
+  for (const auto& [name, array] : arrays) {
+    if (array == nullptr) continue;
+    const std::ptrdiff_t bytes = (array - grad_) * std::ptrdiff_t(sizeof(float));
+    char piece[96];
+    std::snprintf(piece, sizeof piece, "%s%s %+.3f MiB", text.empty() ? "" : ", ", name, double(bytes) / 1048576);
+    text += piece;
+  }
+  return text;
+}
+
+}  // namespace thinwire::bench
