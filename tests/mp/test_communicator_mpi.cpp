@@ -1,7 +1,6 @@
 // The contract under mpirun: every rank runs the same tests in the same order, and the run fails if one rank's do.
 
 #include <gtest/gtest.h>
-#include <mpi.h>
 
 #include <algorithm>
 #include <cmath>
