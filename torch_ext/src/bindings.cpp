@@ -1,13 +1,14 @@
-// What Python sees of thinwire: _C. Arguments are checked here, errors get their Python types here, and the GIL is released around everything that may wait.
+// What Python sees of thinwire: _C. Arguments are checked here, errors get their Python types here, and the GIL is released around
+// everything that may wait.
 
 #include <pybind11/chrono.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
-#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
-#include <torch/csrc/distributed/c10d/reducer.hpp>
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
+#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
+#include <torch/csrc/distributed/c10d/reducer.hpp>
 
 #include <array>
 #include <cstring>
@@ -41,9 +42,7 @@ struct RaisedError final : torch::PyTorchError {
 std::exception_ptr translate(std::exception_ptr error) noexcept {
   try {
     std::rethrow_exception(error);
-  } catch (const Error& e) {
-    return std::make_exception_ptr(RaisedError(e.code(), e.what()));
-  } catch (...) {
+  } catch (const Error& e) { return std::make_exception_ptr(RaisedError(e.code(), e.what())); } catch (...) {
     return std::current_exception();
   }
 }
@@ -56,12 +55,14 @@ void set_error_types(const py::dict& types) {
 c10::intrusive_ptr<c10d::Backend> make_gloo(c10::intrusive_ptr<c10d::Store> store, int rank, int size, std::chrono::milliseconds timeout) {
   const py::gil_scoped_acquire gil;
   try {
-    const py::object made = py::module_::import("torch.distributed").attr("ProcessGroupGloo")(py::cast(std::move(store)), rank, size, timeout);
+    const py::object made =
+        py::module_::import("torch.distributed").attr("ProcessGroupGloo")(py::cast(std::move(store)), rank, size, timeout);
     return made.cast<c10::intrusive_ptr<c10d::Backend>>();
   } catch (py::error_already_set& error) {
     const std::string text = error.what();
     const bool late = text.find("imed out") != std::string::npos || text.find("imeout") != std::string::npos;
-    fail(late ? Errc::timeout : Errc::transport, "making a Gloo group of " + std::to_string(size) + " ranks: " + text.substr(0, text.find('\n')));
+    fail(late ? Errc::timeout : Errc::transport,
+         "making a Gloo group of " + std::to_string(size) + " ranks: " + text.substr(0, text.find('\n')));
   }
 }
 
@@ -72,7 +73,8 @@ std::string slot_text(const py::handle& value) {
 }
 
 Config config_of_slots(const py::args& positional, const py::kwargs& slots) {
-  if (!positional.empty()) fail(Errc::invalid_config, "Config takes slots by name: Config(codec=..., feedback=...); Config.parse takes a text");
+  if (!positional.empty())
+    fail(Errc::invalid_config, "Config takes slots by name: Config(codec=..., feedback=...); Config.parse takes a text");
   std::string text;
   for (const auto& [name, value] : slots) {
     if (value.is_none()) continue;
@@ -154,8 +156,8 @@ py::dict dict_of(const Stats& stats) {
 
 using Names = std::optional<std::vector<std::pair<std::string, at::Tensor>>>;
 
-std::shared_ptr<Engine> make_engine(const c10::intrusive_ptr<c10d::Store>& store, const std::string& prefix, int rank, int size, const Config& config,
-                                    const Names& names, const std::optional<at::Tensor>& loss_scale) {
+std::shared_ptr<Engine> make_engine(const c10::intrusive_ptr<c10d::Store>& store, const std::string& prefix, int rank, int size,
+                                    const Config& config, const Names& names, const std::optional<at::Tensor>& loss_scale) {
   std::optional<std::vector<NamedParameter>> parameters;
   if (names) {
     parameters.emplace();
@@ -177,7 +179,8 @@ std::shared_ptr<Engine> make_engine(const c10::intrusive_ptr<c10d::Store>& store
 
 GradientReducer& ready(const Engine& engine, const char* what) {
   GradientReducer* reducer = engine.reducer();
-  if (reducer == nullptr) fail(Errc::invalid_argument, std::string(what) + ": the parameters are not known before the first step; give named_parameters");
+  if (reducer == nullptr)
+    fail(Errc::invalid_argument, std::string(what) + ": the parameters are not known before the first step; give named_parameters");
   return *reducer;
 }
 
@@ -205,7 +208,8 @@ struct TensorObject final : c10::ivalue::PyObjectHolder {
   PyObject* object;
 };
 
-/// torch's Python hooks return a future that holds a Python object. It is wrapped here, by the thread that has the GIL; the reducer's thread only hands it on.
+/// torch's Python hooks return a future that holds a Python object. It is wrapped here, by the thread that has the GIL; the reducer's
+/// thread only hands it on.
 std::shared_ptr<torch::jit::PythonFutureWrapper> submit(Engine& engine, c10d::GradBucket& bucket) {
   c10::IValue result(c10::intrusive_ptr<c10::ivalue::PyObjectHolder>(c10::make_intrusive<TensorObject>(bucket.getBuffer())));
   const py::gil_scoped_release no_gil;
@@ -224,12 +228,15 @@ py::dict replay_dict(const Config& config, const py::dict& grads, bool record_pa
     const at::Tensor tensor = THPVariable_Unpack(value.ptr()).detach().cpu().contiguous();
     if (tensor.dim() < 2 || tensor.size(1) < 1) fail(Errc::invalid_argument, "replay: " + name + " needs the shape (steps, world, *shape)");
     if (!type) type = tensor.scalar_type(), steps = tensor.size(0), world = tensor.size(1);
-    if (tensor.scalar_type() != *type) fail(Errc::invalid_argument, "replay: " + name + " has another dtype than the first tensor; a bucket has one");
+    if (tensor.scalar_type() != *type)
+      fail(Errc::invalid_argument, "replay: " + name + " has another dtype than the first tensor; a bucket has one");
     if (tensor.size(0) != steps || tensor.size(1) != world) {
-      fail(Errc::invalid_argument, "replay: " + name + " has " + std::to_string(tensor.size(0)) + " steps of " + std::to_string(tensor.size(1)) +
-                                       " ranks, the first tensor " + std::to_string(steps) + " of " + std::to_string(world));
+      fail(Errc::invalid_argument, "replay: " + name + " has " + std::to_string(tensor.size(0)) + " steps of " +
+                                       std::to_string(tensor.size(1)) + " ranks, the first tensor " + std::to_string(steps) + " of " +
+                                       std::to_string(world));
     }
-    recordings.push_back({name, {tensor.sizes().begin() + 2, tensor.sizes().end()}, static_cast<const std::byte*>(tensor.const_data_ptr())});
+    recordings.push_back(
+        {name, {tensor.sizes().begin() + 2, tensor.sizes().end()}, static_cast<const std::byte*>(tensor.const_data_ptr())});
     tensors.push_back(tensor);
   }
   DType dtype = DType::fp32;
@@ -238,7 +245,8 @@ py::dict replay_dict(const Config& config, const py::dict& grads, bool record_pa
   } else if (*type == at::kHalf) {
     dtype = DType::fp16;
   } else if (*type != at::kFloat) {
-    fail(Errc::invalid_argument, std::string("replay: gradients of ") + c10::toString(*type) + "; float32, bfloat16 or float16 are possible");
+    fail(Errc::invalid_argument,
+         std::string("replay: gradients of ") + c10::toString(*type) + "; float32, bfloat16 or float16 are possible");
   }
 
   ReplayResult result;
@@ -301,23 +309,31 @@ py::dict isa_info() {
 }
 
 void bind_config(py::module_& m) {
-  py::class_<Config> config(m, "Config", "A configuration: immutable, hashable, comparable. str() prints every slot with every default filled in.");
+  py::class_<Config> config(m, "Config",
+                            "A configuration: immutable, hashable, comparable. str() prints every slot with every default filled in.");
   config.def(py::init(&config_of_slots))
-      .def_static("parse", [](const std::string& text) { return Config::parse(text); }, py::arg("text"))
+      .def_static(
+          "parse", [](const std::string& text) { return Config::parse(text); }, py::arg("text"))
       .def("__str__", &Config::str)
       .def("__repr__", [](const Config& c) { return "Config.parse('" + c.str() + "')"; })
-      .def("__eq__", [](const Config& c, const py::object& other) { return py::isinstance<Config>(other) && c == other.cast<const Config&>(); })
+      .def("__eq__",
+           [](const Config& c, const py::object& other) { return py::isinstance<Config>(other) && c == other.cast<const Config&>(); })
       .def("__hash__", [](const Config& c) { return py::hash(py::str(c.str())); })
-      .def("__reduce__", [](const Config& c) {
-        return py::make_tuple(py::module_::import("thinwire._C").attr("Config").attr("parse"), py::make_tuple(c.str()));
-      })
-      .def("keys_of", [](const Config& c, const std::string& slot) -> std::map<std::string, std::string> {
-        for (const auto& [name, spec] : {std::pair{"codec", &c.codec()}, {"feedback", &c.feedback()}, {"target", &c.target()},
-                                         {"exchange", &c.exchange()}, {"policy", &c.policy()}}) {
-          if (slot == name) return {spec->values.begin(), spec->values.end()};
-        }
-        fail(Errc::invalid_argument, "no slot with keys is called " + slot);
-      })
+      .def("__reduce__",
+           [](const Config& c) {
+             return py::make_tuple(py::module_::import("thinwire._C").attr("Config").attr("parse"), py::make_tuple(c.str()));
+           })
+      .def("keys_of",
+           [](const Config& c, const std::string& slot) -> std::map<std::string, std::string> {
+             for (const auto& [name, spec] : {std::pair{"codec", &c.codec()},
+                                              {"feedback", &c.feedback()},
+                                              {"target", &c.target()},
+                                              {"exchange", &c.exchange()},
+                                              {"policy", &c.policy()}}) {
+               if (slot == name) return {spec->values.begin(), spec->values.end()};
+             }
+             fail(Errc::invalid_argument, "no slot with keys is called " + slot);
+           })
       .def_property_readonly("codec", [](const Config& c) { return c.codec().str(); })
       .def_property_readonly("feedback", [](const Config& c) { return c.feedback().str(); })
       .def_property_readonly("target", [](const Config& c) { return c.target().str(); })
@@ -332,8 +348,8 @@ void bind_config(py::module_& m) {
 
 void bind_engine(py::module_& m) {
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine", "The reducer behind a hook. Internal: use HookState.")
-      .def(py::init(&make_engine), py::arg("store"), py::arg("prefix"), py::arg("rank"), py::arg("size"), py::arg("config"), py::arg("names"),
-           py::arg("loss_scale"))
+      .def(py::init(&make_engine), py::arg("store"), py::arg("prefix"), py::arg("rank"), py::arg("size"), py::arg("config"),
+           py::arg("names"), py::arg("loss_scale"))
       .def("submit", &submit, py::arg("bucket"))
       .def("known", [](const Engine& e) { return e.reducer() != nullptr; })
       .def("step", [](const Engine& e) { return unlocked(e, "step", [](GradientReducer& r) { return r.step(); }); })
@@ -358,9 +374,7 @@ PYBIND11_MODULE(_C, m) {
   py::register_local_exception_translator([](std::exception_ptr error) {
     try {
       if (error) std::rethrow_exception(error);
-    } catch (const Error& e) {
-      PyErr_SetString(type_of(e.code()), e.what());
-    } catch (const RaisedError& e) {
+    } catch (const Error& e) { PyErr_SetString(type_of(e.code()), e.what()); } catch (const RaisedError& e) {
       PyErr_SetString(type_of(e.code_), e.what());
     }
   });
@@ -370,7 +384,8 @@ PYBIND11_MODULE(_C, m) {
   bind_config(m);
   bind_engine(m);
   m.def(
-      "install", [](c10d::Reducer& reducer, std::shared_ptr<Engine> engine) { reducer.register_comm_hook(make_comm_hook(std::move(engine))); },
+      "install",
+      [](c10d::Reducer& reducer, std::shared_ptr<Engine> engine) { reducer.register_comm_hook(make_comm_hook(std::move(engine))); },
       py::call_guard<py::gil_scoped_release>());
   m.def("replay", &replay_dict, py::arg("config"), py::arg("grads"), py::arg("record_payloads"));
   m.def("estimate", &estimate_list, py::arg("config"), py::arg("numel"), py::arg("world"));

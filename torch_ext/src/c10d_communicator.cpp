@@ -14,10 +14,14 @@ namespace {
 
 at::ScalarType scalar_type(DType dtype) {
   switch (dtype) {
-    case DType::fp32: return at::kFloat;
-    case DType::bf16: return at::kBFloat16;
-    case DType::fp16: return at::kHalf;
-    case DType::u8: return at::kByte;
+    case DType::fp32:
+      return at::kFloat;
+    case DType::bf16:
+      return at::kBFloat16;
+    case DType::fp16:
+      return at::kHalf;
+    case DType::u8:
+      return at::kByte;
   }
   fail(Errc::internal, "a dtype that torch has no name for");
 }
@@ -38,7 +42,8 @@ Errc code_of(const std::string& text) {
 
 }  // namespace
 
-C10dCommunicator::C10dCommunicator(c10::intrusive_ptr<c10d::Store> store, int rank, int size, GroupFactory factory, std::chrono::milliseconds timeout)
+C10dCommunicator::C10dCommunicator(c10::intrusive_ptr<c10d::Store> store, int rank, int size, GroupFactory factory,
+                                   std::chrono::milliseconds timeout)
     : store_(std::move(store)), rank_(rank), size_(size), factory_(std::move(factory)) {
   set_timeout(timeout);
 }
@@ -77,9 +82,7 @@ void C10dCommunicator::run(const char* what, Start&& start) {
   try {
     const auto group = connect();
     start(*group)->wait();
-  } catch (const Error&) {
-    throw;
-  } catch (const std::exception& error) {
+  } catch (const Error&) { throw; } catch (const std::exception& error) {
     const std::lock_guard lock(mutex_);
     const std::string text = first_line(error.what());
     if (aborted_) fail(Errc::peer_lost, std::string(what) + " over gloo: the group was given up: " + reason_);
@@ -107,11 +110,10 @@ std::unique_ptr<Communicator> C10dCommunicator::split(int colour, int key) {
     made->connect();
     last_split_ = made.get();
     return made;
-  } catch (const Error&) {
-    throw;
-  } catch (const std::exception& error) {
+  } catch (const Error&) { throw; } catch (const std::exception& error) {
     const std::string text = first_line(error.what());
-    fail(code_of(text), "making a group of its own for " + std::to_string(size_) + " ranks, on rank " + std::to_string(rank_) + ": " + text);
+    fail(code_of(text),
+         "making a group of its own for " + std::to_string(size_) + " ranks, on rank " + std::to_string(rank_) + ": " + text);
   }
 }
 
@@ -125,7 +127,8 @@ void C10dCommunicator::abort(const std::string& reason) noexcept {
     sockets_.shut();
     group = std::move(group_);
   }
-  // Dropped outside the lock: its destructor waits for what is in flight, and the thread that waits for that may want the lock for its message.
+  // Dropped outside the lock: its destructor waits for what is in flight, and the thread that waits for that may want the lock for its
+  // message.
 }
 
 void C10dCommunicator::all_reduce_tensor(at::Tensor& tensor) {
@@ -149,8 +152,8 @@ void C10dCommunicator::do_all_gather(ConstBytes send, Bytes recv, Stream) {
   });
 }
 
-void C10dCommunicator::do_all_to_all(ConstBytes send, std::span<const std::size_t> send_bytes, Bytes recv, std::span<const std::size_t> recv_bytes,
-                                     Stream) {
+void C10dCommunicator::do_all_to_all(ConstBytes send, std::span<const std::size_t> send_bytes, Bytes recv,
+                                     std::span<const std::size_t> recv_bytes, Stream) {
   run("all-to-all", [&](c10d::Backend& group) {
     auto out = view(recv.data, recv.size), in = view(send.data, send.size);
     std::vector<std::int64_t> out_split(recv_bytes.begin(), recv_bytes.end()), in_split(send_bytes.begin(), send_bytes.end());

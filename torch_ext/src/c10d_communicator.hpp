@@ -15,16 +15,17 @@
 
 namespace thinwire::torch_ext {
 
-/// Builds a Gloo backend of `size` ranks that meet at `store`. torch ships no Gloo headers, so its Python face has to do it; called where groups are made, never by
-/// the thread that reduces.
-using GroupFactory =
-    std::function<c10::intrusive_ptr<c10d::Backend>(c10::intrusive_ptr<c10d::Store> store, int rank, int size, std::chrono::milliseconds timeout)>;
+/// Builds a Gloo backend of `size` ranks that meet at `store`. torch ships no Gloo headers, so its Python face has to do it; called where
+/// groups are made, never by the thread that reduces.
+using GroupFactory = std::function<c10::intrusive_ptr<c10d::Backend>(c10::intrusive_ptr<c10d::Store> store, int rank, int size,
+                                                                     std::chrono::milliseconds timeout)>;
 
-/// One rank of a Gloo group that nobody else knows: DDP's own collectives and the user's never meet ours. Ranks find each other at `store`, which must be a
-/// PrefixStore whose prefix was never used before.
+/// One rank of a Gloo group that nobody else knows: DDP's own collectives and the user's never meet ours. Ranks find each other at `store`,
+/// which must be a PrefixStore whose prefix was never used before.
 ///
-/// The group is made by the first collective call, or by `split` for the communicator it returns. Gloo sums in the order of its own ring: equal bits on all ranks.
-/// abort() shuts the group's sockets, so calls in flight here and on the peers fail at once; the deadline of every single operation stands behind that.
+/// The group is made by the first collective call, or by `split` for the communicator it returns. Gloo sums in the order of its own ring:
+/// equal bits on all ranks. abort() shuts the group's sockets, so calls in flight here and on the peers fail at once; the deadline of every
+/// single operation stands behind that.
 class C10dCommunicator final : public Communicator {
  public:
   C10dCommunicator(c10::intrusive_ptr<c10d::Store> store, int rank, int size, GroupFactory factory, std::chrono::milliseconds timeout);
@@ -36,7 +37,8 @@ class C10dCommunicator final : public Communicator {
   std::unique_ptr<Communicator> split(int colour, int key) override;
   void abort(const std::string& reason) noexcept override;
 
-  /// The sum over ranks of a tensor that no span describes (sparse rows, fp64); the result replaces `tensor`. Call it as any other collective.
+  /// The sum over ranks of a tensor that no span describes (sparse rows, fp64); the result replaces `tensor`. Call it as any other
+  /// collective.
   void all_reduce_tensor(at::Tensor& tensor);
   /// The communicator that the last split made, null before; valid while its owner lives.
   C10dCommunicator* last_split() const noexcept { return last_split_; }

@@ -9,10 +9,10 @@
 
 namespace thinwire::torch_ext {
 
-/// One fp32 tensor of `numel` elements at one stage of training.
+/// One fp32 tensor of `numel` elements and two dimensions, alone in its bucket, at one stage of training.
 struct Estimate {
-  std::string stage;              ///< "dense start", "warm-up", "compressed"
-  std::uint64_t first_step = 0;   ///< the stage's first synchronised step
+  std::string stage;             ///< "dense start", "warm-up", "compressed", …, for people
+  std::uint64_t first_step = 0;  ///< the stage's first synchronised step
   double density = 1;
   bool compressed = false;
   std::uint64_t payload_bytes = 0;  ///< handed to the transport per step, capacity included
@@ -20,8 +20,8 @@ struct Estimate {
   double dense_bytes = 0;           ///< what a ring all-reduce of the same gradients would send
 };
 
-/// One entry per stage, in order. `exchange=auto` is decided as the reducer decides it: gather becomes dense where capacity × (world − 1) is at least what a
-/// ring all-reduce sends. @throws invalid_argument for a tensor too large for the codec.
+/// One entry per stage, in order. `exchange=auto` is decided as the reducer decides it: gather becomes dense where capacity × (world − 1)
+/// is at least what a ring all-reduce sends. @throws invalid_argument for a tensor too large for the codec.
 std::vector<Estimate> estimate(const Config& config, std::uint64_t numel, int world);
 
 }  // namespace thinwire::torch_ext

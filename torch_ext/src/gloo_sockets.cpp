@@ -80,7 +80,8 @@ void GlooSockets::end(const std::vector<int>& ports) {
 void GlooSockets::shut() const noexcept {
   for (const Socket& socket : mine_) {
     struct stat status {};
-    if (fstat(socket.descriptor, &status) == 0 && S_ISSOCK(status.st_mode) && status.st_ino == socket.inode) ::shutdown(socket.descriptor, SHUT_RDWR);
+    if (fstat(socket.descriptor, &status) == 0 && S_ISSOCK(status.st_mode) && status.st_ino == socket.inode)
+      ::shutdown(socket.descriptor, SHUT_RDWR);
   }
 }
 

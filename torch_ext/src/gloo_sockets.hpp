@@ -1,6 +1,6 @@
 #pragma once
-// Gloo has no abort: an operation in flight ends only with its timeout. Shutting the group's TCP sockets ends it at once, here and on the peers, and needs no more
-// than to know which sockets are the group's.
+// Gloo has no abort: an operation in flight ends only with its timeout. Shutting the group's TCP sockets ends it at once, here and on the
+// peers, and needs no more than to know which sockets are the group's.
 
 #include <sys/types.h>
 
@@ -8,8 +8,8 @@
 
 namespace thinwire::torch_ext {
 
-/// The TCP sockets that were opened between begin() and end(). Another thread that opens sockets in between would be mistaken for the group, so sockets count
-/// only if they belong to a listener born in between or lead to one of the peers' listeners.
+/// The TCP sockets that were opened between begin() and end(). Another thread that opens sockets in between would be mistaken for the
+/// group, so sockets count only if they belong to a listener born in between or lead to one of the peers' listeners.
 class GlooSockets {
  public:
   /// Notes what is open. Linux only (/proc/self/fd); elsewhere nothing is found and timeouts alone end an operation.

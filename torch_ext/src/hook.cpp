@@ -13,14 +13,19 @@ namespace {
 
 std::optional<DType> dtype_of(at::ScalarType type) {
   switch (type) {
-    case at::kFloat: return DType::fp32;
-    case at::kBFloat16: return DType::bf16;
-    case at::kHalf: return DType::fp16;
-    default: return std::nullopt;
+    case at::kFloat:
+      return DType::fp32;
+    case at::kBFloat16:
+      return DType::bf16;
+    case at::kHalf:
+      return DType::fp16;
+    default:
+      return std::nullopt;
   }
 }
 
-/// Whether every element is +0 or −0. DDP.join gives ranks without data buckets of zeros; any other bucket is told from them by its first elements.
+/// Whether every element is +0 or −0. DDP.join gives ranks without data buckets of zeros; any other bucket is told from them by its first
+/// elements.
 bool all_zero(ConstBytes data) {
   const std::uint64_t magnitudes = data.dtype == DType::fp32 ? 0x7fffffff7fffffffull : 0x7fff7fff7fff7fffull;
   std::size_t i = 0;
@@ -53,14 +58,20 @@ struct Engine::Pending {
   std::size_t index = 0;
 };
 
-Engine::Engine(std::shared_ptr<C10dCommunicator> communicator, Config config, std::optional<std::vector<NamedParameter>> parameters, EngineOptions options)
-    : communicator_(std::move(communicator)), config_(std::move(config)), options_(options), named_(parameters.has_value()), pid_(getpid()) {
+Engine::Engine(std::shared_ptr<C10dCommunicator> communicator, Config config, std::optional<std::vector<NamedParameter>> parameters,
+               EngineOptions options)
+    : communicator_(std::move(communicator)),
+      config_(std::move(config)),
+      options_(options),
+      named_(parameters.has_value()),
+      pid_(getpid()) {
   if (!named_) return;
   std::vector<Parameter> described;
   for (const auto& [name, tensor] : *parameters) {
     const auto* impl = tensor.unsafeGetTensorImpl();
     if (!ids_.emplace(impl, std::uint32_t(described.size())).second) {
-      fail(Errc::invalid_argument, "parameter \"" + name + "\" is \"" + described[ids_.at(impl)].name + "\" under another name; name tied parameters once");
+      fail(Errc::invalid_argument,
+           "parameter \"" + name + "\" is \"" + described[ids_.at(impl)].name + "\" under another name; name tied parameters once");
     }
     identities_.emplace_back(tensor.getIntrusivePtr());
     described.push_back(describe(name, tensor));
@@ -109,8 +120,8 @@ std::vector<std::uint32_t> Engine::ids_of(const std::vector<at::Tensor>& paramet
   for (const at::Tensor& tensor : parameters) {
     const auto found = ids_.find(tensor.unsafeGetTensorImpl());
     if (found == ids_.end()) {
-      fail(Errc::invalid_argument, "DDP reduces a parameter of shape " + shape_of(tensor) + " that is not among the " + std::to_string(ids_.size()) +
-                                       (named_ ? " named parameters" : " parameters of the first step"));
+      fail(Errc::invalid_argument, "DDP reduces a parameter of shape " + shape_of(tensor) + " that is not among the " +
+                                       std::to_string(ids_.size()) + (named_ ? " named parameters" : " parameters of the first step"));
     }
     ids.push_back(found->second);
   }
@@ -173,7 +184,8 @@ void Engine::start(std::unique_ptr<Pending> pending) {
   // From here on `finish` owns the bucket: on a throw nothing was queued, and it is ours again.
   pending.release();
   try {
-    if (!buffer.device().is_cpu()) fail(Errc::unsupported, "gradients on " + buffer.device().str() + ": this build reduces gradients on the CPU");
+    if (!buffer.device().is_cpu())
+      fail(Errc::unsupported, "gradients on " + buffer.device().str() + ": this build reduces gradients on the CPU");
     if (buffer.is_sparse() || !dtype) {
       const std::string reason = buffer.is_sparse() ? "sparse gradient" : std::string("dtype ") + c10::toString(buffer.scalar_type());
       auto exchange = [this, &bucket] {
@@ -190,9 +202,7 @@ void Engine::start(std::unique_ptr<Pending> pending) {
     const Bytes grad{static_cast<std::byte*>(buffer.data_ptr()), buffer.nbytes(), *dtype, Place::host, 0};
     options.joined = all_zero(grad);
     reducer_->reduce(bucket.ids, grad, Stream::host(), options);
-  } catch (...) {
-    finish(&bucket, std::current_exception());
-  }
+  } catch (...) { finish(&bucket, std::current_exception()); }
 }
 
 void Engine::finish(void* context, std::exception_ptr error) noexcept {
@@ -249,6 +259,8 @@ class CommHook final : public c10d::CommHookInterface {
 
 }  // namespace
 
-std::unique_ptr<c10d::CommHookInterface> make_comm_hook(std::shared_ptr<Engine> engine) { return std::make_unique<CommHook>(std::move(engine)); }
+std::unique_ptr<c10d::CommHookInterface> make_comm_hook(std::shared_ptr<Engine> engine) {
+  return std::make_unique<CommHook>(std::move(engine));
+}
 
 }  // namespace thinwire::torch_ext

@@ -1,5 +1,6 @@
 #pragma once
-// From DDP's buckets to GradientReducer and back: tensor → span, parameter → id, done → future. No Python here: the backward pass never needs the GIL.
+// From DDP's buckets to GradientReducer and back: tensor → span, parameter → id, done → future. No Python here: the backward pass never
+// needs the GIL.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/ivalue.h>
@@ -34,19 +35,22 @@ struct EngineOptions {
 
 /// All of one model's buckets of one rank. A bucket's parameters are known by their tensors' identity, so buckets may change between steps.
 ///
-/// Without names the parameters are learnt: the buckets of the first step wait for its last one, then the reducer is built from all of them in the order in which
-/// they came, and they are worked through in that order. Nothing but that one step's overlap is lost, but what names the state is then the order of arrival.
+/// Without names the parameters are learnt: the buckets of the first step wait for its last one, then the reducer is built from all of them
+/// in the order in which they came, and they are worked through in that order. Nothing but that one step's overlap is lost, but what names
+/// the state is then the order of arrival.
 ///
 /// In a forked child every call is refused and the destructor lets go of the threads' memory without touching it.
 class Engine {
  public:
   /// Collective if `parameters` is given: it makes the group. Parameters are held weakly.
-  Engine(std::shared_ptr<C10dCommunicator> communicator, Config config, std::optional<std::vector<NamedParameter>> parameters, EngineOptions options);
+  Engine(std::shared_ptr<C10dCommunicator> communicator, Config config, std::optional<std::vector<NamedParameter>> parameters,
+         EngineOptions options);
   ~Engine();
 
-  /// Queues a bucket; never throws: what goes wrong is in the future. `result`: what the future gets, the bucket's own buffer unless torch's Python hooks want it
-  /// wrapped; after an error it is kept until the next submit or close, on a thread that may destroy it.
-  c10::intrusive_ptr<c10::ivalue::Future> submit(c10d::GradBucket& bucket, std::optional<c10::IValue> result = std::nullopt, bool python = false) noexcept;
+  /// Queues a bucket; never throws: what goes wrong is in the future. `result`: what the future gets, the bucket's own buffer unless
+  /// torch's Python hooks want it wrapped; after an error it is kept until the next submit or close, on a thread that may destroy it.
+  c10::intrusive_ptr<c10::ivalue::Future> submit(c10d::GradBucket& bucket, std::optional<c10::IValue> result = std::nullopt,
+                                                 bool python = false) noexcept;
 
   bool named() const noexcept { return named_; }
   /// Null until the parameters are known. @throws internal in a forked child, invalid_argument after close.

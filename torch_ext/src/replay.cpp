@@ -31,9 +31,7 @@ class FirstError {
   static bool echo(const std::exception_ptr& error) {
     try {
       std::rethrow_exception(error);
-    } catch (const Error& e) {
-      return e.code() == Errc::peer_lost || e.code() == Errc::timeout;
-    } catch (...) {
+    } catch (const Error& e) { return e.code() == Errc::peer_lost || e.code() == Errc::timeout; } catch (...) {
       return false;
     }
   }
@@ -43,7 +41,8 @@ class FirstError {
 
 }  // namespace
 
-ReplayResult replay(const Config& config, DType dtype, std::size_t steps, int world, std::span<const Recording> recordings, bool record_payloads) {
+ReplayResult replay(const Config& config, DType dtype, std::size_t steps, int world, std::span<const Recording> recordings,
+                    bool record_payloads) {
   std::vector<Parameter> parameters;
   std::vector<std::size_t> bytes;  // of one gradient of each parameter
   for (const Recording& recording : recordings) {

@@ -20,15 +20,16 @@ struct Recording {
 };
 
 struct ReplayResult {
-  std::vector<std::vector<std::byte>> mean;                        ///< [parameter]: steps × numel elements
-  std::vector<std::uint64_t> payload_bytes;                        ///< [step · world + rank]: handed to the transport
-  std::vector<ReducerState> state;                                 ///< [rank], after the last step
-  std::vector<std::vector<std::vector<std::byte>>> payloads;       ///< [step][rank], if recorded; empty for a step that sent none
-  Stats stats;                                                     ///< of rank 0
+  std::vector<std::vector<std::byte>> mean;                   ///< [parameter]: steps × numel elements
+  std::vector<std::uint64_t> payload_bytes;                   ///< [step · world + rank]: handed to the transport
+  std::vector<ReducerState> state;                            ///< [rank], after the last step
+  std::vector<std::vector<std::vector<std::byte>>> payloads;  ///< [step][rank], if recorded; empty for a step that sent none
+  Stats stats;                                                ///< of rank 0
 };
 
 /// All parameters are one bucket, in the order given. Rank 0's results are returned after they have been compared with every other rank's.
 /// @throws what the reducer throws; internal if two ranks received different bytes.
-ReplayResult replay(const Config& config, DType dtype, std::size_t steps, int world, std::span<const Recording> recordings, bool record_payloads);
+ReplayResult replay(const Config& config, DType dtype, std::size_t steps, int world, std::span<const Recording> recordings,
+                    bool record_payloads);
 
 }  // namespace thinwire::torch_ext

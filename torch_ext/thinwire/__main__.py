@@ -1,0 +1,234 @@
+"""The command line: ``thinwire`` or ``python -m thinwire``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ._extension import VERSION, native
+from .config import Config
+from .errors import ConfigError, Error
+from .info import build_info, machine
+from .replay import Replay, replay
+
+_EXIT = "exit codes: 0 well, 1 something failed, 2 a wrong command line, configuration or file"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """@returns the exit code: 0, 1 or 2."""
+    arguments = _parser().parse_args(argv)
+    console = Console(stderr=False)
+    try:
+        rows = arguments.run(arguments, console)
+        if arguments.json:
+            outcome = {"command": arguments.verb, "version": VERSION, "machine": machine(), "rows": rows}
+            Path(arguments.json).write_text(json.dumps(outcome, indent=1) + "\n")
+    except (ConfigError, _Refused) as error:
+        print(f"thinwire {arguments.verb}: {error}", file=sys.stderr)
+        return 2
+    except (Error, OSError) as error:
+        print(f"thinwire {arguments.verb}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+class _Refused(Exception):
+    """An argument that is no configuration was wrong."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="thinwire", description="Communication compression for distributed training.", epilog=_EXIT, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"thinwire {VERSION}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, run: Any, help_: str, epilog: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=help_, description=help_ + ".", epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+        made.add_argument("--json", metavar="FILE", help="write {command, version, machine, rows} there as well")
+        made.set_defaults(run=run)
+        return made
+
+    grammar = "CONFIG is " + native.grammar_help() + "\n" + _EXIT
+    verb("info", _info, "what this build is and what it found", _EXIT)
+    check = verb("check", _check, "print a configuration in full, the bytes it will send and what they cost", grammar)
+    check.add_argument("config", metavar="CONFIG")
+    check.add_argument("--numel", type=_positive, default=1 << 20, metavar="N", help="elements of a tensor of two dimensions (default %(default)s)")
+    check.add_argument("--world", type=_positive, default=8, metavar="W", help="ranks (default %(default)s)")
+    rerun = verb("replay", _replay, "run a configuration over recorded gradients, ranks as threads", _REPLAY_FILE + grammar)
+    rerun.add_argument("config", metavar="CONFIG")
+    rerun.add_argument("file", metavar="FILE", help="gradients: .safetensors or .npz")
+    rerun.add_argument("--plot", metavar="PNG", help="draw bytes and norms per step")
+    return parser
+
+
+_REPLAY_FILE = "FILE holds one array per parameter, name -> (steps, world, *shape), all fp32, all bf16 or all fp16:\n  numpy.savez('gradients.npz', **arrays)\n\n"
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def _info(arguments: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+    info = build_info()
+    table = Table("what", "value", title=f"thinwire {VERSION}")
+    for key, value in info.items():
+        table.add_row(key.replace("_", " "), "-" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+    console.print(table)
+    return [info]
+
+
+def _check(arguments: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+    config = Config.parse(arguments.config)
+    table = Table("slot", "value", title="configuration")
+    for slot in str(config).split(" "):
+        table.add_row(*slot.split("=", 1))
+    console.print(table)
+
+    numel, world = arguments.numel, arguments.world
+    classes = [("tensor of two or more dimensions", numel)]
+    small = min(numel, config.min_numel - 1)
+    if small > 0 and not config.codec.startswith("none") and numel >= config.min_numel:
+        classes.append(("bias, norm or small tensor", small))
+    rows = []
+    for name, count in classes:
+        for stage in native.estimate(config, count, world):
+            row = {"config": str(config), "world": world, "class": name, "numel": count, **stage}
+            row["factor"] = stage["dense_bytes"] / stage["wire_bytes"] if stage["wire_bytes"] else 1.0
+            row["seconds_1gbit"], row["dense_seconds_1gbit"] = stage["wire_bytes"] / 125e6, stage["dense_bytes"] / 125e6
+            rows.append(row)
+    for name, count in classes:
+        table = Table(title=f"{name}: {count:,} fp32 elements, {world} ranks", caption="bytes per rank and step; ms: their time on a link of 1 Gbit/s, latency left out")
+        for column in ("step", "stage", "density", "payload", "sent", "factor", "ms", "dense ms"):
+            table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=column != "stage")
+        for row in (row for row in rows if row["class"] == name):
+            table.add_row(
+                str(row["first_step"]),
+                row["stage"],
+                f"{row['density']:g}",
+                _bytes(row["payload_bytes"]),
+                _bytes(row["wire_bytes"]),
+                f"{row['factor']:.1f}",
+                f"{1e3 * row['seconds_1gbit']:.3g}",
+                f"{1e3 * row['dense_seconds_1gbit']:.3g}",
+            )
+        console.print(table)
+    return rows
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.4g} GB"
+
+
+def _replay(arguments: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+    config = Config.parse(arguments.config)
+    grads = _load(Path(arguments.file))
+    if arguments.plot and Path(arguments.plot).suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise _Refused(f"--plot {arguments.plot}: a picture ends in .png, .svg or .pdf")
+    result = replay(config, grads)
+    rows = _replay_rows(config, grads, result)
+    table = Table(title=f"{arguments.file}: {len(rows)} steps, {rows[0]['world'] if rows else 0} ranks")
+    for column in ("step", "payload B per rank", "gradient B", "received norm", "mean gradient norm"):
+        table.add_column(column, justify="right")
+    shown = rows if len(rows) <= 24 else rows[:12] + rows[-12:]
+    for i, row in enumerate(shown):
+        if len(rows) > 24 and i == 12:
+            table.add_row("…", "", "", "", "")
+        table.add_row(str(row["step"]), f"{row['payload_bytes']:,}", f"{row['gradient_bytes']:,}", f"{row['received_norm']:.6g}", f"{row['gradient_norm']:.6g}")
+    console.print(table)
+    stats = Table(title="after the last step, rank 0")
+    for column in ("parameter", "elements", "compressed", "kept", "residual norm", "why not"):
+        stats.add_column(column, justify="left" if column in ("parameter", "why not") else "right")
+    for name, p in result.stats["parameters"].items():
+        stats.add_row(name, f"{p['numel']:,}", "yes" if p["compressed"] else "no", f"{p['kept']:,}", f"{p['residual_norm']:.6g}", p["reason"])
+    console.print(stats)
+    if arguments.plot:
+        _plot(rows, str(config), Path(arguments.plot))
+        console.print(f"picture: {arguments.plot}")
+    return rows
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise _Refused(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            try:
+                from safetensors.torch import load_file
+            except ImportError as error:
+                raise _Refused(f"{path}: reading it needs the package safetensors") from error
+            return dict(load_file(str(path)))
+        if path.suffix == ".npz":
+            import numpy
+
+            with numpy.load(path) as arrays:
+                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    except _Refused:
+        raise
+    except Exception as error:  # whatever the reader found: the file is not what its name says
+        raise _Refused(f"{path}: {error}") from error
+    raise _Refused(f"{path}: gradients come as .safetensors or .npz")
+
+
+def _replay_rows(config: Config, grads: dict[str, torch.Tensor], result: Replay) -> list[dict[str, Any]]:
+    steps, world = result.payload_bytes.shape
+    gradient_bytes = sum(t[0, 0].numel() * t.element_size() for t in grads.values())
+    rows = []
+    for step in range(steps):
+        received = math.sqrt(sum(float(t[step].double().square().sum()) for t in result.mean.values()))
+        gradient = math.sqrt(sum(float(t[step].double().mean(dim=0).square().sum()) for t in grads.values()))
+        rows.append(
+            {
+                "config": str(config),
+                "world": world,
+                "step": step,
+                "payload_bytes": int(result.payload_bytes[step].max()),
+                "gradient_bytes": gradient_bytes,
+                "received_norm": received,
+                "gradient_norm": gradient,
+            }
+        )
+    return rows
+
+
+def _plot(rows: list[dict[str, Any]], config: str, path: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise _Refused("--plot needs the package matplotlib") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    steps = [row["step"] for row in rows]
+    left.semilogy(steps, [row["gradient_bytes"] for row in rows], color="0.6", label="the gradients")
+    left.semilogy(steps, [max(1, row["payload_bytes"]) for row in rows], label="handed to the transport")
+    left.set(xlabel="step", ylabel="bytes per rank", title="bytes")
+    right.plot(steps, [row["gradient_norm"] for row in rows], color="0.6", label="mean gradient")
+    right.plot(steps, [row["received_norm"] for row in rows], label="received")
+    right.set(xlabel="step", ylabel="L2 norm", title="norms")
+    left.legend()
+    right.legend()
+    figure.suptitle(config, fontsize=7, wrap=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
