@@ -14,8 +14,8 @@ namespace {
 using namespace thinwire;
 using namespace thinwire::bench;
 
-/// 2^14 to 2^26 by 4, and DDP's first and later buckets.
-constexpr std::size_t kSizes[] = {1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26, 262144 * 3, 6553600};
+/// 2^14 to 2^26 by 4 (2^18 floats are the first bucket of DDP), and a later bucket of 25 MB.
+constexpr std::size_t kSizes[] = {1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26, 6553600};
 constexpr double kDensities[] = {0.001, 0.01, 0.08};
 constexpr Isa kIsas[] = {Isa::scalar, Isa::avx2, Isa::avx512};
 
