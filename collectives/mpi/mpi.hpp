@@ -18,18 +18,26 @@ namespace thinwire {
 /// `comm` may be freed. Collective over `comm`; waits at most the default timeout() for the others.
 ///
 /// Threads: any_thread() is whether MPI provides MPI_THREAD_MULTIPLE. Where it does not, this call, all collectives and the destructor
-/// belong to one thread. Deadlines: every collective is polled until timeout(); MPI progresses only inside its calls, so the polling thread
-/// spins a little, then yields, then sleeps in steps of 50 us. Other than make_mpi and split, calls of any size work, past 2^31 bytes too.
-/// Sums are made in rank order, rounded to the dtype after each addition, each element on one rank or on all in the same order: bits as on
-/// loopback. An all_reduce moves 2(N − 1)/N of its buffer and stages at most 8 MiB.
+/// belong to one thread.
 ///
-/// Errors. MPI cannot take back a collective in flight. After a timeout, an abort or a transport error MPI may still read and write the
-/// spans of the failed call whenever this process makes another MPI call, on any communicator; MPI_Finalize may wait for ever. So the way
-/// on is: report, keep those spans, MPI_Abort. The destructor of a failed communicator frees nothing, so it cannot hang; one destroyed
-/// after MPI_Finalize frees nothing either. abort() tells the peers as far as MPI lets it (small messages they look for while they wait);
-/// one that cannot be reached leaves by its own deadline or by MPI_Abort. Where it is called on a thread that must not call MPI, the
-/// messages go out with the next call, or the one in flight, of the thread that may. Sizes that differ between ranks end as transport
-/// errors or timeouts, never as overflows; MPI does not always see them.
+/// Deadlines: every collective is polled until timeout(). MPI progresses only inside its calls, so the polling thread spins a little, then
+/// yields, then sleeps in steps of 50 us. split() waits for all ranks within the deadline; MPI_Comm_split itself, which follows, knows
+/// none. Past 2^31 bytes every call works.
+///
+/// Sums are made in rank order, rounded to the dtype after each addition, so their bits are those of loopback. An all_reduce moves 2(N −
+/// 1)/N of its buffer (up to 8 KiB: N − 1, in one collective) and stages 8 MiB at a time. MPI_Iallreduce would promise no equal bits, and
+/// Open MPI's is no faster.
+///
+/// Errors: MPI cannot take back a collective in flight. After a timeout, an abort or a transport error MPI may still read and write the
+/// spans of the failed call whenever this process makes another MPI call, on any communicator, and MPI_Finalize may wait for ever. So the
+/// way on is: report, keep those spans, MPI_Abort. The destructor of a failed communicator frees nothing, so it cannot hang; one destroyed
+/// after MPI_Finalize frees nothing either.
+///
+/// abort() tells the peers by small messages that they look for while they wait; one that these do not reach leaves by its own deadline or
+/// by MPI_Abort. On a thread that must not call MPI it makes this rank's calls fail, and the messages go out with the call in flight, or
+/// the next, of the thread that may.
+///
+/// Sizes that differ between ranks end as transport errors or timeouts, never as overflows; MPI does not always see them.
 /// @throws invalid_argument: MPI not running, MPI_COMM_NULL, an intercommunicator. transport, timeout: as all calls.
 std::unique_ptr<Communicator> make_mpi(MPI_Comm comm);
 
