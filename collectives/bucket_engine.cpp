@@ -37,6 +37,7 @@ void BucketEngine::run(const std::shared_ptr<const BucketPlan>& bucket, Bytes gr
   own_wire_ = {};
   if (codec_ == nullptr) {
     factors_of(bucket->passengers[0].plan(step), grad, 1.0f / options.loss_scale);  // for the statistics only
+    if (options.joined) std::memset(grad.data, 0, grad.size);
     flags = run_plain(grad);
   } else if (bucket->whole_dense) {
     flags = run_whole_dense(*bucket, grad, step, options);
@@ -52,7 +53,7 @@ void BucketEngine::run(const std::shared_ptr<const BucketPlan>& bucket, Bytes gr
   if (options_.step_verdict) {
     keep_pending(bucket, options.joined);
   } else {
-    settle(*bucket, own_wire_, options.joined, finite);
+    settle(*bucket, step, own_wire_, options.joined, finite);
   }
   if (check_every_ != 0 && (step + 1) % check_every_ == 0) output_hash_ = wire::hash_bytes(grad.data, grad.size, output_hash_);
 }
@@ -170,13 +171,13 @@ std::uint32_t BucketEngine::run_compressed(const BucketPlan& bucket, Bytes grad,
   return flags;
 }
 
-void BucketEngine::settle(const BucketPlan& bucket, ConstBytes own_wire, bool joined, bool finite) {
+void BucketEngine::settle(const BucketPlan& bucket, std::uint64_t step, ConstBytes own_wire, bool joined, bool finite) {
   if (codec_ == nullptr || joined) return;
   const Passengers& stateful = bucket.passengers[0];
   if (finite) {
-    settle_dense(recursion_, stateful.plan(0), {stateful.states, nullptr}, Stream::host());
+    settle_dense(recursion_, stateful.plan(step), {stateful.states, nullptr}, Stream::host());
   } else if (!own_wire.empty()) {
-    codec_->take_back(recursion_, bucket.plan(0), own_wire, {bucket.states, nullptr}, Stream::host());
+    codec_->take_back(recursion_, bucket.plan(step), own_wire, {bucket.states, nullptr}, Stream::host());
   }
 }
 
@@ -194,7 +195,7 @@ BucketEngine::StepEnd BucketEngine::finish_step(std::uint64_t step) {
   for (std::size_t i = 0; i < pending_count_; ++i) {
     Pending& pending = pending_[i];
     const std::size_t bytes = pending.bucket->whole_dense || codec_ == nullptr ? 0 : pending.bucket->layout.part_capacity;
-    settle(*pending.bucket, {pending.payload.data(), bytes, DType::u8, Place::host, 0}, pending.joined, step_finite_);
+    settle(*pending.bucket, step, {pending.payload.data(), bytes, DType::u8, Place::host, 0}, pending.joined, step_finite_);
     pending.bucket.reset();
   }
   pending_count_ = 0;

@@ -57,7 +57,7 @@ class BucketEngine {
   const float* factors_of(const Plan& plan, Bytes grad, float unscale);
   void write_messages(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options, Bytes messages,
                       std::uint32_t* flags);
-  void settle(const BucketPlan& bucket, ConstBytes own_wire, bool joined, bool finite);
+  void settle(const BucketPlan& bucket, std::uint64_t step, ConstBytes own_wire, bool joined, bool finite);
   void keep_pending(const std::shared_ptr<const BucketPlan>& bucket, bool joined);
 
   Communicator& communicator_;
