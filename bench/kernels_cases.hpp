@@ -47,8 +47,6 @@ class StreamKernel final : public Kernel {
   Plan plan() const noexcept { return plan_; }
   const Recursion& recursion() const noexcept { return recursion_; }
   StateView state() const noexcept { return {state_, nullptr}; }
-  /// The last threshold of the first segment; select=sampled remembers it.
-  float threshold() const noexcept { return memory_.empty() ? 0 : memory_.front(); }
   double entry_bytes() const noexcept { return entry_bytes_; }
 
  private:

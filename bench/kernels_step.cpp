@@ -64,7 +64,6 @@ __attribute__((visibility("default"))) double thinwire_step_density(void* step) 
 __attribute__((visibility("default"))) double thinwire_step_bytes(void* step) {
   return static_cast<Step*>(step)->kernel.bytes_per_element();
 }
-__attribute__((visibility("default"))) float thinwire_step_threshold(void* step) { return static_cast<Step*>(step)->kernel.threshold(); }
 
 /// 0 gradient of this repetition, 1 momentum, 2 residual of the fused step; 3 momentum, 4 residual for torch.
 __attribute__((visibility("default"))) float* thinwire_step_array(void* step, int which, std::size_t repetition) {
