@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "compressors/core/recursion.hpp"
+#include "compressors/feedback/feedback_math.hpp"
 #include "compressors/topk/selection.hpp"
 #include "compressors/topk/topk_codec.hpp"
 

@@ -7,7 +7,7 @@
 
 #include "compressors/core/dtype.hpp"
 #include "compressors/core/isa.hpp"
-#include "compressors/feedback/feedback_math.hpp"
+#include "compressors/feedback/form.hpp"
 #include "compressors/topk/topk_wire.hpp"
 
 namespace thinwire::topk {
@@ -48,7 +48,7 @@ using StreamKernel = void (*)(const Block& block, Emitted& emitted);
 /// Elements [from, to) of a block, one by one, continuing `emitted`: what vector kernels call for tails, masks, full rooms and non-finite
 /// values.
 using RangeKernel = void (*)(const Block& block, std::uint32_t from, std::uint32_t to, Emitted& emitted);
-/// |x| bits of the sample of a segment, non-finite and dead elements as 0. @returns how many: sample_size(count).
+/// |x| bits of the sample of a segment; dead elements and messages that overflow count as 0. @returns how many: sample_size(count).
 using SampleKernel = std::size_t (*)(const Block& segment, std::uint64_t step, std::uint32_t* magnitudes);
 /// out = factor × tile, rounded once to dtype; the tile is zero afterwards. @returns whether all of out is finite. `streaming`: past the
 /// caches.

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "compressors/core/recursion.hpp"
+#include "compressors/feedback/feedback_math.hpp"
 #include "compressors/topk/topk_kernels.hpp"
 
 namespace thinwire::topk {

@@ -1,0 +1,174 @@
+#pragma once
+// One rank's side of top-k in a test: a plan of segments with gaps between them in a flat buffer, its state, and calls that check what
+// every call promises.
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "compressors/core/codec.hpp"
+#include "compressors/core/isa.hpp"
+#include "compressors/topk/topk.hpp"
+#include "topk_oracle.hpp"
+
+namespace thinwire {
+
+inline constexpr float kGap = 7.25f;  // what lies between segments, and must stay
+
+struct TopKRig {
+  TopKOptions options;
+  Recursion recursion;
+  std::vector<Segment> segments;
+  std::vector<std::uint32_t> part_end;
+  std::unique_ptr<const Codec> codec;
+  std::vector<std::vector<float>> u, residual;
+  std::vector<float> memory, factors;
+  std::vector<SegmentState> states;
+  std::vector<std::byte> workspace, payload;
+  std::vector<std::uint32_t> kept;
+  std::size_t numel = 0;
+  std::uint64_t step = 0;
+  std::uint32_t flags = 0;
+
+  TopKRig(Isa isa, const TopKOptions& o, const Recursion& r, const std::vector<std::size_t>& counts, double density)
+      : options(o), recursion(r), codec(make_topk(o, isa)) {
+    for (std::size_t s = 0; s < counts.size(); ++s) {
+      Segment segment;
+      segment.parameter = std::uint32_t(s + 3);
+      segment.first = numel + 1;  // odd starts: nothing may need alignment
+      segment.count = counts[s];
+      segment.setting.density = density;
+      segments.push_back(segment);
+      numel = segment.first + segment.count;
+    }
+    numel += 1;
+    part_end = {std::uint32_t(segments.size())};
+    memory.assign(segments.size(), 0);
+    factors.assign(segments.size(), 1);
+    for (const auto& segment : segments) {
+      u.emplace_back(segment.count, 0.0f);
+      residual.emplace_back(segment.count, 0.0f);
+    }
+    kept.assign(segments.size(), 0);
+  }
+
+  Plan plan() const { return {segments, part_end, step}; }
+  StateView state() {
+    states.assign(segments.size(), {});
+    for (std::size_t s = 0; s < segments.size(); ++s) {
+      if (recursion.kind == Recursion::Kind::error_feedback) states[s].array = {residual[s].data(), nullptr};
+      if (recursion.kind == Recursion::Kind::momentum_correction) states[s].array = {u[s].data(), residual[s].data()};
+      if (codec->memory(segments[s]) != 0) states[s].memory = &memory[s];
+    }
+    return {states, factors.data()};
+  }
+  /// A workspace and payload full of rubbish, so that what is not written shows.
+  void prepare() {
+    const WireLayout layout = codec->layout(plan());
+    workspace.assign(layout.workspace, std::byte{0xa5});
+    payload.assign(layout.part_capacity, std::byte{0xa5});
+  }
+  Bytes bytes(std::vector<std::byte>& v) { return {v.data(), v.size(), DType::u8, Place::host, 0}; }
+
+  void stream(const std::vector<std::byte>& grad, DType dtype, std::uint32_t given = 0) {
+    prepare();
+    flags = given;
+    codec->stream(recursion, plan(), {grad.data(), grad.size(), dtype, Place::host, 0}, state(), bytes(workspace), bytes(payload), &flags,
+                  kept.data(), Stream::host());
+  }
+  void stream(const std::vector<float>& grad) { stream(oracle::to_bytes(grad, DType::fp32), DType::fp32); }
+  std::vector<std::vector<oracle::Entry>> entries() const { return oracle::parse(payload, plan(), options); }
+
+  std::vector<float> decode(const std::vector<std::vector<std::byte>>& payloads, float factor = 1) {
+    std::vector<ConstBytes> wires;
+    for (const auto& p : payloads) wires.push_back({p.data(), p.size(), DType::u8, Place::host, 0});
+    std::vector<float> out(numel, kGap);
+    workspace.assign(codec->layout(plan()).workspace, std::byte{0xa5});
+    codec->decode(plan(), wires, factor, bytes(workspace), host_bytes(out.data(), out.size()), &flags, Stream::host());
+    return out;
+  }
+  void take_back() {
+    codec->take_back(recursion, plan(), {payload.data(), payload.size(), DType::u8, Place::host, 0}, state(), Stream::host());
+  }
+};
+
+inline Recursion no_feedback() { return {}; }
+inline Recursion ef14(float decay = 1) {
+  Recursion r;
+  r.kind = Recursion::Kind::error_feedback;
+  r.decay = decay;
+  return r;
+}
+inline Recursion dgc(float momentum = 0.5f, bool nesterov = false, bool mask = true) {
+  Recursion r;
+  r.kind = Recursion::Kind::momentum_correction;
+  r.momentum = momentum;
+  r.nesterov = nesterov;
+  r.mask = mask;
+  return r;
+}
+inline std::vector<Recursion> all_recursions() {
+  return {no_feedback(), ef14(), ef14(0.75f), dgc(), dgc(0.9f, false, false), dgc(0.5f, true), dgc(0.9f, true, false)};
+}
+inline std::string describe(const Recursion& r) {
+  return "kind " + std::to_string(int(r.kind)) + " decay " + std::to_string(r.decay) + " m " + std::to_string(r.momentum) +
+         (r.nesterov ? " nesterov" : "") + (r.mask ? " mask" : "");
+}
+inline std::string describe(const TopKOptions& o) {
+  return std::string(" wire ") + to_string(o.wire) + (o.exact ? " exact" : " sampled") + " index " + std::to_string(int(o.index));
+}
+
+inline const std::vector<DType> kWires = {DType::fp32, DType::bf16, DType::fp16};
+
+/// Normal numbers with ties, zeros of both signs and denormals among them; `wild` adds NaN, infinities and values near the largest.
+inline std::vector<float> gradients(std::size_t n, unsigned seed, bool wild) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal;
+  std::vector<float> out(n);
+  for (auto& x : out) {
+    const unsigned pick = random() % 64;
+    x = normal(random);
+    if (pick == 0) x = 0;
+    if (pick == 1) x = -0.0f;
+    if (pick == 2) x = std::ldexp(float(random() % 100), -149) * (random() % 2 != 0 ? 1.0f : -1.0f);
+    if (pick < 12 && pick > 2) x = std::round(x * 4) / 4;
+    if (pick == 12) x = x * 1e-6f;
+    if (pick == 13) x = x * 1e4f;
+    if (wild && random() % 997 == 0) {
+      const float odd[] = {NAN, INFINITY, -INFINITY, 3.4e38f, -3.3e38f, 65520.0f, 65519.0f, 1e30f};
+      x = odd[random() % 8];
+    }
+  }
+  return out;
+}
+
+template <class Traits>
+class OnIsa : public testing::Test {
+ protected:
+  static constexpr Isa kIsa = Traits::kIsa;
+  void SetUp() override {
+    if (!cpu_supports(kIsa)) GTEST_SKIP() << "this CPU does not support " << to_string(kIsa);
+  }
+};
+struct Scalar {
+  static constexpr Isa kIsa = Isa::scalar;
+};
+struct Avx2 {
+  static constexpr Isa kIsa = Isa::avx2;
+};
+struct Avx512 {
+  static constexpr Isa kIsa = Isa::avx512;
+};
+using Isas = testing::Types<Scalar, Avx2, Avx512>;
+struct IsaName {
+  template <class T>
+  static std::string GetName(int) {
+    return to_string(T::kIsa);
+  }
+};
+
+}  // namespace thinwire

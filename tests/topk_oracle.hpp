@@ -1,0 +1,234 @@
+#pragma once
+// An independent reading of docs/wire_format.md and of the recursions, for tests. Shares no code with compressors/topk: roundings come from
+// sorted tables of all representable values, payloads are parsed byte by byte.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <span>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include "compressors/core/dtype.hpp"
+#include "compressors/core/plan.hpp"
+#include "compressors/core/recursion.hpp"
+#include "compressors/topk/topk.hpp"
+
+namespace oracle {
+
+using thinwire::DType;
+
+/// The value of 16 bits by the definition of the format: sign, exponent, mantissa.
+inline double half_value(std::uint16_t bits, DType dtype) {
+  const int mantissa_bits = dtype == DType::bf16 ? 7 : 10, bias = dtype == DType::bf16 ? 127 : 15,
+            exponents = dtype == DType::bf16 ? 255 : 31;
+  const int exponent = (bits >> mantissa_bits) & exponents;
+  const double mantissa = bits & ((1 << mantissa_bits) - 1), one = 1 << mantissa_bits;
+  const double sign = (bits & 0x8000) != 0 ? -1 : 1;
+  if (exponent == exponents) return mantissa == 0 ? sign * INFINITY : NAN;
+  if (exponent == 0) return sign * std::ldexp(mantissa / one, 1 - bias);
+  return sign * std::ldexp(1 + mantissa / one, exponent - bias);
+}
+
+/// Magnitudes of the finite values in rising order; index = bits, since the formats sort like integers.
+inline const std::vector<double>& magnitudes(DType dtype) {
+  static const auto make = [](DType d) {
+    std::vector<double> table;
+    for (std::uint32_t bits = 0; std::isfinite(half_value(std::uint16_t(bits), d)); ++bits)
+      table.push_back(half_value(std::uint16_t(bits), d));
+    return table;
+  };
+  static const std::vector<double> bf16 = make(DType::bf16), fp16 = make(DType::fp16);
+  return dtype == DType::bf16 ? bf16 : fp16;
+}
+
+/// Bits of the nearest value, ties to the even pattern; what rounds past the largest gives infinity, or the largest where `saturate`.
+inline std::uint16_t nearest_bits(double x, DType dtype, bool saturate) {
+  const auto& table = magnitudes(dtype);
+  const double a = std::fabs(x);
+  std::size_t up = std::size_t(std::lower_bound(table.begin(), table.end(), a) - table.begin());
+  std::size_t bits;
+  if (up == table.size()) {
+    const double step = table[up - 1] - table[up - 2];
+    bits = saturate || a < table[up - 1] + step / 2 ? up - 1 : up;  // the pattern after the largest is infinity
+  } else if (table[up] == a || up == 0) {
+    bits = up;
+  } else {
+    const double below = a - table[up - 1], above = table[up] - a;
+    bits = below < above ? up - 1 : above < below ? up : up % 2 == 0 ? up : up - 1;
+  }
+  return std::uint16_t(bits | (std::signbit(x) ? 0x8000 : 0));
+}
+
+/// What arrives of a finite x.
+inline float sent_value(float x, DType wire) { return wire == DType::fp32 ? x : float(half_value(nearest_bits(x, wire, true), wire)); }
+
+/// A gradient element in its dtype's own bytes, and back.
+inline std::vector<std::byte> to_bytes(const std::vector<float>& x, DType dtype) {
+  std::vector<std::byte> out(x.size() * thinwire::size_of(dtype));
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    if (dtype == DType::fp32) {
+      std::memcpy(&out[4 * i], &x[i], 4);
+    } else {
+      std::uint16_t bits = std::isnan(x[i])   ? (dtype == DType::bf16 ? 0x7fc0 : 0x7e00)
+                           : std::isinf(x[i]) ? (dtype == DType::bf16 ? 0x7f80 : 0x7c00)
+                                              : nearest_bits(x[i], dtype, false);
+      if (std::isinf(x[i]) && x[i] < 0) bits |= 0x8000;
+      std::memcpy(&out[2 * i], &bits, 2);
+    }
+  }
+  return out;
+}
+inline float element(const std::vector<std::byte>& bytes, std::size_t i, DType dtype) {
+  if (dtype == DType::fp32) {
+    float x;
+    std::memcpy(&x, &bytes[4 * i], 4);
+    return x;
+  }
+  std::uint16_t h;
+  std::memcpy(&h, &bytes[2 * i], 2);
+  return float(half_value(h, dtype));
+}
+
+struct Layout {
+  std::size_t k = 0, capacity = 0, index_bytes = 0, value_bytes = 0;
+  int form = 0;  // 0 u32, 1 u16 in blocks, 2 bitmap
+};
+
+inline Layout layout(std::size_t n, double density, const thinwire::TopKOptions& options) {
+  Layout out;
+  if (n == 0) return out;
+  const double k = std::ceil(density * double(n) - 1e-9);
+  out.k = k < 1 ? 1 : std::size_t(k);
+  out.capacity = options.exact ? out.k : std::min(n, out.k + std::size_t(std::ceil(double(out.k) / 4)));
+  const auto up4 = [](std::size_t b) { return (b + 3) & ~std::size_t(3); };
+  const std::size_t bytes[3] = {4 * out.capacity, 4 * ((n + 65535) / 65536) + up4(2 * out.capacity), up4((n + 7) / 8)};
+  using Index = thinwire::TopKOptions::Index;
+  out.form = options.index == Index::u32 ? 0 : options.index == Index::u16 ? 1 : options.index == Index::bitmap ? 2 : 0;
+  if (options.index == Index::automatic) {
+    for (int f = 1; f < 3; ++f) {
+      if (bytes[f] < bytes[out.form]) out.form = f;
+    }
+  }
+  out.index_bytes = bytes[out.form];
+  out.value_bytes = up4(out.capacity * thinwire::size_of(options.wire));
+  return out;
+}
+
+struct Entry {
+  std::size_t index;
+  float value;
+  bool operator==(const Entry&) const = default;
+};
+
+/// The entries of every segment; throws std::runtime_error on anything the format does not allow, unused bytes that are not zero among it.
+inline std::vector<std::vector<Entry>> parse(const std::vector<std::byte>& payload, const thinwire::Plan& plan,
+                                             const thinwire::TopKOptions& options) {
+  const auto u32 = [&](std::size_t at) {
+    std::uint32_t x;
+    if (at + 4 > payload.size()) throw std::runtime_error("past the end");
+    std::memcpy(&x, &payload[at], 4);
+    return x;
+  };
+  const auto u16 = [&](std::size_t at) {
+    std::uint16_t x;
+    if (at + 2 > payload.size()) throw std::runtime_error("past the end");
+    std::memcpy(&x, &payload[at], 2);
+    return x;
+  };
+  const auto zero = [&](std::size_t from, std::size_t to) {
+    for (; from < to; ++from) {
+      if (payload[from] != std::byte{0}) throw std::runtime_error("unused bytes are not zero");
+    }
+  };
+  if (u32(0) != 0x50575754) throw std::runtime_error("magic");
+  if (u32(12) != plan.segments.size()) throw std::runtime_error("segments");
+  std::vector<std::vector<Entry>> out;
+  std::size_t at = 64 + 4 * plan.segments.size();
+  for (std::size_t s = 0; s < plan.segments.size(); ++s) {
+    const std::size_t n = plan.segments[s].count;
+    const Layout l = layout(n, plan.segments[s].setting.density, options);
+    const std::size_t kept = u32(64 + 4 * s);
+    if (kept > l.capacity) throw std::runtime_error("kept");
+    std::vector<std::size_t> indices;
+    std::size_t used = 0;
+    if (l.form == 0) {
+      for (std::size_t i = 0; i < kept; ++i) indices.push_back(u32(at + 4 * i));
+      used = 4 * kept;
+    } else if (l.form == 1) {
+      const std::size_t blocks = (n + 65535) / 65536;
+      std::size_t offset = at + 4 * blocks;
+      for (std::size_t b = 0; b < blocks; ++b) {
+        for (std::size_t i = 0; i < u32(at + 4 * b); ++i, offset += 2) indices.push_back(65536 * b + u16(offset));
+      }
+      used = offset - at;
+    } else {
+      for (std::size_t i = 0; i < 8 * l.index_bytes; ++i) {
+        if (((u32(at + i / 32 * 4) >> (i % 32)) & 1u) != 0) indices.push_back(i);
+      }
+      used = l.index_bytes;
+    }
+    if (indices.size() != kept) throw std::runtime_error("index count");
+    zero(at + used, at + l.index_bytes);
+    const std::size_t values = at + l.index_bytes, size = thinwire::size_of(options.wire);
+    std::vector<Entry> entries;
+    for (std::size_t i = 0; i < kept; ++i) {
+      if (indices[i] >= n || (i > 0 && indices[i] <= indices[i - 1])) throw std::runtime_error("indices");
+      float value;
+      if (size == 4) {
+        const std::uint32_t bits = u32(values + 4 * i);
+        std::memcpy(&value, &bits, 4);
+      } else {
+        value = float(half_value(u16(values + 2 * i), options.wire));
+      }
+      entries.push_back({indices[i], value});
+    }
+    zero(values + kept * size, values + l.value_bytes);
+    out.push_back(std::move(entries));
+    at = values + l.value_bytes;
+  }
+  if (at != payload.size()) throw std::runtime_error("length");
+  return out;
+}
+
+/// One element of a recursion, as the equations have it. `sits_out`: its message overflowed, nothing of it moves.
+struct Element {
+  float u = 0, residual = 0, x = 0;
+  bool sits_out = false, nonfinite = false;
+};
+inline Element update(const thinwire::Recursion& r, float grad, float factor, float u, float residual) {
+  using Kind = thinwire::Recursion::Kind;
+  Element out{u, residual, 0, false, false};
+  float g = grad * factor;
+  if (!std::isfinite(g)) {
+    out.nonfinite = true;
+    g = 0;
+  }
+  if (r.kind == Kind::none) {
+    out.x = g;
+  } else if (r.kind == Kind::error_feedback) {
+    const float kept = r.decay * residual;
+    out.x = kept + g;
+  } else if (!r.nesterov) {
+    const float kept = r.momentum * u;
+    out.u = kept + g;
+    out.x = residual + out.u;
+  } else {
+    const float pushed = u + g;
+    out.u = r.momentum * pushed;
+    const float ahead = out.u + g;
+    out.x = residual + ahead;
+  }
+  if (!std::isfinite(out.x)) {
+    out = {u, residual, 0, true, true};
+  } else {
+    out.residual = out.x;
+  }
+  return out;
+}
+
+}  // namespace oracle
