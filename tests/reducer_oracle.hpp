@@ -55,12 +55,12 @@ class Oracle {
     bool step_verdict = false;
   };
   struct Step {
-    std::vector<Arrays> grad;  ///< [rank][parameter]
+    std::vector<Arrays> grad = {};  ///< [rank][parameter]
     std::vector<Way> way;
     std::vector<std::size_t> k;
     std::vector<std::vector<std::uint32_t>> buckets;
-    std::vector<bool> joined;  ///< per rank; empty: nobody
-    float scale = 1.0f;        ///< the grad scaler's
+    std::vector<bool> joined = {};  ///< per rank; empty: nobody
+    float scale = 1.0f;             ///< the grad scaler's
     /// What (rank, parameter) sends, where that is not for the oracle to choose (a sampled selection); null: exact top-k.
     std::function<Entries(int rank, std::uint32_t parameter)> sent = nullptr;
   };
