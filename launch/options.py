@@ -1,0 +1,28 @@
+"""The options that quickstart and its ranks share. Standard library only: help costs no installation."""
+
+import argparse
+
+
+def number(kind: type, least: float, most: float = float("inf")):
+    """An argparse type: a number of `kind` from `least` to `most`."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is outside {least:g} to {most:g}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """What quickstart and its ranks have in common."""
+    parser.add_argument("--epochs", type=number(int, 1), default=3, metavar="N", help="default 3")
+    parser.add_argument("--batch", type=number(int, 1), default=64, metavar="B", help="images per rank and step; default 64")
+    parser.add_argument("--lr", type=number(float, 0), default=0.05, metavar="X", help="learning rate of the first step, which falls to 0 linearly; default 0.05")
+    parser.add_argument("--momentum", type=number(float, 0, 1), default=0.9, metavar="X", help="of the optimizer, default 0.9; under feedback=dgc the config's own counts")
+    parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="of the initial parameters and of the order of the images")
+    parser.add_argument("--data", metavar="DIR", help="folder with the four idx files of Fashion-MNIST or MNIST, gzipped or not")
+    parser.add_argument("--subset", type=number(int, 0), default=0, metavar="N", help="train on the first N images and test on the first N / 5; default: all")
+    parser.add_argument("--timeout", type=number(float, 1), default=120, metavar="S", help="seconds after which a silent peer is an error; default 120")

@@ -1,0 +1,164 @@
+"""One rank of a data-parallel training of launch/model.py over Gloo. launch/quickstart starts several; so does torchrun:
+
+    torchrun --nproc-per-node 2 launch/train_rank.py --config dgc:density=0.01 --epochs 1
+"""
+
+import argparse
+import datetime
+import os
+import pathlib
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+import data as datasets
+import model as network
+from options import add_training_options
+import ranks
+
+QUICK_TEST = 2000  # images of an evaluation within an epoch
+QUICK_TESTS = 5  # of these in an epoch
+
+
+def options_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="launch/train_rank.py", description="One rank of a data-parallel training; RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as from torchrun.")
+    parser.add_argument("--config", default="", metavar="CONFIG", help="thinwire configuration; none given: DDP without a hook")
+    add_training_options(parser)
+    parser.add_argument("--events", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+class Trainer:
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.data = datasets.load(options.data)
+        keep = options.subset or len(self.data.train_images)
+        self.images, self.labels = (torch.from_numpy(array[:keep].copy()) for array in (self.data.train_images, self.data.train_labels))
+        keep = max(1, options.subset // 5) if options.subset else len(self.data.test_images)
+        self.test_images, self.test_labels = (torch.from_numpy(array[:keep].copy()) for array in (self.data.test_images, self.data.test_labels))
+        self.epoch_steps = len(self.images) // (self.world * options.batch)
+        if self.epoch_steps == 0:
+            raise datasets.DataError(f"{len(self.images)} images are too few for {self.world} ranks of batch {options.batch}")
+        self.steps = self.epoch_steps * options.epochs
+
+        torch.manual_seed(options.seed)
+        self.model = network.Net()
+        self.ddp = DistributedDataParallel(self.model)
+        self.state, self.config = None, ""
+        if options.config:
+            import thinwire
+
+            config = thinwire.Config.parse(options.config)
+            # Momentum correction brings the momentum into the hook: an optimizer with its own would apply it twice.
+            if config.feedback.startswith("dgc"):
+                self.optimizer = thinwire.optim.DGCSGD(self.model.parameters(), lr=options.lr, momentum=options.momentum)
+            else:
+                self.optimizer = torch.optim.SGD(self.model.parameters(), lr=options.lr, momentum=options.momentum)
+            self.state, self.config = thinwire.attach(self.ddp, config, self.optimizer), str(config)
+        else:
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=options.lr, momentum=options.momentum)
+        self.numel = sum(parameter.numel() for parameter in self.model.parameters())
+        self.done, self.seconds, self.loss_sum = 0, 0.0, 0.0
+
+    def bytes_so_far(self) -> dict[str, int]:
+        """Of this rank: bytes handed to the transport, bytes that left it, and those that a dense ring all-reduce of the same gradients would have sent."""
+        payload, ring = self.done * 4 * self.numel, 2 * (self.world - 1) / self.world
+        dense = int(payload * ring)
+        if self.state is None:  # without a hook DDP hands every gradient to an all-reduce once per step
+            return {"payload_bytes": payload, "wire_bytes": dense, "dense_bytes": dense}
+        stats = self.state.stats()
+        return {name: int(stats[name]) for name in ("payload_bytes", "wire_bytes", "dense_bytes")}
+
+    def step(self, batch: torch.Tensor) -> float:
+        start = time.perf_counter()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.lr * (1 - self.done / self.steps)
+        self.optimizer.zero_grad()
+        loss = functional.cross_entropy(self.ddp(network.pixels(self.images[batch])), self.labels[batch].long())
+        loss.backward()
+        self.optimizer.step()
+        value = loss.item()
+        self.done += 1
+        self.seconds += time.perf_counter() - start
+        return value
+
+    @torch.no_grad()
+    def accuracy(self, count: int) -> float:
+        """Share of the first `count` test images that are classified right; each rank takes every world-th."""
+        right = torch.zeros(1, dtype=torch.float64)
+        for first in range(self.rank, count, self.world * 500):
+            part = slice(first, min(count, first + self.world * 500), self.world)
+            right += (self.model(network.pixels(self.test_images[part])).argmax(1) == self.test_labels[part]).sum()
+        dist.all_reduce(right)
+        return right.item() / count
+
+    def epoch(self, epoch: int) -> dict:
+        generator = torch.Generator().manual_seed(self.options.seed * 1000003 + epoch)
+        order = torch.randperm(len(self.images), generator=generator)
+        loss_sum = torch.zeros(1, dtype=torch.float64)
+        quick = {self.epoch_steps * part // QUICK_TESTS for part in range(1, QUICK_TESTS)} if self.options.events else set()
+        for step in range(self.epoch_steps):
+            first = step * self.world * self.options.batch + self.rank
+            loss = self.step(order[first : first + self.world * self.options.batch : self.world])
+            loss_sum += loss
+            if self.options.events and self.rank == 0:
+                counted = self.bytes_so_far() if self.done % 20 == 1 else {}  # counting waits for the hook's queue: not at every step
+                ranks.emit("step", step=self.done, loss=loss, **counted)
+            if step + 1 in quick and step + 1 < self.epoch_steps:
+                accuracy = self.accuracy(min(QUICK_TEST, len(self.test_images)))
+                if self.rank == 0:
+                    ranks.emit("test", step=self.done, accuracy=accuracy, **self.bytes_so_far())
+        dist.all_reduce(loss_sum)
+        return {"world": self.world, "epoch": epoch, "loss": loss_sum.item() / self.epoch_steps / self.world, "accuracy": self.accuracy(len(self.test_images)),
+                "seconds": self.seconds, "steps": self.done, **self.bytes_so_far(), "fingerprint": self.common_fingerprint()}
+
+    def common_fingerprint(self) -> str:
+        """The hash of the parameters, which must be the same on all ranks."""
+        prints: list = [None] * self.world
+        dist.all_gather_object(prints, network.fingerprint(self.model))
+        if len(set(prints)) != 1:
+            raise RuntimeError(f"the replicas have diverged: parameter hashes by rank {prints}")
+        return prints[0]
+
+
+def train(options: argparse.Namespace) -> None:
+    trainer = Trainer(options)
+    try:
+        if trainer.rank == 0 and options.events:
+            ranks.emit("start", source=trainer.data.source, images=len(trainer.images), steps=trainer.steps, parameters=trainer.numel, config=trainer.config)
+        elif trainer.rank == 0:
+            print(f"{trainer.data.source}, {len(trainer.images)} images, {trainer.world} ranks, {trainer.steps} steps", flush=True)
+        for epoch in range(1, options.epochs + 1):
+            row = trainer.epoch(epoch)
+            if trainer.rank == 0 and options.events:
+                ranks.emit("epoch", **row)
+            elif trainer.rank == 0:
+                print(f"epoch {epoch}: loss {row['loss']:.4f}, accuracy {row['accuracy']:.2%}, {row['payload_bytes'] / 1e6:.1f} MB sent, {row['seconds']:.1f} s", flush=True)
+    finally:
+        if trainer.state:
+            trainer.state.close()
+
+
+def main() -> int:
+    options = options_parser().parse_args()
+    if options.events:
+        ranks.die_with_parent()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=options.timeout))
+    try:
+        train(options)
+    except datasets.DataError as error:
+        print(f"train_rank: {error}", file=sys.stderr)
+        return 1
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
