@@ -10,7 +10,8 @@ configure_package_config_file(${PROJECT_SOURCE_DIR}/cmake/thinwireConfig.cmake.i
                               INSTALL_DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/thinwire)
 write_basic_package_version_file(${PROJECT_BINARY_DIR}/thinwireConfigVersion.cmake COMPATIBILITY SameMinorVersion)
 
-install(DIRECTORY compressors collectives DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/thinwire FILES_MATCHING PATTERN "*.hpp")
+list(TRANSFORM THINWIRE_PIECES REPLACE "(.+)" "PATTERN;\\1;EXCLUDE" OUTPUT_VARIABLE pieces)
+install(DIRECTORY compressors collectives DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/thinwire FILES_MATCHING PATTERN "*.hpp" ${pieces})
 install(DIRECTORY ${PROJECT_BINARY_DIR}/include/thinwire DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
 install(EXPORT thinwire-targets NAMESPACE thinwire:: DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/thinwire)
 install(FILES ${PROJECT_BINARY_DIR}/thinwireConfig.cmake ${PROJECT_BINARY_DIR}/thinwireConfigVersion.cmake

@@ -1,5 +1,8 @@
 # How libraries and programs are declared here.
 
+# Headers that are a piece of the files that include them (the body that SIMD twins share): neither installed nor compiled alone.
+set(THINWIRE_PIECES compressors/topk/topk_vector.hpp)
+
 # thinwire_library(<name> SOURCES … [LINK …]): the target thinwire::<name>, position independent, symbols hidden, installed and exported.
 function(thinwire_library name)
   cmake_parse_arguments(ARG "" "" "SOURCES;LINK" ${ARGN})
