@@ -147,6 +147,10 @@ def hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Future[torc
     return state._live("hook").submit(bucket)
 
 
+# torch compares these as objects, not as the strings that the future import makes of them.
+hook.__annotations__ = {"state": HookState, "bucket": dist.GradBucket, "return": torch.futures.Future[torch.Tensor]}
+
+
 def attach(
     ddp: DistributedDataParallel,
     config: Config | str,
@@ -226,6 +230,8 @@ def _check_model(ddp: Any) -> None:
         raise ArgumentError("this model uses DDP's Python reducer (torch._dynamo.config.optimize_ddp='python_reducer'), which runs no hook in C++")
     if ddp.mixed_precision is not None:
         raise ArgumentError("DistributedDataParallel(mixed_precision=...) installs a hook of its own; cast the model or use torch.autocast instead")
+    # A deep copy of a model holds its pair of hook and state, but its reducer has no hook: the state is a copy then too.
+    ddp._comm_hooks[:] = [pair for pair in ddp._comm_hooks if not (isinstance(pair[1], HookState) and pair[1]._kept is not None)]
     if ddp._comm_hooks:
         raise ArgumentError(f"this model has a communication hook already ({ddp._comm_hooks[0][0].__qualname__}); DDP takes one")
     if any(hasattr(p, "_in_backward_optimizers") for p in ddp._module_parameters):
