@@ -58,12 +58,15 @@ void GradientReducer::Impl::close(std::chrono::milliseconds limit) noexcept {
   }
   const std::string reason = "rank " + std::to_string(communicator_->rank()) + ": the reducer was closed";
   const bool busy = queue_->busy_after(limit);
-  queue_->fail_all(make_error(Errc::peer_lost, reason));
-  if (busy) communicator_->abort(reason);  // the job under way waits for peers that may never come
+  if (busy) {  // the job under way waits for peers that may never come; what is complete stays readable
+    queue_->fail_all(make_error(Errc::peer_lost, reason));
+    communicator_->abort(reason);
+  }
   queue_->stop(nullptr);
 }
 
 void GradientReducer::Impl::between_steps(const char* call) const {
+  queue_->rethrow();
   if (seen_count_ == 0) return;
   fail(Errc::invalid_argument, std::string(call) + " belongs between steps; in step " + std::to_string(step_) + " " +
                                    std::to_string(seen_count_) + " of " + std::to_string(slots_.size()) + " parameters have been reduced");
@@ -162,6 +165,7 @@ std::uint64_t GradientReducer::Impl::reduce(std::span<const std::uint32_t> ids, 
     fail(Errc::invalid_argument, "loss_scale=" + std::to_string(options.loss_scale) + " is not a positive number");
   std::unique_lock lock(submit_);
   if (closed_) fail(Errc::invalid_argument, "reduce() after close()");
+  queue_->rethrow();
   std::size_t count = 0;
   for (const std::uint32_t id : ids) count += id < slots_.size() ? slots_[id].numel : 0;
   mark(ids);
@@ -172,6 +176,7 @@ std::uint64_t GradientReducer::Impl::reduce(std::span<const std::uint32_t> ids, 
                                      " parameters need " + std::to_string(count) + " elements of " + to_string(grad.dtype));
   }
   begin_step_if_needed();
+  for (const std::uint32_t id : ids) pass_reasons_[id].clear();
   Job job;
   job.bucket = find_plan(ids, grad.dtype);
   job.grad = grad;
@@ -185,6 +190,7 @@ std::uint64_t GradientReducer::Impl::pass(std::span<const std::uint32_t> ids, st
                                           const ReduceOptions& options) {
   const std::lock_guard lock(submit_);
   if (closed_) fail(Errc::invalid_argument, "pass() after close()");
+  queue_->rethrow();
   mark(ids);
   begin_step_if_needed();
   for (const std::uint32_t id : ids) pass_reasons_[id] = reason;

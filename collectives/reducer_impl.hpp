@@ -49,6 +49,7 @@ class GradientReducer::Impl {
   std::shared_ptr<const BucketPlan> find_plan(std::span<const std::uint32_t> ids, DType dtype);
   void run(Job& job);
   std::exception_ptr explain(const Job& job, std::exception_ptr error);
+  /// @throws the sticky error, or invalid_argument in the middle of a step.
   void between_steps(const char* call) const;
 
   // reducer_state.cpp

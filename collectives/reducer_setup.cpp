@@ -33,6 +33,20 @@ ParameterSlot make_slot(Parameter parameter, const Config& config, bool has_code
   return slot;
 }
 
+/// A duplicate with this deadline; the group it is made of keeps its own.
+std::unique_ptr<Communicator> split_within(Communicator& parent, std::chrono::milliseconds timeout) {
+  struct Restore {
+    Communicator& of;
+    std::chrono::milliseconds timeout;
+    ~Restore() { of.set_timeout(timeout); }
+  };
+  const Restore restore{parent, parent.timeout()};
+  parent.set_timeout(timeout);
+  std::unique_ptr<Communicator> own = parent.split(0, parent.rank());
+  own->set_timeout(timeout);
+  return own;
+}
+
 }  // namespace
 
 GradientReducer::Impl::Impl(std::shared_ptr<Communicator> communicator, const Config& config, std::vector<Parameter> parameters,
@@ -57,9 +71,7 @@ GradientReducer::Impl::Impl(std::shared_ptr<Communicator> communicator, const Co
   seen_.assign(slots_.size(), 0);
   pass_reasons_.resize(slots_.size());
 
-  parent_->set_timeout(std::chrono::milliseconds(std::int64_t(std::ceil(config.timeout_seconds() * 1000))));
-  communicator_ = parent_->split(0, parent_->rank());
-  communicator_->set_timeout(parent_->timeout());
+  communicator_ = split_within(*parent_, std::chrono::milliseconds(std::int64_t(std::ceil(config.timeout_seconds() * 1000))));
   engine_ =
       std::make_unique<BucketEngine>(*communicator_, codec_.get(), recursion_, options_, slots_.size(), total_numel_, config.check_every());
   const bool threaded = communicator_->any_thread() && !options_.inline_queue;
@@ -111,17 +123,19 @@ std::uint64_t GradientReducer::Impl::own_fingerprint() const {
 /// exchanges is who it is.
 void GradientReducer::Impl::check_fingerprints(std::uint64_t step) {
   struct Card {
-    std::uint64_t parameters, step, step_verdict;
-    char config[488];
+    std::uint64_t parameters, count, step, step_verdict, config_hash;
+    char config[472];
   };
   const int rank = communicator_->rank(), world = communicator_->size();
   std::vector<Card> cards(static_cast<std::size_t>(world));
   Card& own = cards[std::size_t(rank)];
   std::memset(&own, 0, sizeof own);
   own.parameters = own_fingerprint();
+  own.count = slots_.size();
   own.step = step;
   own.step_verdict = options_.step_verdict;
   const std::string text = config_.str();
+  own.config_hash = wire::hash_bytes(text.data(), text.size(), 0);  // for texts that do not fit
   std::memcpy(own.config, text.data(), std::min(text.size(), sizeof own.config - 1));
   const Bytes all{reinterpret_cast<std::byte*>(cards.data()), cards.size() * sizeof(Card), DType::u8, Place::host, 0};
   communicator_->all_gather(all.sub(std::size_t(rank) * sizeof(Card), sizeof(Card)), all);
@@ -131,11 +145,11 @@ void GradientReducer::Impl::check_fingerprints(std::uint64_t step) {
     other.config[sizeof other.config - 1] = '\0';
     const Card& first = cards.front();  // everybody compares with rank 0, so everybody refuses with the same words
     const std::string who = "rank " + std::to_string(r) + " and rank 0 ";
-    if (std::strcmp(other.config, first.config) != 0)
+    if (other.config_hash != first.config_hash)
       fail(Errc::invalid_config, who + "have different configs: '" + other.config + "' and '" + first.config + "'");
     if (other.parameters != first.parameters)
-      fail(Errc::invalid_config,
-           who + "have different parameters (names, shapes or their order); this rank has " + std::to_string(slots_.size()));
+      fail(Errc::invalid_config, who + "have different parameters (" + std::to_string(other.count) + " and " + std::to_string(first.count) +
+                                     " of them; names, shapes or their order differ)");
     if (other.step != first.step)
       fail(Errc::invalid_config, who + "are at different steps, " + std::to_string(other.step) + " and " + std::to_string(first.step) +
                                      "; load checkpoints of the same step on all ranks");

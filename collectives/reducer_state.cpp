@@ -59,7 +59,7 @@ Stats GradientReducer::Impl::stats() const {
                                          : "";
     s.compressed = s.reason.empty();
     s.density = s.compressed ? slot.setting.density : 1.0;
-    s.kept = engine_->kept()[p];
+    s.kept = pass_reasons_[p].empty() ? engine_->kept()[p] : 0;
     s.grad_norm = std::sqrt(engine_->grad_norms()[p]);
     if (const float* residual = slot.compressible ? residual_of(recursion_, slot.state) : nullptr) {
       double sum = 0;
@@ -171,6 +171,11 @@ void GradientReducer::Impl::load_state(std::span<const ReducerState> states) {
     const std::size_t n = arrays_of(p, arrays);
     for (std::size_t a = 0; a < n; ++a) {
       const std::string key(arrays[a].name);
+      if (sources.size() == 1) {  // to the bit, signs of zeros too
+        const std::vector<float>& own = front.parameters.at(slots_[p].parameter.name).at(key);
+        std::copy(own.begin(), own.end(), arrays[a].data);
+        continue;
+      }
       for (std::size_t i = 0; i < arrays[a].count; ++i) {
         double sum = 0;
         for (const ReducerState& source : sources) sum += source.parameters.at(slots_[p].parameter.name).at(key)[i];

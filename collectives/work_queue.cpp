@@ -97,6 +97,11 @@ void WorkQueue::drain() const {
   if (shared_->error != nullptr) std::rethrow_exception(shared_->error);
 }
 
+void WorkQueue::rethrow() const {
+  const std::lock_guard lock(shared_->mutex);
+  if (shared_->error != nullptr) std::rethrow_exception(shared_->error);
+}
+
 bool WorkQueue::busy_after(std::chrono::milliseconds limit) const {
   std::unique_lock lock(shared_->mutex);
   return !shared_->changed.wait_for(lock, limit, [&] { return shared_->completed >= shared_->submitted; });

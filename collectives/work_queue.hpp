@@ -48,6 +48,8 @@ class WorkQueue {
   std::uint64_t push(Job&& job);
   /// Blocks until everything queued is over. @throws the sticky error.
   void drain() const;
+  /// @throws the sticky error, if there is one by now.
+  void rethrow() const;
   /// Makes `error` the sticky one unless there is one, and fails what is queued.
   void fail_all(std::exception_ptr error);
   /// Stops the thread after the job under way; what is queued fails with `error`.
