@@ -81,9 +81,12 @@ constexpr std::string_view kNames[] = {"momentum", "accumulated", "residual"};
 
 std::span<const std::string_view> state_names(const Recursion& recursion) noexcept {
   switch (recursion.kind) {
-    case Recursion::Kind::none: return {};
-    case Recursion::Kind::error_feedback: return std::span(kNames).subspan(2, 1);
-    case Recursion::Kind::momentum_correction: return std::span(kNames).first(2);
+    case Recursion::Kind::none:
+      return {};
+    case Recursion::Kind::error_feedback:
+      return std::span(kNames).subspan(2, 1);
+    case Recursion::Kind::momentum_correction:
+      return std::span(kNames).first(2);
   }
   return {};
 }
@@ -94,9 +97,12 @@ std::span<const std::string_view> dense_state_names(const Recursion& recursion) 
 
 float* residual_of(const Recursion& recursion, const SegmentState& state) noexcept {
   switch (recursion.kind) {
-    case Recursion::Kind::none: return nullptr;
-    case Recursion::Kind::error_feedback: return state.array[0];
-    case Recursion::Kind::momentum_correction: return state.array[1];
+    case Recursion::Kind::none:
+      return nullptr;
+    case Recursion::Kind::error_feedback:
+      return state.array[0];
+    case Recursion::Kind::momentum_correction:
+      return state.array[1];
   }
   return nullptr;
 }
@@ -105,8 +111,8 @@ void squared_norms(const Plan& plan, ConstBytes grad, double* norms, Stream) {
   for (std::size_t s = 0; s < plan.segments.size(); ++s) norms[s] = squared_norm(grad, plan.segments[s].first, plan.segments[s].count);
 }
 
-void clip_factors(const Recursion& recursion, const Plan& plan, std::span<const double> norms, float unscale, int world, std::size_t total_numel,
-                  float* factors) {
+void clip_factors(const Recursion& recursion, const Plan& plan, std::span<const double> norms, float unscale, int world,
+                  std::size_t total_numel, float* factors) {
   for (std::size_t s = 0; s < plan.segments.size(); ++s) {
     factors[s] = unscale;
     if (recursion.clip_norm <= 0) continue;
