@@ -87,7 +87,7 @@ struct ReducerOptions {
   /// Keep the calling thread: no queue thread even where the transport would allow one.
   bool inline_queue = false;
   /// Called with this rank's own payload of every bucket (phase 1), on the queue's thread. For replay and tests.
-  std::function<void(std::uint64_t step, ConstBytes payload)> record_payload;
+  std::function<void(std::uint64_t step, ConstBytes payload)> record_payload = nullptr;
 };
 
 /// One all-reduce (mean) per bucket, compressed. All ranks construct it with equal configs and parameters (checked at the first step by a
