@@ -1,29 +1,15 @@
-"""./bench/run hook: what the hook itself costs. DDP with codec=none beside plain DDP, Gloo, two processes, 25 MB of gradients, steps in turn."""
+"""What the hook itself costs: DDP with codec=none beside plain DDP, Gloo, two processes, 25 MB of gradients, steps in turn."""
 
-import argparse
 import json
 import multiprocessing
 import os
 import pathlib
 import socket
 import statistics
-import sys
 import tempfile
 import time
 
-import report
-
 WIDTH, LAYERS, WORLD = 1024, 6, 2  # 6 x 1024 x 1024 floats: 25 MB, one bucket of DDP's default size and its first one
-
-
-def arguments():
-    parser = argparse.ArgumentParser(prog="bench/run hook", description=__doc__.split(": ", 1)[1])
-    parser.add_argument("--reps", type=int, default=41, help="pairs of steps (default: 41)")
-    parser.add_argument("--json", metavar="FILE", help='writes {"command", "version", "machine", "rows"}')
-    args = parser.parse_args()
-    if args.reps < 1:
-        parser.error("--reps is at least 1")
-    return args
 
 
 def models(torch, thinwire):
@@ -69,44 +55,34 @@ def rank_main(rank, port, repetitions, out):
     dist.destroy_process_group()
 
 
-def main():
-    args = arguments()
-    about = report.machine()
-    report.warn_if_loaded()
+def measure(repetitions):
+    """@returns the rows, and for each its paired time relative to plain DDP. @raises RuntimeError naming the ranks that failed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory() as folder:
-        out = os.path.join(folder, "seconds")
+        out = os.path.join(folder, "seconds.json")
         context = multiprocessing.get_context("spawn")
-        ranks = [context.Process(target=rank_main, args=(rank, port, args.reps, out)) for rank in range(WORLD)]
+        ranks = [context.Process(target=rank_main, args=(rank, port, repetitions, out)) for rank in range(WORLD)]
         for process in ranks:
             process.start()
+        deadline = time.monotonic() + 600
         for process in ranks:
-            process.join(600)
+            process.join(max(0, deadline - time.monotonic()))
         failed = [rank for rank, process in enumerate(ranks) if process.exitcode != 0]
         for process in ranks:
             if process.is_alive():
                 process.kill()
         if failed:
-            print(f"bench/run hook: ranks {failed} failed", file=sys.stderr)
-            return 1
+            raise RuntimeError(f"hook: ranks {failed} failed or did not end within 600 s")
         seconds = json.loads(pathlib.Path(out).read_text())
 
     numel = LAYERS * WIDTH * WIDTH
-    rows, lines = [], []
+    rows, paired = [], []
     for name in seconds:
         middle = statistics.median(seconds[name])
-        paired = statistics.median(ours / plain for ours, plain in zip(seconds[name], seconds["plain"]))
         rows.append({"kernel": f"hook_{name}", "isa": None, "backend": "cpu", "numel": numel, "density": None, "bytes_per_element": 4, "seconds_median": middle,
                      "seconds_min": min(seconds[name]), "gb_per_s": 4 * numel / middle * 1e-9, "ratio_memcpy": None, "ratio_axpy": None})  # fmt: skip
-        lines.append([f"hook_{name}", f"{middle * 1e3:.2f}", f"{min(seconds[name]) * 1e3:.2f}", f"{paired:.3f}x"])
-    print(report.table(["step with", "ms", "ms best", "time to plain"], lines))
-    if args.json:
-        report.write(args.json, report.command_line(), about, rows)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        paired.append(statistics.median(ours / plain for ours, plain in zip(seconds[name], seconds["plain"])))
+    return rows, paired

@@ -1,4 +1,4 @@
-"""./bench/run kernels: every kernel beside memcpy and in-place axpy in the same repetitions, then beside torch's eager operations."""
+"""./bench/run kernels: every kernel beside memcpy and in-place axpy in the same repetitions, then beside torch's eager operations, and the hook beside plain DDP."""
 
 import argparse
 import json
@@ -12,6 +12,12 @@ import tempfile
 import report
 
 EAGER = ("dgc", "ef14")
+HOOK = "hook_none"
+HOOK_STEPS = 4  # steps per repetition: two processes on a shared machine need more of them than a kernel does
+
+
+def eager_name(recursion):
+    return f"{recursion}_eager/0.005"
 
 
 def arguments():
@@ -20,7 +26,7 @@ def arguments():
     parser.add_argument("--numel", type=int, default=32 << 20, help="elements of the arrays (default: 32 Mi)")
     parser.add_argument("--reps", type=int, default=11, help="repetitions (default: 11); fewer than 9 are noise")
     parser.add_argument("--isa", choices=("auto", "scalar", "avx2", "avx512"), default="auto", help="auto: the best that this CPU has")
-    parser.add_argument("--filter", default="", metavar="REGEX", help="only kernels whose <name>/<density> it finds; torch's are named dgc_eager and ef14_eager")
+    parser.add_argument("--filter", default="", metavar="REGEX", help="only kernels whose <name>/<density> it finds (see --list)")
     parser.add_argument("--json", metavar="FILE", help='writes {"command", "version", "machine", "rows"}')
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     args = parser.parse_args()
@@ -41,7 +47,9 @@ def main():
     if args.list:
         sys.stdout.flush()
         done = subprocess.run([program, *options, "--list"])
-        print("\n".join(f"{name}_eager/0.005" for name in EAGER if re.search(args.filter, f"{name}_eager/0.005")))
+        for name in [*map(eager_name, EAGER), HOOK]:
+            if re.search(args.filter, name):
+                print(name)
         return done.returncode
     report.warn_if_loaded()
     with tempfile.TemporaryDirectory() as folder:
@@ -51,19 +59,29 @@ def main():
             return done.returncode
         rows = json.loads(file.read_text())["rows"]
 
-    chosen = [name for name in EAGER if re.search(args.filter, f"{name}_eager/0.005")]
+    chosen = [name for name in EAGER if re.search(args.filter, eager_name(name))]
     if chosen:
         import eager  # torch is slow to import and not needed for the rest
 
         print("\nBeside torch's eager operations (one thread, threshold given to them)")
         lines = []
+        cpus = os.sched_getaffinity(0)
         for name in chosen:
             (ours, theirs), faster = eager.measure(name, args.numel, args.reps, args.isa)
+            os.sched_setaffinity(0, cpus)  # it was pinned, and what starts later inherits
             rows += [ours, theirs]
             for row in (ours, theirs):
                 lines.append([row["kernel"], row["isa"] or "-", f"{row['density'] * 100:.3f}", f"{row['seconds_median'] * 1e3:.2f}",
                               f"{row['ratio_memcpy']:.2f}", f"{faster:.1f}x" if row is ours else ""])  # fmt: skip
         print(report.table(["kernel", "isa", "density%", "ms", "x memcpy", "faster than eager"], lines))
+    if re.search(args.filter, HOOK):
+        import hook_overhead
+
+        print("\nThe hook with codec=none beside plain DDP (Gloo, two processes, 25 MB of gradients)")
+        more, paired = hook_overhead.measure(HOOK_STEPS * args.reps)
+        rows += more
+        lines = [[row["kernel"], f"{row['seconds_median'] * 1e3:.2f}", f"{row['seconds_min'] * 1e3:.2f}", f"{x:.3f}x"] for row, x in zip(more, paired)]
+        print(report.table(["step", "ms", "ms best", "time to plain DDP"], lines))
     if args.json:
         report.write(args.json, report.command_line(), about, rows)
     return 0

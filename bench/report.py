@@ -61,7 +61,7 @@ def write(path, command, about, rows):
 
 
 def command_line():
-    return " ".join(["./bench/run", pathlib.Path(sys.argv[0]).stem.replace("hook_overhead", "hook"), *sys.argv[1:]])
+    return " ".join(["./bench/run", pathlib.Path(sys.argv[0]).stem, *sys.argv[1:]])
 
 
 def table(headers, rows):

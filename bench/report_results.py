@@ -1,0 +1,79 @@
+"""Writes a results folder's README.md from the JSON files in it:  python bench/report_results.py bench/results/<cpu>-<date>"""
+
+import argparse
+import json
+import pathlib
+import statistics
+
+
+def percent(x):
+    return "–" if x is None else f"{x * 100:.3g} %"
+
+
+def number(x, digits=2):
+    return "–" if x is None else f"{x:.{digits}f}"
+
+
+def kernel_table(rows):
+    yield "| kernel | isa | elements | density | bytes/element | ms | GB/s | x memcpy | x axpy |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for row in rows:
+        cells = [f"`{row['kernel']}`", row["isa"] or "–", f"{row['numel']:,}", percent(row["density"]), number(row["bytes_per_element"]),
+                 number(row["seconds_median"] * 1e3), number(row["gb_per_s"], 1), number(row["ratio_memcpy"]), number(row["ratio_axpy"])]  # fmt: skip
+        yield "| " + " | ".join(cells) + " |"
+
+
+def training_table(rows):
+    """The last epoch of each run; the mean over seeds where there are several."""
+    runs = {}
+    for row in rows:
+        key = (row["config"], row["world"])
+        seeds = runs.setdefault(key, {})
+        if row["epoch"] >= seeds.get(row.get("seed", 0), row)["epoch"]:
+            seeds[row.get("seed", 0)] = row
+    yield "| config | ranks | steps | seeds | accuracy | loss | payload bytes | dense bytes | s |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for (config, world), seeds in runs.items():
+        last = list(seeds.values())
+        mean = {name: statistics.mean(row[name] for row in last) for name in ("accuracy", "loss", "payload_bytes", "dense_bytes", "seconds")}
+        yield (f"| `{config}` | {world} | {last[0]['steps']} | {len(last)} | {mean['accuracy'] * 100:.2f} % | {mean['loss']:.4f} | "
+               f"{mean['payload_bytes'] / 1e6:,.1f} MB | {mean['dense_bytes'] / 1e6:,.1f} MB | {mean['seconds']:.1f} |")  # fmt: skip
+
+
+def section(path):
+    data = json.loads(path.read_text())
+    machine, rows = data["machine"], data["rows"]
+    yield f"## {path.stem}"
+    yield ""
+    yield f"`{data['command']}` · version {data['version']}, commit {machine.get('commit', '?')}, {machine.get('date', '?')} · load before the run {machine.get('load', '?')}"
+    yield ""
+    if rows and "kernel" in rows[0]:
+        yield from kernel_table(rows)
+    elif rows and {"config", "epoch", "accuracy"} <= set(rows[0]):
+        yield from training_table(rows)
+    elif rows:
+        yield "| " + " | ".join(rows[0]) + " |"
+        yield "|" + "---|" * len(rows[0])
+        for row in rows:
+            yield "| " + " | ".join(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values()) + " |"
+    yield ""
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="bench/report_results.py", description="Writes a results folder's README.md from the JSON files in it.")
+    parser.add_argument("folder", type=pathlib.Path)
+    folder = parser.parse_args().folder
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        parser.error(f"{folder} holds no JSON file")
+    machine = json.loads(files[0].read_text())["machine"]
+    lines = [f"# {machine['cpu']}, {machine['cpus']} CPUs, {machine['memory_gib']} GiB, {', '.join(machine['isas'])}", "",
+             "Written by `bench/report_results.py` from the JSON files beside this one. How to read the columns: docs/performance.md.", ""]  # fmt: skip
+    for file in files:
+        lines += section(file)
+    (folder / "README.md").write_text("\n".join(lines).rstrip() + "\n")
+    print(folder / "README.md")
+
+
+if __name__ == "__main__":
+    main()
