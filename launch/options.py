@@ -22,6 +22,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=number(int, 1), default=64, metavar="B", help="images per rank and step; default 64")
     parser.add_argument("--lr", type=number(float, 0), default=0.05, metavar="X", help="learning rate of the first step, which falls to 0 linearly; default 0.05")
     parser.add_argument("--momentum", type=number(float, 0, 1), default=0.9, metavar="X", help="of the optimizer, default 0.9; under feedback=dgc the config's own counts")
+    parser.add_argument("--weight-decay", type=number(float, 0), default=0.0, metavar="X", help="default 0")
     parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="of the initial parameters and of the order of the images")
     parser.add_argument("--data", metavar="DIR", help="folder with the four idx files of Fashion-MNIST or MNIST, gzipped or not")
     parser.add_argument("--subset", type=number(int, 0), default=0, metavar="N", help="train on the first N images and test on the first N / 5; default: all")

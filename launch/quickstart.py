@@ -34,8 +34,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def command_of_a_rank(options: argparse.Namespace, config: str) -> list[str]:
     command = [sys.executable, str(HERE / "train_rank.py"), "--events", "--config", config]
-    for name in ("epochs", "batch", "lr", "momentum", "seed", "subset", "timeout"):
-        command += [f"--{name}", str(getattr(options, name))]
+    for name in ("epochs", "batch", "lr", "momentum", "weight_decay", "seed", "subset", "timeout"):
+        command += ["--" + name.replace("_", "-"), str(getattr(options, name))]
     return command + (["--data", options.data] if options.data else [])
 
 

@@ -57,14 +57,17 @@ class Trainer:
             config = thinwire.Config.parse(options.config)
             # Momentum correction brings the momentum into the hook: an optimizer with its own would apply it twice.
             if config.feedback.startswith("dgc"):
-                self.optimizer = thinwire.optim.DGCSGD(self.model.parameters(), lr=options.lr, momentum=options.momentum)
+                self.optimizer = thinwire.optim.DGCSGD(self.model.parameters(), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
             else:
-                self.optimizer = torch.optim.SGD(self.model.parameters(), lr=options.lr, momentum=options.momentum)
+                self.optimizer = self.sgd()
             self.state, self.config = thinwire.attach(self.ddp, config, self.optimizer), str(config)
         else:
-            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=options.lr, momentum=options.momentum)
+            self.optimizer = self.sgd()
         self.numel = sum(parameter.numel() for parameter in self.model.parameters())
         self.done, self.seconds, self.loss_sum = 0, 0.0, 0.0
+
+    def sgd(self) -> torch.optim.SGD:
+        return torch.optim.SGD(self.model.parameters(), lr=self.options.lr, momentum=self.options.momentum, weight_decay=self.options.weight_decay)
 
     def bytes_so_far(self) -> dict[str, int]:
         """Of this rank: bytes handed to the transport, bytes that left it, and those that a dense ring all-reduce of the same gradients would have sent."""

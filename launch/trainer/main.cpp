@@ -33,22 +33,22 @@ struct Options {
 
 void declare(CLI::App& app, Options& o) {
   app.add_option("--config", o.config, "thinwire configuration, such as dgc:density=0.01")->capture_default_str();
-  app.add_option("--epochs", o.epochs)->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--batch", o.batch, "images per rank and step")->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_option("--epochs", o.epochs)->check(CLI::Range(1, 1000000))->capture_default_str();
+  app.add_option("--batch", o.batch, "images per rank and step")->check(CLI::Range(1, 1000000))->capture_default_str();
   app.add_option("--lr", o.lr, "learning rate of the first step, which falls to 0 linearly")
-      ->check(CLI::NonNegativeNumber)
+      ->check(CLI::Range(0.0, 1e6))
       ->capture_default_str();
   app.add_option("--momentum", o.momentum, "of the optimizer; under feedback=dgc the config's own counts")
       ->check(CLI::Range(0.0, 1.0))
       ->capture_default_str();
-  app.add_option("--weight-decay", o.weight_decay)->check(CLI::NonNegativeNumber)->capture_default_str();
+  app.add_option("--weight-decay", o.weight_decay)->check(CLI::Range(0.0, 1e6))->capture_default_str();
   app.add_option("--seed", o.seed, "of the initial parameters and of the order of the images")->capture_default_str();
   app.add_option("--data", o.data, "folder with the four idx files; default: Debian's package dataset-fashion-mnist")->type_name("DIR");
   app.add_option("--subset", o.subset, "train on the first N images and test on the first N / 5; 0: all")
-      ->check(CLI::NonNegativeNumber)
+      ->check(CLI::Range(0, 1000000000))
       ->capture_default_str();
   app.add_option("--bucket-kb", o.bucket_kb, "gradients go to the reducer in buckets of about this size")
-      ->check(CLI::PositiveNumber)
+      ->check(CLI::Range(1, 1000000))
       ->capture_default_str();
   app.add_option("--json", o.json, "write the results: one row per epoch")->type_name("FILE");
 }
