@@ -5,6 +5,7 @@ import os
 import pathlib
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -61,7 +62,7 @@ def write(path, command, about, rows):
 
 
 def command_line():
-    return " ".join(["./bench/run", pathlib.Path(sys.argv[0]).stem, *sys.argv[1:]])
+    return shlex.join(["./bench/run", pathlib.Path(sys.argv[0]).stem, *sys.argv[1:]])
 
 
 def table(headers, rows):
