@@ -10,7 +10,7 @@
 namespace thinwire::topk {
 namespace {
 
-[[noreturn]] void corrupt(const std::string& where, const std::string& what) { fail(Errc::corrupt_payload, where + ": " + what); }
+[[noreturn]] void corrupt(const std::string& what) { fail(Errc::corrupt_payload, what); }
 
 template <DType dtype>
 float value_at(const std::byte* values, std::size_t i) noexcept {
@@ -49,15 +49,14 @@ std::size_t first_descent(const Index* indices, std::size_t count) noexcept {
 }
 
 template <class Index>
-void check_ascending(const Index* indices, std::size_t count, std::size_t limit, std::size_t base, const std::string& where) {
+void check_ascending(const Index* indices, std::size_t count, std::size_t limit, std::size_t base) {
   if (count == 0) return;
   const std::size_t i = first_descent(indices, count);
   if (i != count) {
-    corrupt(where,
-            "index " + std::to_string(base + indices[i]) + " follows " + std::to_string(base + indices[i - 1]) + ", indices must ascend");
+    corrupt("index " + std::to_string(base + indices[i]) + " follows " + std::to_string(base + indices[i - 1]) + ", indices must ascend");
   }
   if (indices[count - 1] >= limit)
-    corrupt(where, "index " + std::to_string(base + indices[count - 1]) + " is not below " + std::to_string(base + limit));
+    corrupt("index " + std::to_string(base + indices[count - 1]) + " is not below " + std::to_string(base + limit));
 }
 
 template <DType dtype>
@@ -85,38 +84,35 @@ void add_entries(const SegmentWire& wire, std::size_t count, const Entries& entr
 
 }  // namespace
 
-Entries check_entries(const SegmentWire& wire, DType dtype, std::size_t count, std::uint32_t kept, const std::byte* at,
-                      const std::string& where) {
-  if (kept > wire.capacity)
-    corrupt(where, "kept is " + std::to_string(kept) + ", at most " + std::to_string(wire.capacity) + " are allowed");
+Entries check_entries(const SegmentWire& wire, DType dtype, std::size_t count, std::uint32_t kept, const std::byte* at) {
+  if (kept > wire.capacity) corrupt("kept is " + std::to_string(kept) + ", at most " + std::to_string(wire.capacity) + " are allowed");
   if (wire.form == IndexForm::u32) {
-    check_ascending(reinterpret_cast<const std::uint32_t*>(at), kept, count, 0, where);
+    check_ascending(reinterpret_cast<const std::uint32_t*>(at), kept, count, 0);
   } else if (wire.form == IndexForm::u16) {
     const auto* counts = reinterpret_cast<const std::uint32_t*>(at);
     const auto* offsets = reinterpret_cast<const std::uint16_t*>(at + 4 * blocks_of(count));
     std::size_t seen = 0;
     for (std::size_t block = 0; block < blocks_of(count); ++block) {
       if (counts[block] > kept - seen)
-        corrupt(where, "blocks up to " + std::to_string(block) + " count " + std::to_string(seen + counts[block]) + " entries, kept is " +
-                           std::to_string(kept));
-      check_ascending(offsets + seen, counts[block], std::min<std::size_t>(count - block * kBlock, kBlock), block * kBlock, where);
+        corrupt("blocks up to " + std::to_string(block) + " count " + std::to_string(seen + counts[block]) + " entries, kept is " +
+                std::to_string(kept));
+      check_ascending(offsets + seen, counts[block], std::min<std::size_t>(count - block * kBlock, kBlock), block * kBlock);
       seen += counts[block];
     }
-    if (seen != kept) corrupt(where, "blocks count " + std::to_string(seen) + " entries, kept is " + std::to_string(kept));
+    if (seen != kept) corrupt("blocks count " + std::to_string(seen) + " entries, kept is " + std::to_string(kept));
   } else if (count != 0) {
     const auto* words = reinterpret_cast<const std::uint32_t*>(at);
     const std::size_t n = (count + 31) / 32;
     std::size_t seen = 0;
     for (std::size_t w = 0; w < n; ++w) seen += std::size_t(std::popcount(words[w]));
-    if (seen != kept) corrupt(where, "the bitmap has " + std::to_string(seen) + " bits, kept is " + std::to_string(kept));
-    if (count % 32 != 0 && (words[n - 1] >> (count % 32)) != 0)
-      corrupt(where, "the bitmap has bits past element " + std::to_string(count - 1));
+    if (seen != kept) corrupt("the bitmap has " + std::to_string(seen) + " bits, kept is " + std::to_string(kept));
+    if (count % 32 != 0 && (words[n - 1] >> (count % 32)) != 0) corrupt("the bitmap has bits past element " + std::to_string(count - 1));
   }
   const std::byte* values = at + wire.index_bytes;
   if (!all_finite(dtype, values, kept)) {
     std::size_t i = 0;
     while (all_finite(dtype, values + i * size_of(dtype), 1)) ++i;
-    corrupt(where, "value " + std::to_string(i) + " of " + std::to_string(kept) + " is not finite");
+    corrupt("value " + std::to_string(i) + " of " + std::to_string(kept) + " is not finite");
   }
   return {at, values, kept};
 }

@@ -32,6 +32,7 @@ std::size_t carve(const Plan& plan, const TopKOptions& options, std::byte* base,
   Workspace workspace;
   place(workspace.index, staging);
   place(workspace.value, staging);
+  place(workspace.bitmap, kBlock / 32);
   place(workspace.magnitudes, magnitudes);
   place(workspace.scratch, magnitudes);
   place(workspace.candidate_index, candidates);
@@ -188,22 +189,27 @@ void TopK::run(const Recursion& recursion, const Plan& plan, ConstBytes grad, co
 }
 
 std::uint32_t TopK::check(const Plan& plan, ConstBytes wire, std::size_t rank) const {
-  const auto whose = "payload of rank " + std::to_string(rank);
+  // The text is made where something is wrong only: a sound payload allocates nothing.
+  const auto whose = [rank] { return "payload of rank " + std::to_string(rank); };
   wire::Header header;
   try {
     header = wire::read_header(wire, wire::kCodecTopK, fingerprint(plan), std::uint32_t(plan.segments.size()), plan.step);
-  } catch (const Error& error) { fail(error.code(), whose + ": " + error.what()); }
+  } catch (const Error& error) { fail(error.code(), whose() + ": " + error.what()); }
   std::size_t at = entries_offset(plan.segments.size());
   std::size_t bytes = at;
   for (const Segment& segment : plan.segments) bytes += segment_wire(segment, options_).bytes();
   if (wire.size != bytes)
-    fail(Errc::corrupt_payload, whose + " has " + std::to_string(wire.size) + " bytes, this plan's has " + std::to_string(bytes));
+    fail(Errc::corrupt_payload, whose() + " has " + std::to_string(wire.size) + " bytes, this plan's has " + std::to_string(bytes));
   for (std::size_t s = 0; s < plan.segments.size(); ++s) {
     const SegmentWire layout = segment_wire(plan.segments[s], options_);
     std::uint32_t kept;
     std::memcpy(&kept, wire.data + sizeof(wire::Header) + 4 * s, 4);
-    check_entries(layout, options_.wire, plan.segments[s].count, kept, wire.data + at,
-                  whose + ", segment " + std::to_string(s) + " (parameter " + std::to_string(plan.segments[s].parameter) + ")");
+    try {
+      check_entries(layout, options_.wire, plan.segments[s].count, kept, wire.data + at);
+    } catch (const Error& error) {
+      fail(error.code(),
+           whose() + ", segment " + std::to_string(s) + " (parameter " + std::to_string(plan.segments[s].parameter) + "): " + error.what());
+    }
     at += layout.bytes();
   }
   return header.flags;

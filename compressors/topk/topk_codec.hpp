@@ -4,7 +4,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
-#include <string>
 
 #include "compressors/core/codec.hpp"
 #include "compressors/topk/topk_kernels.hpp"
@@ -16,6 +15,7 @@ namespace thinwire::topk {
 struct Workspace {
   std::uint16_t* index = nullptr;  ///< staging of one block
   float* value = nullptr;
+  std::uint32_t* bitmap = nullptr;      ///< of one block
   std::uint32_t* magnitudes = nullptr;  ///< of the sample, or of the candidates
   std::uint32_t* scratch = nullptr;     ///< as many again
   std::uint32_t* candidate_index = nullptr;
@@ -64,9 +64,8 @@ struct Entries {
   const std::byte* value = nullptr;
   std::uint32_t kept = 0;
 };
-/// @throws Error{corrupt_payload}; `where` begins the text: "payload of rank 3, segment 0 (parameter 7)".
-Entries check_entries(const SegmentWire& wire, DType dtype, std::size_t count, std::uint32_t kept, const std::byte* at,
-                      const std::string& where);
+/// @throws Error{corrupt_payload} saying what is wrong; the caller knows of which rank and segment.
+Entries check_entries(const SegmentWire& wire, DType dtype, std::size_t count, std::uint32_t kept, const std::byte* at);
 
 /// Position of a reader in a segment's entries.
 struct Cursor {
