@@ -26,14 +26,16 @@ float sampled_threshold(const SegmentPass& pass, std::size_t k, float carried, c
   return std::max(steady_threshold(carried, bits_float(bits[0]), bits_float(bits[1]), bits_float(bits[2]), whole), pass.floor);
 }
 
-/// Branchy where the previous block of this segment had few hits, branchless elsewhere: the same bits at the better speed.
+/// Each block goes the way that suits the density of the block before it: the same bits at the better speed.
 class Dispatch {
  public:
   explicit Dispatch(const SegmentPass& pass) noexcept : pass_(pass), density_(float(pass.density)) {}
   Emitted operator()(const Block& block) noexcept {
-    const auto& table = density_ >= pass_.kernels.crossover[std::size_t(pass_.form)] ? pass_.kernels.branchless : pass_.kernels.branchy;
+    const auto form = std::size_t(pass_.form);
+    std::size_t tier = 0;
+    while (tier + 1 < kTiers && density_ >= pass_.kernels.crossover[tier][form]) ++tier;
     Emitted emitted;
-    table[std::size_t(pass_.form)][std::size_t(pass_.grad_dtype)](block, emitted);
+    pass_.kernels.stream[tier][form][std::size_t(pass_.grad_dtype)](block, emitted);
     density_ = float(emitted.hits) / float(block.count);
     return emitted;
   }
@@ -48,7 +50,8 @@ struct Cut {
   std::uint32_t bits = 0;
   std::size_t ties = 0;
   bool takes(std::uint32_t magnitude_bits) noexcept {
-    if (magnitude_bits != bits) return magnitude_bits > bits;
+    if (magnitude_bits != bits) [[likely]]
+      return magnitude_bits > bits;
     if (ties == 0) return false;
     --ties;
     return true;
@@ -90,14 +93,37 @@ Cut cut_message(const SegmentPass& pass, std::size_t k) noexcept {
   return {prefix, wanted};
 }
 
-/// Sends entry i of the segment with message x: stages it and leaves the rest in the state.
-void send(const SegmentPass& pass, std::size_t i, float x, std::size_t staged, const Workspace& workspace) noexcept {
-  const float w = wire_round(x, pass.segment.wire);
-  workspace.index[staged] = std::uint16_t(i % kBlock);
-  workspace.value[staged] = w;
-  if (pass.segment.residual != nullptr) feedback::leave(x, w, pass.segment.residual[i]);
-  if (pass.segment.momentum != nullptr && pass.segment.mask) pass.segment.momentum[i] = 0;
-}
+/// Entries of one block between selection and payload.
+class Staging {
+ public:
+  Staging(const SegmentPass& pass, std::size_t first, const Workspace& workspace) noexcept : block_(block_at(pass, first, workspace)) {}
+
+  /// Written always, counted if taken: a branch would be mispredicted for every entry near the cut.
+  void offer(std::uint32_t offset, float x, bool take) noexcept {
+    block_.index[count_] = std::uint16_t(offset);
+    block_.value[count_] = x;
+    count_ += take;
+  }
+  /// Rounds the staged messages to what will be decoded, and leaves the rest in the state. Touches one line of each state array per entry,
+  /// asked for ahead of time.
+  void settle() noexcept {
+    constexpr std::size_t kAhead = 16;
+    for (std::size_t j = 0; j < count_; ++j) {
+      const std::uint32_t i = block_.index[j], later = block_.index[std::min(j + kAhead, count_ - 1)];
+      if (block_.residual != nullptr) __builtin_prefetch(block_.residual + later, 1);
+      if (block_.momentum != nullptr) __builtin_prefetch(block_.momentum + later, 1);
+      const float x = block_.value[j], w = wire_round(x, block_.wire);
+      block_.value[j] = w;
+      if (block_.residual != nullptr) feedback::leave(x, w, block_.residual[i]);
+      if (block_.momentum != nullptr && block_.mask) block_.momentum[i] = 0;
+    }
+  }
+  std::size_t count() const noexcept { return count_; }
+
+ private:
+  Block block_;
+  std::size_t count_ = 0;
+};
 
 }  // namespace
 
@@ -113,9 +139,10 @@ SegmentResult stream_sampled(const SegmentPass& pass, const SegmentWire& wire, f
   for (std::size_t first = 0; first < n; first += kBlock) {
     Block block = block_at(pass, first, workspace);
     block.threshold = threshold;
+    block.bitmap = wire.form == IndexForm::bitmap ? workspace.bitmap : nullptr;
     block.room = std::uint32_t(std::min<std::size_t>(packer.room(), block.count));
     const Emitted emitted = dispatch(block);
-    packer.append(first / kBlock, block.index, block.value, emitted.count);
+    packer.append(first / kBlock, block.index, block.value, emitted.count, block.bitmap, emitted.count == emitted.hits ? emitted.noted : 0);
     hits += emitted.hits;
     result.flags |= emitted.flags;
   }
@@ -167,19 +194,20 @@ SegmentResult stream_exact(const SegmentPass& pass, const SegmentWire& wire, con
   std::size_t next = 0;
   for (std::size_t first = 0; first < n; first += kBlock) {
     const std::size_t end = std::min<std::size_t>(first + kBlock, n);
-    std::size_t staged = 0;
+    Staging staging(pass, first, workspace);
     if (complete) {
       for (; next < candidates && workspace.candidate_index[next] < end; ++next) {
         const float x = workspace.candidate_value[next];
-        if (cut.takes(float_bits(magnitude(x)))) send(pass, workspace.candidate_index[next], x, staged++, workspace);
+        staging.offer(workspace.candidate_index[next] - std::uint32_t(first), x, cut.takes(float_bits(magnitude(x))));
       }
     } else {
       for (std::size_t i = first; i < end; ++i) {
         const float x = message_at(pass, i);
-        if (cut.takes(float_bits(magnitude(x)))) send(pass, i, x, staged++, workspace);
+        staging.offer(std::uint32_t(i - first), x, cut.takes(float_bits(magnitude(x))));
       }
     }
-    packer.append(first / kBlock, workspace.index, workspace.value, staged);
+    staging.settle();
+    packer.append(first / kBlock, workspace.index, workspace.value, staging.count());
   }
   return result;
 }

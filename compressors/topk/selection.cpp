@@ -11,10 +11,32 @@ namespace {
 
 constexpr int kBinShift = 20;  // exponent and three bits of the mantissa: 2048 bins
 constexpr std::size_t kBins = 2048;
+constexpr std::size_t kRefine = 8192;  // members of a bin from which another histogram is faster than nth_element on them
 
 std::size_t sample_rank(std::size_t count, std::size_t sampled, std::size_t k) noexcept {
   const auto r = std::size_t(std::floor(double(k) * double(sampled) / double(count) + 0.5));
   return std::clamp<std::size_t>(r, 1, sampled);
+}
+
+/// Members of a bin, in order; `out` may be `bits`.
+std::size_t keep(const std::uint32_t* bits, std::size_t count, int shift, std::uint32_t bin, std::uint32_t* out) noexcept {
+  std::size_t kept = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::uint32_t b = bits[i];
+    out[kept] = b;
+    kept += ((b >> shift) & (kBins - 1)) == bin;
+  }
+  return kept;
+}
+
+/// Narrows members of one bin to those that share the next eleven bits with the rank-th largest; `rank` becomes its rank among them.
+std::size_t refine(std::uint32_t* members, std::size_t count, std::size_t& rank) noexcept {
+  constexpr int kShift = kBinShift - 11;
+  std::array<std::uint32_t, kBins> histogram{};
+  for (std::size_t i = 0; i < count; ++i) ++histogram[(members[i] >> kShift) & (kBins - 1)];
+  std::size_t bin = kBins - 1;
+  while (histogram[bin] < rank) rank -= histogram[bin--];
+  return keep(members, count, kShift, std::uint32_t(bin), members);
 }
 
 }  // namespace
@@ -39,14 +61,15 @@ void order_statistics(const std::uint32_t* bits, std::size_t count, std::span<co
       --bin;
     }
     if (held != bin) {
-      members = 0;
-      for (std::size_t e = 0; e < count; ++e) {
-        scratch[members] = bits[e];
-        members += (bits[e] >> kBinShift) == bin;
-      }
+      members = keep(bits, count, kBinShift, std::uint32_t(bin), scratch);
       held = bin;
     }
-    const auto nth = scratch + (ranks[r] - above - 1);
+    std::size_t rank = ranks[r] - above;
+    if (members > kRefine) {  // the ranks of a cut lie where values are dense: eleven bits more
+      members = refine(scratch, members, rank);
+      held = kBins;
+    }
+    const auto nth = scratch + (rank - 1);
     std::nth_element(scratch, nth, scratch + members, std::greater<>());
     out[r] = *nth;
   }

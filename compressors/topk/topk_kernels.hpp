@@ -34,12 +34,14 @@ struct Block {
   bool mask = true;                ///< momentum factor masking
   std::uint16_t* index = nullptr;  ///< staging of min(room, count) + kStagingSlack entries
   float* value = nullptr;
+  std::uint32_t* bitmap = nullptr;  ///< where the hits are noted as bits too; may be null
 };
 
 struct Emitted {
   std::uint32_t count = 0;  ///< entries in the staging
   std::uint32_t hits = 0;   ///< elements at or above the threshold
   std::uint32_t flags = 0;  ///< kFlagNonfinite
+  std::uint32_t noted = 0;  ///< the first `noted` elements, a multiple of 32, have their hits in the bitmap
 };
 
 /// The fused pass over a block: gradient and state in, state and entries (ascending) out. One read of gradient and state, one write of
@@ -54,11 +56,14 @@ using SampleKernel = std::size_t (*)(const Block& segment, std::uint64_t step, s
 /// caches.
 using FinishKernel = bool (*)(float* tile, std::size_t count, float factor, DType dtype, void* out, bool streaming);
 
+/// Ways of finding the hits of a group, all with the same bits: a branch per group, a few offsets written without asking, and many.
+inline constexpr int kTiers = 3;
+
 struct Kernels {
-  std::array<std::array<StreamKernel, kDTypes>, feedback::kForms> branchy;     // fast where hits are rare
-  std::array<std::array<StreamKernel, kDTypes>, feedback::kForms> branchless;  // the same speed at every density
+  std::array<std::array<std::array<StreamKernel, kDTypes>, feedback::kForms>, kTiers> stream;
   std::array<std::array<SampleKernel, kDTypes>, feedback::kForms> sample;
-  std::array<float, feedback::kForms> crossover;  // density of the previous block from which branchless is faster (measured)
+  std::array<std::array<float, feedback::kForms>, kTiers - 1>
+      crossover;  ///< density of the previous block from which the next tier is faster (measured)
   Narrow narrow;
   FinishKernel finish;
 };

@@ -118,9 +118,11 @@ constexpr std::array<std::array<StreamKernel, kDTypes>, feedback::kForms> kAllSt
     kStreams<Form::none>, kStreams<Form::error_feedback>, kStreams<Form::momentum>, kStreams<Form::nesterov>};
 constexpr std::array<std::array<RangeKernel, kDTypes>, feedback::kForms> kAllRanges = {kRanges<Form::none>, kRanges<Form::error_feedback>,
                                                                                        kRanges<Form::momentum>, kRanges<Form::nesterov>};
-constexpr Kernels kScalar = {
-    kAllStreams,  kAllStreams, {kSamples<Form::none>, kSamples<Form::error_feedback>, kSamples<Form::momentum>, kSamples<Form::nesterov>},
-    {1, 1, 1, 1}, narrow,      finish};
+constexpr Kernels kScalar = {{kAllStreams, kAllStreams, kAllStreams},
+                             {kSamples<Form::none>, kSamples<Form::error_feedback>, kSamples<Form::momentum>, kSamples<Form::nesterov>},
+                             {},
+                             narrow,
+                             finish};
 
 }  // namespace
 

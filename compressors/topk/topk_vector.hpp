@@ -7,54 +7,37 @@
 namespace thinwire::topk {
 namespace {
 
-/// What is emitted of a hit: x itself (fp32 on the wire, or candidates), or x rounded.
-enum class Emit { exact, bf16, fp16 };
-
-constexpr Emit emit_of(const Block& b) noexcept {
-  return !b.clear || b.wire == DType::fp32 ? Emit::exact : b.wire == DType::bf16 ? Emit::bf16 : Emit::fp16;
-}
-
-/// A group of consecutive vectors between load and store.
-template <class L, Form form, DType dtype, int kVectors>
+/// Vectors of consecutive elements between load and store.
+template <class L, Form form, DType dtype>
 struct Group {
   using V = typename L::V;
   using Mask = typename L::Mask;
+  static constexpr int kVectors = 4;
   static constexpr std::uint32_t kElements = kVectors * L::kWidth;
 
   V x[kVectors], u[kVectors];
   Mask hit[kVectors];
 
-  struct Constants {
-    V factor, rate, threshold;
-    Mask clear, clear_momentum;  // all lanes or none
-    explicit Constants(const Block& b) noexcept
-        : factor(L::set(b.factor)),
-          rate(L::set(b.rate)),
-          threshold(L::set(b.threshold)),
-          clear(L::lanes(b.clear)),
-          clear_momentum(L::lanes(b.clear && b.mask)) {}
-  };
-
-  [[gnu::always_inline]] inline void update(const Block& b, std::uint32_t i, const Constants& c) noexcept {
+  /// @returns bit j for every element j that is a hit or not finite.
+  [[gnu::always_inline]] inline std::uint64_t update(const Block& b, std::uint32_t i, const V& factor, const V& rate,
+                                                     const V& threshold) noexcept {
+    std::uint64_t hits = 0;
     for (int j = 0; j < kVectors; ++j) {
       const std::uint32_t at = i + std::uint32_t(j) * L::kWidth;
-      const V g = L::template load_grad<dtype>(b.grad, at) * c.factor;
+      const V g = L::template load_grad<dtype>(b.grad, at) * factor;
       V residual{};
       if constexpr (feedback::has_residual(form)) residual = L::load(b.residual + at);
       if constexpr (feedback::has_momentum(form)) u[j] = L::load(b.momentum + at);
-      feedback::message<form>(g, c.rate, residual, u[j], x[j]);
-      hit[j] = L::not_less(L::abs(x[j]), c.threshold);
+      feedback::message<form>(g, rate, residual, u[j], x[j]);
+      hit[j] = L::not_less(L::abs(x[j]), threshold);
+      hits |= std::uint64_t(L::bits(hit[j])) << (std::uint32_t(j) * L::kWidth);
     }
-  }
-  [[gnu::always_inline]] inline bool any_hit() const noexcept {
-    Mask any = hit[0];
-    for (int j = 1; j < kVectors; ++j) any = L::either(any, hit[j]);
-    return L::any(any);
+    return hits;
   }
   /// A gradient that is not finite makes x so: the state always is.
   [[gnu::always_inline]] inline bool any_nonfinite() const noexcept {
     const V infinity = L::set(bits_float(0x7f800000u));
-    Mask any = L::not_less(L::abs(x[0]), infinity);
+    auto any = L::not_less(L::abs(x[0]), infinity);
     for (int j = 1; j < kVectors; ++j) any = L::either(any, L::not_less(L::abs(x[j]), infinity));
     return L::any(any);
   }
@@ -65,108 +48,176 @@ struct Group {
       if constexpr (feedback::has_momentum(form)) L::store(b.momentum + at, u[j]);
     }
   }
-  /// Packs the hits behind those emitted so far and stores the state without them.
-  template <Emit kind>
-  [[gnu::always_inline]] inline void emit(const Block& b, std::uint32_t i, const Constants& c, std::uint32_t& count) noexcept {
-    for (int j = 0; j < kVectors; ++j) {
-      const std::uint32_t at = i + std::uint32_t(j) * L::kWidth;
-      V w = x[j];
-      if constexpr (kind == Emit::bf16) w = L::round_bf16(w);
-      if constexpr (kind == Emit::fp16) w = L::round_fp16(w);
-      count += L::pack(hit[j], at, w, b.index + count, b.value + count);
-      if constexpr (kind == Emit::exact) {
-        x[j] = L::zero_where(L::both(hit[j], c.clear), x[j]);
-      } else {
-        V left;
-        feedback::leave(x[j], w, left);
-        x[j] = L::choose(hit[j], left, x[j]);
-      }
-      if constexpr (feedback::has_momentum(form)) u[j] = L::zero_where(L::both(hit[j], c.clear_momentum), u[j]);
-    }
-    store(b, i);
-  }
-  [[gnu::always_inline]] inline std::uint32_t hits() const noexcept {
-    std::uint32_t count = 0;
-    for (int j = 0; j < kVectors; ++j) count += L::count(hit[j]);
-    return count;
-  }
 };
 
-/// A group that the straight way does not fit: a full room, or a value that is not finite.
-template <class G, Form form, DType dtype>
-[[gnu::noinline]] void careful(const Block& b, std::uint32_t i, Emitted& emitted) noexcept {
-  range_kernel(form, dtype)(b, i, i + G::kElements, emitted);
+/// What is emitted of a hit: x itself (fp32 on the wire, or candidates), or x rounded.
+enum class Emit { exact, bf16, fp16 };
+
+/// Updates a group that holds a non-finite value, element by element. @returns its hits.
+template <Form form, DType dtype, std::uint32_t kElements>
+[[gnu::noinline]] std::uint64_t update_carefully(const Block& b, std::uint32_t i, Emitted& emitted) noexcept {
+  std::uint16_t index[kElements];
+  float value[kElements];
+  Block group = b;
+  group.room = kElements;
+  group.clear = false;
+  group.index = index;
+  group.value = value;
+  Emitted found;
+  range_kernel(form, dtype)(group, i, i + kElements, found);
+  emitted.flags |= found.flags;
+  std::uint64_t hits = 0;
+  for (std::uint32_t j = 0; j < found.count; ++j) hits |= std::uint64_t(1) << (index[j] - i);
+  return hits;
 }
 
-/// Tests a group for hits and stores it untouched if it has none. Reads gradient and state once, writes state once (DGC 12 and 8 bytes per
-/// element with fp32 gradients, EF14 8 and 4), 6 bytes of staging per hit. Bit-exact: entries in index order.
+/// Emits hits whose state holds the whole message still, and leaves there what the wire cuts off.
 template <class L, Form form, DType dtype>
-void branchy(const Block& b, Emitted& emitted) {
-  using G = Group<L, form, dtype, L::kBranchyVectors>;
-  std::uint32_t i = 0;
-  if (b.live == nullptr) {
-    const typename G::Constants c(b);
-    const Emit kind = emit_of(b);
-    for (; i + G::kElements <= b.count; i += G::kElements) {
-      G group;
-      group.update(b, i, c);
-      if (!group.any_hit()) [[likely]] {
-        group.store(b, i);
-        continue;
-      }
-      if (emitted.count + G::kElements > b.room || group.any_nonfinite()) {
-        careful<G, form, dtype>(b, i, emitted);
-        continue;
-      }
-      const std::uint32_t before = emitted.count;
-      if (kind == Emit::exact) {
-        group.template emit<Emit::exact>(b, i, c, emitted.count);
-      } else if (kind == Emit::bf16) {
-        group.template emit<Emit::bf16>(b, i, c, emitted.count);
-      } else {
-        group.template emit<Emit::fp16>(b, i, c, emitted.count);
-      }
-      emitted.hits += emitted.count - before;
+void settle(const Block& b, const std::uint16_t* hits, std::uint32_t count, Emitted& emitted) noexcept {
+  std::uint16_t* __restrict const index = b.index + emitted.count;
+  float* __restrict const value = b.value + emitted.count;
+  float* __restrict const residual = b.residual;
+  float* __restrict const momentum = b.momentum;
+  emitted.count += count;
+  std::memcpy(index, hits, 2 * count);
+  if constexpr (!feedback::has_residual(form)) {
+    const float factor = b.factor;
+    const void* grad = b.grad;
+    for (std::uint32_t j = 0; j < count; ++j) value[j] = load_grad<dtype>(grad, hits[j]) * factor;
+  } else if (b.clear && b.wire == DType::fp32) {
+    for (std::uint32_t j = 0; j < count; ++j) {
+      value[j] = residual[hits[j]];
+      residual[hits[j]] = 0;
+    }
+  } else {
+    for (std::uint32_t j = 0; j < count; ++j) value[j] = residual[hits[j]];
+  }
+  if (!b.clear) return;
+  if constexpr (feedback::has_momentum(form)) {
+    if (b.mask) {
+      for (std::uint32_t j = 0; j < count; ++j) momentum[hits[j]] = 0;
     }
   }
-  range_kernel(form, dtype)(b, i, b.count, emitted);
+  if (b.wire == DType::fp32) return;
+  for (std::uint32_t j = 0; j < count; j += L::kWidth) {  // the last vector reaches into the staging's slack
+    const auto x = L::load(value + j);
+    const auto w = b.wire == DType::bf16 ? L::round_bf16(x) : L::round_fp16(x);
+    typename L::V left;
+    feedback::leave(x, w, left);
+    L::store(value + j, w);
+    if constexpr (feedback::has_residual(form)) {
+      float rest[L::kWidth];
+      L::store(rest, left);
+      const std::uint32_t lanes = count - j < L::kWidth ? count - j : L::kWidth;
+      for (std::uint32_t lane = 0; lane < lanes; ++lane) residual[hits[j + lane]] = rest[lane];
+    }
+  }
 }
 
-/// Packs every group, hits or not: the same traffic at a speed that does not depend on the density. Bit-exact with branchy.
+/// Elements between two settlings: their gradient and state are in L1 still.
+inline constexpr std::uint32_t kChunk = 512;
+
+/// Hits as a bitmap, for payloads of that form: one bit per element of whole groups.
+template <std::uint32_t kElements>
+[[gnu::always_inline]] inline void note(const Block& b, std::uint32_t i, std::uint64_t bits) noexcept {
+  if (b.bitmap != nullptr) std::memcpy(b.bitmap + i / 32, &bits, kElements / 8);
+}
+
+/// For few hits: their offsets are collected, and a chunk is settled while it is in L1. kSlots = 0 branches on a group that has any; kSlots
+/// > 0 writes that many offsets of every group without asking and branches only for more, so that at about a percent there is nothing to
+/// mispredict. Reads gradient and state once and writes state once (DGC 12 and 8 bytes per element with fp32 gradients, EF14 8 and 4); per
+/// hit 8 bytes of staging and the state's lines again from L1. Bit-exact: entries in index order.
+template <class L, Form form, DType dtype, int kSlots>
+void collect(const Block& b, Emitted& emitted) {
+  if (b.live != nullptr) return range_kernel(form, dtype)(b, 0, b.count, emitted);
+  using G = Group<L, form, dtype>;
+  const auto factor = L::set(b.factor), rate = L::set(b.rate), threshold = L::set(b.threshold);
+  const std::uint32_t whole = b.count / G::kElements * G::kElements;
+  std::uint16_t hits[kChunk + 64];
+  for (std::uint32_t i = 0; i < whole;) {
+    const std::uint32_t end = whole - i < kChunk ? whole : i + kChunk;
+    std::uint16_t* next = hits;
+    for (; i < end; i += G::kElements) {
+      G group;
+      std::uint64_t bits = group.update(b, i, factor, rate, threshold);
+      if ((kSlots != 0 || bits != 0) && group.any_nonfinite()) [[unlikely]] {
+        bits = update_carefully<form, dtype, G::kElements>(b, i, emitted);
+      } else {
+        group.store(b, i);
+      }
+      note<G::kElements>(b, i, bits);
+      if constexpr (kSlots == 0) {
+        for (; bits != 0; bits &= bits - 1) *next++ = std::uint16_t(i + L::first_bit(bits));
+      } else {
+        std::uint16_t* const after = next + __builtin_popcountll(bits);
+        for (int slot = 0; slot < kSlots; ++slot, bits &= bits - 1) L::store_offset(next + slot, i + L::first_bit(bits));
+        for (next += kSlots; bits != 0; bits &= bits - 1) *next++ = std::uint16_t(i + L::first_bit(bits));
+        next = after;
+      }
+    }
+    const auto found = std::uint32_t(next - hits), room = b.room - emitted.count;
+    emitted.hits += found;
+    settle<L, form, dtype>(b, hits, found < room ? found : room, emitted);
+  }
+  emitted.noted = whole;
+  range_kernel(form, dtype)(b, whole, b.count, emitted);
+}
+
+/// For many hits: every vector's are packed and cleared before the state is stored, the same work at every density and the same bits as
+/// collect.
 template <class L, Form form, DType dtype, Emit kind>
-void branchless_as(const Block& b, Emitted& emitted) {
-  using G = Group<L, form, dtype, L::kBranchlessVectors>;
-  const typename G::Constants c(b);
-  std::uint32_t i = 0, count = emitted.count;
+void pack_as(const Block& b, Emitted& emitted) {
+  using G = Group<L, form, dtype>;
+  const auto factor = L::set(b.factor), rate = L::set(b.rate), threshold = L::set(b.threshold);
+  const auto clear = L::lanes(b.clear), clear_momentum = L::lanes(b.clear && b.mask);
+  std::uint32_t i = 0, count = 0;
+  bool usable = true;  // the bitmap: not where something was not finite
   for (; i + G::kElements <= b.count; i += G::kElements) {
     G group;
-    group.update(b, i, c);
-    if (group.any_nonfinite() || count + G::kElements > b.room) [[unlikely]] {
-      if (count == b.room && !group.any_nonfinite()) {
-        emitted.hits += group.hits();
+    const std::uint64_t bits = group.update(b, i, factor, rate, threshold);
+    note<G::kElements>(b, i, bits);
+    const bool nonfinite = group.any_nonfinite();
+    if (nonfinite || count + G::kElements > b.room) [[unlikely]] {
+      if (count == b.room && !nonfinite) {
+        emitted.hits += std::uint32_t(__builtin_popcountll(bits));
         group.store(b, i);
       } else {
         emitted.hits += count - emitted.count;
         emitted.count = count;
-        careful<G, form, dtype>(b, i, emitted);
+        range_kernel(form, dtype)(b, i, i + G::kElements, emitted);
         count = emitted.count;
+        if (nonfinite) usable = false;
       }
       continue;
     }
-    group.template emit<kind>(b, i, c, count);
+    for (int j = 0; j < G::kVectors; ++j) {
+      auto w = group.x[j];
+      if constexpr (kind == Emit::bf16) w = L::round_bf16(w);
+      if constexpr (kind == Emit::fp16) w = L::round_fp16(w);
+      count += L::pack(group.hit[j], i + std::uint32_t(j) * L::kWidth, w, b.index + count, b.value + count);
+      if constexpr (kind == Emit::exact) {
+        group.x[j] = L::zero_where(L::both(group.hit[j], clear), group.x[j]);
+      } else {
+        typename L::V left;
+        feedback::leave(group.x[j], w, left);
+        group.x[j] = L::choose(group.hit[j], left, group.x[j]);
+      }
+      if constexpr (feedback::has_momentum(form)) group.u[j] = L::zero_where(L::both(group.hit[j], clear_momentum), group.u[j]);
+    }
+    group.store(b, i);
   }
   emitted.hits += count - emitted.count;
   emitted.count = count;
+  emitted.noted = usable ? i : 0;
   range_kernel(form, dtype)(b, i, b.count, emitted);
 }
 
 template <class L, Form form, DType dtype>
-void branchless(const Block& b, Emitted& emitted) {
+void pack(const Block& b, Emitted& emitted) {
   if (b.live != nullptr) return range_kernel(form, dtype)(b, 0, b.count, emitted);
-  const Emit kind = emit_of(b);
-  if (kind == Emit::exact) return branchless_as<L, form, dtype, Emit::exact>(b, emitted);
-  if (kind == Emit::bf16) return branchless_as<L, form, dtype, Emit::bf16>(b, emitted);
-  branchless_as<L, form, dtype, Emit::fp16>(b, emitted);
+  if (!b.clear || b.wire == DType::fp32) return pack_as<L, form, dtype, Emit::exact>(b, emitted);
+  if (b.wire == DType::bf16) return pack_as<L, form, dtype, Emit::bf16>(b, emitted);
+  pack_as<L, form, dtype, Emit::fp16>(b, emitted);
 }
 
 /// Reads the sampled cache lines of gradient and state, writes 4 bytes per sampled element. Bit-exact.
@@ -247,18 +298,24 @@ bool finish(float* tile, std::size_t count, float factor, DType dtype, void* out
 }
 
 template <class L>
-constexpr Kernels make_kernels(std::array<float, feedback::kForms> crossover) noexcept {
+constexpr Kernels make_kernels(const std::array<std::array<float, feedback::kForms>, kTiers - 1>& crossover) noexcept {
   Kernels out{};
-  const auto fill = [&]<Form form>() {
-    constexpr auto f = std::size_t(form);
-    out.branchy[f] = {branchy<L, form, DType::fp32>, branchy<L, form, DType::bf16>, branchy<L, form, DType::fp16>};
-    out.branchless[f] = {branchless<L, form, DType::fp32>, branchless<L, form, DType::bf16>, branchless<L, form, DType::fp16>};
-    out.sample[f] = {sample<L, form, DType::fp32>, sample<L, form, DType::bf16>, sample<L, form, DType::fp16>};
+  const auto fill = [&]<Form form, DType dtype>() {
+    constexpr auto f = std::size_t(form), d = std::size_t(dtype);
+    out.stream[0][f][d] = collect<L, form, dtype, 0>;
+    out.stream[1][f][d] = collect<L, form, dtype, L::kSlots>;
+    out.stream[2][f][d] = pack<L, form, dtype>;
+    out.sample[f][d] = sample<L, form, dtype>;
   };
-  fill.template operator()<Form::none>();
-  fill.template operator()<Form::error_feedback>();
-  fill.template operator()<Form::momentum>();
-  fill.template operator()<Form::nesterov>();
+  const auto fill_form = [&]<Form form>() {
+    fill.template operator()<form, DType::fp32>();
+    fill.template operator()<form, DType::bf16>();
+    fill.template operator()<form, DType::fp16>();
+  };
+  fill_form.template operator()<Form::none>();
+  fill_form.template operator()<Form::error_feedback>();
+  fill_form.template operator()<Form::momentum>();
+  fill_form.template operator()<Form::nesterov>();
   out.crossover = crossover;
   out.narrow = narrow<L>;
   out.finish = finish<L>;

@@ -40,7 +40,8 @@ std::uint64_t options_salt(const TopKOptions& options) noexcept {
          std::uint64_t(options.exact) << 24;
 }
 
-void SegmentPacker::append(std::size_t block, const std::uint16_t* offsets, const float* values, std::size_t count) noexcept {
+void SegmentPacker::append(std::size_t block, const std::uint16_t* offsets, const float* values, std::size_t count,
+                           const std::uint32_t* bitmap, std::size_t noted) noexcept {
   const auto base = std::uint32_t(block * kBlock);
   if (wire_.form == IndexForm::u32) {
     auto* out = reinterpret_cast<std::uint32_t*>(at_) + kept_;
@@ -50,8 +51,10 @@ void SegmentPacker::append(std::size_t block, const std::uint16_t* offsets, cons
     if (count != 0) std::memcpy(at_ + 4 * blocks_of(count_) + 2 * kept_, offsets, 2 * count);
   } else {
     auto* words = reinterpret_cast<std::uint32_t*>(at_) + base / 32;
-    std::memset(words, 0, 4 * ((std::min<std::size_t>(count_ - base, kBlock) + 31) / 32));
-    for (std::size_t i = 0; i < count; ++i) words[offsets[i] / 32] |= 1u << (offsets[i] % 32);
+    const std::size_t all = (std::min<std::size_t>(count_ - base, kBlock) + 31) / 32;
+    if (noted != 0) std::memcpy(words, bitmap, noted / 8);
+    std::memset(words + noted / 32, 0, 4 * (all - noted / 32));
+    for (std::size_t i = count; i-- > 0 && offsets[i] >= noted;) words[offsets[i] / 32] |= 1u << (offsets[i] % 32);
   }
   narrow_(values, count, dtype_, at_ + wire_.index_bytes + kept_ * size_of(dtype_));
   kept_ += count;

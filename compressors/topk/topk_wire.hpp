@@ -52,8 +52,10 @@ class SegmentPacker {
 
   std::size_t room() const noexcept { return wire_.capacity - kept_; }
   std::uint32_t kept() const noexcept { return std::uint32_t(kept_); }
-  /// Ascending offsets within the block, and their values as they will be decoded. count <= room().
-  void append(std::size_t block, const std::uint16_t* offsets, const float* values, std::size_t count) noexcept;
+  /// Ascending offsets within the block, and their values as they will be decoded. count <= room(). The offsets below `noted`, a multiple
+  /// of 32, are also the bits of `bitmap`.
+  void append(std::size_t block, const std::uint16_t* offsets, const float* values, std::size_t count,
+              const std::uint32_t* bitmap = nullptr, std::size_t noted = 0) noexcept;
   /// Zeroes what no entry used.
   void finish() noexcept;
 
