@@ -12,6 +12,8 @@ import json
 import os
 import pickle
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -686,6 +688,32 @@ def closing(rank: int, world: int) -> None:
         thinwire.attach(other, oracle.config)
         loss_of(other, batch(rank, 0)).backward()
         del other
+
+
+@feature
+def closing_while_a_peer_is_late(rank: int, world: int) -> None:
+    ddp = DistributedDataParallel(mlp())
+    state = thinwire.attach(ddp, Oracle(world).config)  # each call may take 60 seconds
+    loss = loss_of(ddp, batch(rank, 0))
+    if rank == world - 1:
+        time.sleep(3)
+    errors: list[thinwire.Error] = []
+
+    def backward() -> None:
+        try:
+            loss.backward()
+        except thinwire.Error as error:
+            errors.append(error)
+
+    started = time.monotonic()
+    thread = threading.Thread(target=backward)
+    thread.start()
+    if rank == 0:
+        time.sleep(1)
+        state.close()
+    thread.join()
+    assert errors and time.monotonic() - started < 30, "close() waited for the deadline of a call that nobody will answer"
+    assert errors[0].code in ("peer_lost", "transport"), errors[0].code
 
 
 @feature

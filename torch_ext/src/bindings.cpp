@@ -320,8 +320,8 @@ void bind_config(py::module_& m) {
            [](const Config& c, const py::object& other) { return py::isinstance<Config>(other) && c == other.cast<const Config&>(); })
       .def("__hash__", [](const Config& c) { return py::hash(py::str(c.str())); })
       .def("__reduce__",
-           [](const Config& c) {
-             return py::make_tuple(py::module_::import("thinwire._C").attr("Config").attr("parse"), py::make_tuple(c.str()));
+           [](const Config& c) {  // pickle cannot name a function of an extension's class
+             return py::make_tuple(py::module_::import("thinwire.config").attr("_parse"), py::make_tuple(c.str()));
            })
       .def("keys_of",
            [](const Config& c, const std::string& slot) -> std::map<std::string, std::string> {

@@ -9,6 +9,11 @@ from ._extension import native
 Config = native.Config
 
 
+def _parse(text: str) -> Config:
+    """What a pickle of a Config calls."""
+    return Config.parse(text)
+
+
 def dgc(
     density: float = 0.001,
     *,

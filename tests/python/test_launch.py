@@ -1,0 +1,361 @@
+"""What users start first: quickstart, the C++ trainer, the examples, the virtual cluster. Small data (scikit-learn's digits), a deadline on everything."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = ROOT / "launch"
+BUILD = Path(os.environ.get("THINWIRE_BUILD", ROOT / "build"))
+NUMEL = 824_458  # of the network, counted by hand: 320 + 18,496 + 803,072 + 2,570
+CONFIG = "dgc:density=0.01,warmup_steps=3"
+MPI = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_rmaps_base_oversubscribe": "1",
+       "OMPI_MCA_hwloc_base_binding_policy": "none", "OMPI_MCA_mpi_yield_when_idle": "1", "OMP_NUM_THREADS": "1"}
+
+needs_mpi = pytest.mark.skipif(shutil.which("mpirun") is None or not (BUILD / "launch" / "thinwire_train").exists(), reason="built without MPI or LibTorch")
+needs_root = pytest.mark.skipif(os.geteuid() != 0 or shutil.which("tc") is None, reason="network namespaces need root, ip and tc")
+
+
+def run(command: list, seconds: float = 200, **more) -> subprocess.CompletedProcess:
+    environment = {**os.environ, **MPI, **more.pop("env", {})}
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=seconds, env=environment, stdin=subprocess.DEVNULL, **more)
+
+
+def python(script: str, *arguments, **more) -> subprocess.CompletedProcess:
+    return run([sys.executable, ROOT / script, *arguments], **more)
+
+
+def trainer(*arguments, ranks: int = 2, **more) -> subprocess.CompletedProcess:
+    return run(["mpirun", "-np", ranks, BUILD / "launch" / "thinwire_train", *arguments], **more)
+
+
+def poll(found, seconds: float = 60):
+    """The first true value of found(), which must come within `seconds`."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        value = found()
+        if value:
+            return value
+        time.sleep(0.1)
+    pytest.fail(f"nothing within {seconds} s")
+
+
+def processes_of(parent: int, word: str) -> list[int]:
+    """Ids of the descendants of `parent` whose command line holds `word`."""
+    parents, lines = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                lines[int(entry.name)] = (entry / "cmdline").read_text()
+            except OSError:
+                continue  # it ended meanwhile
+    def descends(pid: int) -> bool:
+        while pid in parents:
+            pid = parents[pid]
+            if pid == parent:
+                return True
+        return False
+    return sorted(pid for pid, line in lines.items() if word in line and descends(pid))
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    assert python("launch/data.py", "--digits", "--export", folder).returncode == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quickstart(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, Path]:
+    """One epoch, dense and compressed: the JSON object, what was printed, the output folder."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    result = python("launch/quickstart.py", "--data", digits, "--epochs", 1, "--batch", 32, "--config", CONFIG, "--output", folder / "out", "--json", folder / "rows.json")
+    assert result.returncode == 0, result.stdout + result.stderr
+    return json.loads((folder / "rows.json").read_text()), result.stdout, folder / "out"
+
+
+# --- data -----------------------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_exported_digits_are_those_of_scikit_learn(digits: Path) -> None:
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    raw = (digits / "train-images-idx3-ubyte").read_bytes()
+    assert raw[:16] == bytes([0, 0, 8, 3]) + (1438).to_bytes(4, "big") + (28).to_bytes(4, "big") * 2
+    pixels = numpy.frombuffer(raw, numpy.uint8, offset=16).reshape(-1, 28, 28)
+    train = [i for i in range(len(images)) if i % 5 != 4]
+    # The centre of each 3 x 3 block is the small image's pixel, 0 to 16 times 16, at most 255.
+    assert (pixels[:, 3:27:3, 3:27:3].reshape(-1, 64) == numpy.minimum(images[train] * 16, 255)).all()
+    assert (digits / "train-labels-idx1-ubyte").read_bytes()[8:] == bytes(labels[train].tolist())
+    assert (digits / "t10k-labels-idx1-ubyte").read_bytes()[4:8] == (359).to_bytes(4, "big")
+
+
+BAD_DATA = {
+    "missing": (lambda path: path.unlink(), "missing t10k-images-idx3-ubyte"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "281471 bytes, but its header"),
+    "not idx": (lambda path: path.write_bytes(b"PNG" + path.read_bytes()), "not an idx file"),
+    "header only": (lambda path: path.write_bytes(b"\0\0\x08\x03\0\0"), ""),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_DATA)
+def test_bad_data_is_refused_by_name(digits: Path, tmp_path: Path, kind: str) -> None:
+    damage, words = BAD_DATA[kind]
+    folder = tmp_path / "data"
+    shutil.copytree(digits, folder)
+    damage(folder / "t10k-images-idx3-ubyte")
+    found = python("launch/data.py", "--data", folder)
+    assert found.returncode == 1 and "t10k-images-idx3-ubyte" in found.stderr and words in found.stderr and "Traceback" not in found.stderr
+    result = python("launch/quickstart.py", "--data", folder, "--output", tmp_path)
+    assert result.returncode == 1 and "t10k-images-idx3-ubyte" in result.stderr and "Traceback" not in result.stderr
+
+
+# --- quickstart -----------------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_quickstart_compares_dense_and_compressed(quickstart: tuple[dict, str, Path], digits: Path) -> None:
+    results, text, folder = quickstart
+    dense, ours = results["rows"]
+    steps = 1438 // (2 * 32)
+    assert set(results) == {"command", "version", "machine", "rows"}
+    for row in (dense, ours):
+        assert (row["world"], row["epoch"], row["steps"]) == (2, 1, steps)
+        assert 0 < row["accuracy"] <= 1 and row["loss"] > 0 and row["seconds"] > 0
+        assert row["dense_bytes"] == 4 * NUMEL * steps  # a ring all-reduce of N = 2 sends 2 (N - 1)/N = 1 times its buffer
+        assert re.fullmatch("[0-9a-f]{16}", row["fingerprint"])
+    assert (dense["config"], dense["payload_bytes"]) == ("codec=none", 4 * NUMEL * steps)
+    # Warm-up: 3 steps at 1/4, 3 at 1/16, 3 at 1/64, 13 at 1/100, i.e. 1.11 densities in all; an entry costs 4 to 8 bytes and payloads have room for 1.25 k entries.
+    assert ours["config"] == CONFIG and 1.11 * NUMEL * 4 < ours["payload_bytes"] < 1.25 * 1.11 * NUMEL * 8 + steps * 4 * 5000
+    assert dense["fingerprint"] != ours["fingerprint"]
+    assert "idx files in" in text and str(digits) in text.replace("\n", "") and "accuracy" in text
+    assert (folder / "quickstart.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_quickstart_refuses_a_bad_config_before_it_trains(tmp_path: Path) -> None:
+    result = python("launch/quickstart.py", "--config", "dgc:density=2", "--output", tmp_path)
+    assert result.returncode == 2 and "density=2" in result.stderr and "Traceback" not in result.stderr
+    assert python("launch/quickstart.py", "--world", "0").returncode == 2
+    assert python("launch/quickstart.py", "--epochs", "none").returncode == 2
+
+
+def test_quickstart_help_needs_no_installation() -> None:
+    result = run([LAUNCH / "quickstart", "--help"], seconds=30, env={"HOME": "/nonexistent"})
+    assert result.returncode == 0 and "--link" in result.stdout and "examples" in result.stdout
+
+
+def test_a_killed_rank_ends_quickstart_with_its_name(digits: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(LAUNCH / "quickstart.py"), "--data", str(digits), "--epochs", "500", "--output", str(tmp_path), "--timeout", "30"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            ranks = poll(lambda: found if len(found := processes_of(process.pid, "train_rank.py")) == 2 else None)
+            environments = {pid: Path(f"/proc/{pid}/environ").read_bytes() for pid in ranks}
+            victim = next(pid for pid, text in environments.items() if b"\0RANK=1\0" in b"\0" + text)
+            time.sleep(5)  # somewhere between import and training
+            os.kill(victim, signal.SIGKILL)
+            _, errors = process.communicate(timeout=90)
+        finally:
+            process.kill()
+    assert process.returncode == 1 and "rank 1: -9" in errors
+    assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
+
+
+# --- the C++ trainer ------------------------------------------------------------------------------------------------------------------------------------------------
+
+
+@needs_mpi
+@pytest.mark.parametrize("config", ["codec=none", CONFIG])
+def test_trainer_reaches_the_bits_of_python(quickstart: tuple[dict, str, Path], digits: Path, tmp_path: Path, config: str) -> None:
+    """Two ranks, other buckets, another transport, another language: the same parameters, to the bit, because no bit depends on any of them."""
+    result = trainer("--config", config, "--data", digits, "--epochs", 1, "--batch", 32, "--json", tmp_path / "rows.json")
+    assert result.returncode == 0, result.stderr
+    assert f"epoch 1: loss" in result.stdout
+    results = json.loads((tmp_path / "rows.json").read_text())
+    assert set(results) == {"command", "version", "machine", "rows"}
+    (row,) = results["rows"]
+    expected = next(row for row in quickstart[0]["rows"] if row["config"] == config)
+    assert row["fingerprint"] == expected["fingerprint"]
+    for name in ("world", "epoch", "steps", "loss", "accuracy", "dense_bytes"):
+        assert row[name] == expected[name], name
+
+
+@needs_mpi
+def test_trainer_refuses_what_it_cannot_do(digits: Path, tmp_path: Path) -> None:
+    for arguments, words in (
+        (["--config", "dgc:density=2"], "density=2"),
+        (["--epochs", "0"], "--epochs"),
+        (["--data", str(tmp_path)], "missing train-images-idx3-ubyte"),
+        (["--data", str(digits), "--batch", "1000"], "too few"),
+        (["--data", str(digits), "--json", str(tmp_path / "no" / "folder.json")], "cannot be written"),
+    ):
+        result = trainer(*arguments, seconds=60)
+        assert result.returncode != 0 and words in result.stderr + result.stdout, (arguments, result.stderr)
+
+
+@needs_mpi
+def test_a_killed_rank_ends_the_trainer(digits: Path) -> None:
+    command = ["mpirun", "-np", "3", str(BUILD / "launch" / "thinwire_train"), "--data", str(digits), "--epochs", "1000", "--config", "dgc:density=0.01"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **MPI}, text=True) as process:
+        try:
+            ranks = poll(lambda: found if len(found := processes_of(process.pid, "thinwire_train")) == 3 else None)
+            time.sleep(4)
+            os.kill(ranks[-1], signal.SIGKILL)
+            process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode != 0
+
+
+# --- examples -------------------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_ddp_example_under_torchrun() -> None:
+    result = run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, LAUNCH / "examples" / "ddp_hook.py"],
+                 env={"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    loss, factor = map(float, re.search(r"loss ([0-9.]+), ([0-9.]+) times fewer", result.stdout).groups())
+    # 272,394 parameters of which 262,144 (fc1) are sent at 1 %: 1.25 x 2,622 entries of 6 to 8 bytes and 41 KB raw against 1.09 MB. Ten classes: ln 10 = 2.30 is chance.
+    assert loss < 2.0 and 14 < factor < 22
+
+
+@needs_mpi
+def test_mpi_example() -> None:
+    result = run(["mpirun", "-np", 3, BUILD / "launch" / "mpi_loop"])
+    assert result.returncode == 0, result.stderr
+    weight, factor = map(float, re.search(r"w\[0\] = ([0-9.]+), factor ([0-9.]+)", result.stdout).groups())
+    assert abs(weight - 1.0) < 0.05 and factor > 3  # the optimum is the mean of the ranks 0, 1, 2; a gather costs N - 1 payloads
+
+
+# --- the virtual cluster ----------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def cluster(*arguments, seconds: float = 60, name: str = f"test{os.getpid()}", **more) -> subprocess.CompletedProcess:
+    return run([LAUNCH / "cluster", *arguments], seconds, env={"THINWIRE_CLUSTER": name}, **more)
+
+
+def namespaces(word: str) -> list[str]:
+    return [line.split()[0] for line in run(["ip", "netns", "list"]).stdout.splitlines() if word in line]
+
+
+@pytest.fixture
+def three_hosts():
+    before = run(["ip", "-o", "address"]).stdout, run(["ip", "route"]).stdout
+    assert cluster("up", 3, "100mbit").returncode == 0
+    yield
+    assert cluster("down").returncode == 0
+    assert namespaces(f"test{os.getpid()}") == []
+    assert before == (run(["ip", "-o", "address"]).stdout, run(["ip", "route"]).stdout)
+
+
+@needs_root
+def test_cluster_hosts_and_links(three_hosts) -> None:
+    assert cluster("exec", 2, "hostname").stdout == "host2\n"
+    assert cluster("exec", 1, "sh", "-c", 'echo "$1"; exit 7', "sh", "two words").stdout == "two words\n"
+    assert cluster("exec", 1, "sh", "-c", "exit 7").returncode == 7
+    assert "10.77.0.3/24" in cluster("exec", 2, "ip", "-4", "address", "show", "eth0").stdout
+    assert "rate 100Mbit" in cluster("exec", 0, "tc", "class", "show", "dev", "eth0").stdout
+
+    # 6 MB over 100 Mbit take at least .48 s; burst and buffers hide less than .2 MB of it.
+    server = "import socket; s = socket.create_server(('', 7000)); print('up', flush=True); c = s.accept()[0]\nwhile c.recv(1 << 20): pass\nc.sendall(b'x')"
+    client = "import socket, time; c = socket.create_connection(('10.77.0.1', 7000)); t = time.time(); c.sendall(bytes(6000000)); c.shutdown(1); c.recv(1); print(time.time() - t)"
+    environment = {**os.environ, "THINWIRE_CLUSTER": f"test{os.getpid()}"}
+    with subprocess.Popen([LAUNCH / "cluster", "exec", "0", sys.executable, "-c", server], stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout.readline() == "up\n"
+        assert float(cluster("exec", 1, sys.executable, "-c", client).stdout) > 0.46
+        assert process.wait(30) == 0
+
+
+@needs_root
+def test_cluster_refuses_and_cleans_up(three_hosts) -> None:
+    again = cluster("up", 2, "1gbit")
+    assert again.returncode == 1 and "up already" in again.stderr and len(namespaces(f"test{os.getpid()}-")) == 4
+    wrong = cluster("exec", 3, "true")
+    assert wrong.returncode == 1 and "no host 3" in wrong.stderr and "0 1 2" in wrong.stderr
+    # down ends what runs on its hosts, and touches no other cluster's.
+    assert cluster("up", 1, "none", name=f"other{os.getpid()}").returncode == 0
+    environment = {**os.environ, "THINWIRE_CLUSTER": f"test{os.getpid()}"}
+    with subprocess.Popen([LAUNCH / "cluster", "exec", "1", "sleep", "300"], env=environment) as sleeper:
+        time.sleep(1)
+        assert sleeper.poll() is None
+        assert cluster("down").returncode == 0
+        assert sleeper.wait(10) != 0
+    assert len(namespaces(f"other{os.getpid()}-")) == 2
+    assert cluster("down", name=f"other{os.getpid()}").returncode == 0
+
+
+@pytest.mark.parametrize("arguments", [["up"], ["up", "0", "1gbit"], ["up", "65", "1gbit"], ["up", "2", "fast"], ["up", "2", "0mbit"], ["exec", "0"], ["sideways"], []])
+def test_cluster_misuse(arguments: list[str]) -> None:
+    result = cluster(*arguments)
+    assert result.returncode == 2 and "usage:" in result.stderr and namespaces(f"test{os.getpid()}") == []
+
+
+@needs_root
+def test_cluster_says_what_it_lacks() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        shutil.copy(LAUNCH / "cluster", folder)
+        ordinary = run(["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", f"{folder}/cluster", "up", 2, "1gbit"])
+        assert ordinary.returncode == 1 and "root" in ordinary.stderr
+        for tool in ("bash", "env", "id", "awk", "ip"):
+            os.symlink(shutil.which(tool), f"{folder}/{tool}")
+        without_tc = run([f"{folder}/cluster", "up", 2, "1gbit"], env={"PATH": folder})
+        assert without_tc.returncode == 1 and "tc" in without_tc.stderr and "iproute2" in without_tc.stderr
+
+
+@needs_root
+@pytest.mark.parametrize("end", ["close", "terminate", "interrupt"])
+def test_a_held_cluster_goes_with_its_holder(end: str) -> None:
+    name = f"held{os.getpid()}"
+    with subprocess.Popen([LAUNCH / "cluster", "hold", "2", "1gbit"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "THINWIRE_CLUSTER": name}) as process:
+        assert process.stdout.readline() == "ready\n" and len(namespaces(name)) == 3
+        if end == "close":
+            process.stdin.close()
+        else:
+            process.send_signal(signal.SIGTERM if end == "terminate" else signal.SIGINT)
+        process.wait(30)
+    assert namespaces(name) == []
+
+
+@needs_root
+def test_quickstart_over_links_leaves_nothing_even_if_killed(digits: Path, tmp_path: Path) -> None:
+    arguments = ["--data", digits, "--batch", 32, "--link", "1gbit", "--output", tmp_path, "--json", tmp_path / "rows.json"]
+    result = python("launch/quickstart.py", "--epochs", 1, "--config", CONFIG, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert "2 virtual hosts" in result.stdout and len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 2
+    with subprocess.Popen([sys.executable, str(LAUNCH / "quickstart.py"), "--epochs", "500", *map(str, arguments)], stdout=subprocess.DEVNULL) as process:
+        ranks = poll(lambda: found if len(found := processes_of(process.pid, "train_rank.py")) >= 2 else None)
+        assert len(namespaces(f"thinwire-run{process.pid}-")) == 3
+        process.kill()
+    poll(lambda: not namespaces(f"thinwire-run{process.pid}-"), 30)
+    poll(lambda: not [pid for pid in ranks if Path(f"/proc/{pid}").exists()], 10)
+
+
+# --- bench/run training -----------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_training_benchmark(digits: Path, tmp_path: Path) -> None:
+    config = "codec=topk:density=0.01,wire=bf16 feedback=ef14"
+    result = python("bench/training.py", "--link", "none", "--world", 2, "--width", 256, "--layers", 3, "--rounds", 2, "--block", 2, "--bucket-mb", 0.5, "--config", config,
+                    "--data", digits, "--json", tmp_path / "rows.json", "--output", tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = {row["config"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    assert list(rows) == ["compute alone", "dense", "bf16_compress_hook", "powerSGD_hook:rank=4", config]
+    numel = 784 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10
+    assert rows["dense"]["payload_bytes_per_step"] == 4 * numel and rows["bf16_compress_hook"]["payload_bytes_per_step"] == 2 * numel
+    assert 0.01 * numel * 4 < rows[config]["payload_bytes_per_step"] < 0.05 * 4 * numel
+    for name, row in rows.items():
+        assert row["seconds_median"] > 0 and row["steps"] == 6 + 2 * 2 and (row["fingerprint"] is None) == (name == "compute alone")
+    assert (tmp_path / "training.png").read_bytes()[:4] == b"\x89PNG"
