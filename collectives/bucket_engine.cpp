@@ -55,7 +55,8 @@ void BucketEngine::run(const std::shared_ptr<const BucketPlan>& bucket, Bytes gr
   } else {
     settle(*bucket, step, own_wire_, options.joined, finite);
   }
-  if (check_every_ != 0 && (step + 1) % check_every_ == 0) output_hash_ = wire::hash_bytes(grad.data, grad.size, output_hash_);
+  // Every step's means, not only the checked one's: replicas that drifted earlier are found as well.
+  if (check_every_ != 0) output_hash_ = wire::hash_bytes(grad.data, grad.size, output_hash_);
 }
 
 std::uint32_t BucketEngine::run_plain(Bytes grad) {
@@ -211,7 +212,7 @@ BucketEngine::StepEnd BucketEngine::finish_step(std::uint64_t step) {
     output_hash_ = 0;
     for (std::size_t r = 0; r < hashes_.size(); ++r) {
       if (hashes_[r] == hashes_[std::size_t(rank)]) continue;
-      fail(Errc::internal, "check_every: the means of step " + std::to_string(step) + " differ between rank " + std::to_string(rank) +
+      fail(Errc::internal, "check_every: the means up to step " + std::to_string(step) + " differ between rank " + std::to_string(rank) +
                                " and rank " + std::to_string(r) + "; the replicas have drifted apart");
     }
   }

@@ -56,8 +56,8 @@ class Oracle {
   };
   struct Step {
     std::vector<Arrays> grad = {};  ///< [rank][parameter]
-    std::vector<Way> way;
-    std::vector<std::size_t> k;
+    std::vector<Way> way = {};
+    std::vector<std::size_t> k = {};
     std::vector<std::vector<std::uint32_t>> buckets;
     std::vector<bool> joined = {};  ///< per rank; empty: nobody
     float scale = 1.0f;             ///< the grad scaler's
