@@ -1,4 +1,5 @@
-// Compressed gradients in a C++ training loop of your own: one include, three objects, one call per bucket. mpirun -np 2 build/launch/mpi_loop
+// Compressed gradients in a C++ training loop of your own: one include, three objects, one call per bucket. mpirun -np 2
+// build/launch/mpi_loop
 #include <cstdio>
 
 #include "collectives/mpi/mpi.hpp"

@@ -53,8 +53,8 @@ std::vector<std::uint8_t> read_idx(const std::string& path, std::size_t dims, st
     shape[i] = std::size_t(word[0]) << 24 | std::size_t(word[1]) << 16 | std::size_t(word[2]) << 8 | word[3];
     count *= shape[i];
   }
-  THINWIRE_EXPECTS(bytes.size() == header + count, path + ": " + std::to_string(bytes.size()) + " bytes, but its header asks for " +
-                                                       std::to_string(header + count));
+  THINWIRE_EXPECTS(bytes.size() == header + count,
+                   path + ": " + std::to_string(bytes.size()) + " bytes, but its header asks for " + std::to_string(header + count));
   bytes.erase(bytes.begin(), bytes.begin() + std::ptrdiff_t(header));
   return bytes;
 }
@@ -62,7 +62,8 @@ std::vector<std::uint8_t> read_idx(const std::string& path, std::size_t dims, st
 Images load_part(const std::string& folder, const std::string& part) {
   Images images;
   std::size_t shape[3], labels = 0;
-  const std::string image_file = find_file(folder, part + "-images-idx3-ubyte"), label_file = find_file(folder, part + "-labels-idx1-ubyte");
+  const std::string image_file = find_file(folder, part + "-images-idx3-ubyte"),
+                    label_file = find_file(folder, part + "-labels-idx1-ubyte");
   images.pixels = read_idx(image_file, 3, shape);
   THINWIRE_EXPECTS(shape[0] > 0 && shape[1] == kSide && shape[2] == kSide, image_file + ": images must be 28 x 28, and there must be some");
   images.count = shape[0];

@@ -141,7 +141,8 @@ class Trainer {
   double train_step(const torch::Tensor& batch) {
     buckets_.zero();
     const torch::Tensor images = pixels(train_.images.index_select(0, batch));
-    const torch::Tensor loss = torch::nn::functional::cross_entropy(net_.forward(images), train_.labels.index_select(0, batch).to(torch::kLong));
+    const torch::Tensor loss =
+        torch::nn::functional::cross_entropy(net_.forward(images), train_.labels.index_select(0, batch).to(torch::kLong));
     loss.backward();
     buckets_.finish();
     sgd_.step(options_.lr * (1 - double(done_) / double(steps_)));
@@ -216,9 +217,9 @@ void run(const Options& options, int rank, int argc, char** argv) {
       rows.push_back(row);
       if (rank != 0) continue;
       const double wire = row["wire_bytes"], dense = row["dense_bytes"];
-      std::printf("%sepoch %ld: loss %.4f, accuracy %.2f %%, %.1f MB sent per rank (dense %.1f), %.1f s\n", isatty(STDERR_FILENO) ? "\r" : "",
-                  long(epoch), row["loss"].get<double>(), row["accuracy"].get<double>() * 100, wire / 1e6, dense / 1e6,
-                  row["seconds"].get<double>());
+      std::printf("%sepoch %ld: loss %.4f, accuracy %.2f %%, %.1f MB sent per rank (dense %.1f), %.1f s\n",
+                  isatty(STDERR_FILENO) ? "\r" : "", long(epoch), row["loss"].get<double>(), row["accuracy"].get<double>() * 100,
+                  wire / 1e6, dense / 1e6, row["seconds"].get<double>());
       std::fflush(stdout);
     }
     if (file.is_open()) {
@@ -229,9 +230,7 @@ void run(const Options& options, int rank, int argc, char** argv) {
       file.close();
       THINWIRE_EXPECTS(!file.fail(), options.json + ": could not be written");
     }
-  } catch (const std::exception& error) {
-    abort_all(rank, error.what());
-  }
+  } catch (const std::exception& error) { abort_all(rank, error.what()); }
 }
 
 /// @returns the exit status: 2 for a command line or a config that is refused, equally on all ranks and before anything has begun.
@@ -266,9 +265,7 @@ int main(int argc, char** argv) {
   int status = 1;
   try {
     status = thinwire::launch::main_of_rank(argc, argv, rank);
-  } catch (const std::exception& error) {
-    thinwire::launch::abort_all(rank, error.what());
-  }
+  } catch (const std::exception& error) { thinwire::launch::abort_all(rank, error.what()); }
   MPI_Finalize();
   return status;
 }
