@@ -3,6 +3,7 @@ include(CMakePackageConfigHelpers)
 
 if(THINWIRE_WITH_MPI)
   set(THINWIRE_MPI_VERSION ${MPI_CXX_VERSION})
+  set(THINWIRE_MPI_INCLUDE "#include \"collectives/mpi/mpi.hpp\"\n")
 endif()
 configure_file(${PROJECT_SOURCE_DIR}/cmake/build.hpp.in ${PROJECT_BINARY_DIR}/include/thinwire/build.hpp @ONLY)
 configure_file(${PROJECT_SOURCE_DIR}/cmake/thinwire.hpp.in ${PROJECT_BINARY_DIR}/include/thinwire/thinwire.hpp @ONLY)

@@ -26,8 +26,3 @@ function(thinwire_program name)
   add_executable(${name} ${ARG_SOURCES})
   target_link_libraries(${name} PRIVATE ${ARG_LINK} thinwire_flags)
 endfunction()
-
-function(thinwire_sources out)
-  file(GLOB found CONFIGURE_DEPENDS RELATIVE ${CMAKE_CURRENT_SOURCE_DIR} ${ARGN})
-  set(${out} ${found} PARENT_SCOPE)
-endfunction()

@@ -6,7 +6,7 @@
 
 torch_ext -> collectives -> compressors/core and torch_ext -> compressors/*; a codec family sees compressors/core, compressors/feedback and itself;
 only compressors/registry.cpp sees all families; bench, tests and launch may include everything. No cycles, no grab-bag names, no #ifdef of optional
-parts: an optional part is a file that CMake picks, or its no_*.cpp twin.
+parts: an optional part is a file that CMake picks, or its no_*.cpp twin. A .cpp that no CMakeLists.txt names is built by nobody and reported too.
 """
 
 import ast
@@ -110,6 +110,13 @@ def check_cycles(graph):
         yield from visit(path)
 
 
+def check_built(root, path):
+    stem = re.compile(rf"\b{re.escape(pathlib.PurePosixPath(path).stem)}\b")
+    lists = [root / folder / "CMakeLists.txt" for folder in pathlib.PurePosixPath(path).parents]
+    if not any(stem.search(file.read_text(encoding="utf-8")) for file in lists if file.is_file()):
+        yield f"{path}:1: no CMakeLists.txt names this file"
+
+
 def check(root):
     graph, found = {}, []
     for top in CODE + ("cmake", "docs"):
@@ -122,6 +129,8 @@ def check(root):
                     found.append(f"{path}:1: '{part}' says nothing about what is inside; name it for that")
             if file.suffix in (".cpp", ".hpp", ".cu", ".cuh", ".h"):
                 found += check_cpp(root, path, file.read_text(encoding="utf-8"), graph)
+                if file.suffix in (".cpp", ".cu"):
+                    found += check_built(root, path)
             elif file.suffix == ".py":
                 found += check_python(path, file.read_text(encoding="utf-8"))
     return found + list(check_cycles(graph))
@@ -138,6 +147,7 @@ OFFENCES = {  # file -> (text, what the report must say)
     "compressors/core/h.hpp": ('#include "compressors/core/g.hpp"\n', "compressors/core/g.hpp -> compressors/core/h.hpp"),
     "compressors/core/i.cpp": ('#include "h.hpp"\n', "compressors/core/i.cpp:1: \"h.hpp\" does not name"),
     "collectives/j.cpp": ("#ifdef THINWIRE_WITH_MPI\n#endif\n", "collectives/j.cpp:1: THINWIRE_WITH_MPI decides"),
+    "tests/test_forgotten.cpp": ("", "tests/test_forgotten.cpp:1: no CMakeLists.txt names this file"),
     "bench/string_utils.py": ("", "bench/string_utils.py:1: 'string_utils.py'"),
     "torch_ext/thinwire/k.py": ("import os\nfrom bench.run import main\n", "torch_ext/thinwire/k.py:2: torch_ext may not import bench.run"),
 }
@@ -150,6 +160,8 @@ HARMLESS = {
     "collectives/loopback/l.hpp": '#include "compressors/core/k.hpp"\n',
     "collectives/mpi/m.cpp": "#include <mpi.h>\n",
     "torch_ext/src/n.cpp": '#include <torch/extension.h>\n#include "collectives/zz.hpp"\n#include "compressors/topk/topk.hpp"\n',
+    "tests/CMakeLists.txt": "add_executable(o o.cpp)\n",
+    "CMakeLists.txt": "registry m n\n",
     "tests/o.cpp": '#include "compressors/topk/topk.hpp"\n#include <mpi.h>\n',
 }
 
