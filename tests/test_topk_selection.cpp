@@ -2,7 +2,7 @@
 
 #include <set>
 
-#include "topk_fixture.hpp"
+#include "tests/topk_fixture.hpp"
 
 namespace thinwire {
 namespace {

@@ -1,6 +1,6 @@
 // The fused pass of top-k: against the unfused composition, against the equations, and the same bits on every ISA.
 
-#include "topk_fixture.hpp"
+#include "tests/topk_fixture.hpp"
 
 namespace thinwire {
 namespace {

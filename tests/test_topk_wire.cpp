@@ -3,7 +3,7 @@
 
 #include "compressors/core/error.hpp"
 #include "compressors/core/wire.hpp"
-#include "topk_fixture.hpp"
+#include "tests/topk_fixture.hpp"
 
 namespace thinwire {
 namespace {
