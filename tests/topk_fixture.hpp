@@ -13,7 +13,7 @@
 #include "compressors/core/codec.hpp"
 #include "compressors/core/isa.hpp"
 #include "compressors/topk/topk.hpp"
-#include "topk_oracle.hpp"
+#include "tests/topk_oracle.hpp"
 
 namespace thinwire {
 
