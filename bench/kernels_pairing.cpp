@@ -3,8 +3,8 @@
 #include <sched.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
+#include <ctime>
 
 #include "compressors/core/clones.hpp"
 
@@ -23,9 +23,14 @@ void References::copy() { std::memcpy(arrays.out(), arrays.from(), arrays.numel(
 void References::axpy() { axpy_in_place(0.125f, arrays.from(), arrays.out(), arrays.numel()); }
 
 double seconds_of(const std::function<void()>& call) {
-  const auto start = std::chrono::steady_clock::now();
+  const auto now = [] {
+    timespec time{};
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+    return double(time.tv_sec) + double(time.tv_nsec) * 1e-9;
+  };
+  const double start = now();
   call();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return now() - start;
 }
 
 double median(std::vector<double> values) {

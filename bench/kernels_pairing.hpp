@@ -44,6 +44,7 @@ struct References {
   Arrays& arrays;
 };
 
+/// CPU time of this thread: a kernel never waits, so this is its time on the clock less what other processes took of the core.
 double seconds_of(const std::function<void()>& call);
 double median(std::vector<double> values);
 
