@@ -95,6 +95,8 @@ def run_all(options: argparse.Namespace, console) -> list[Run]:
                         bar.update(task, completed=word["step"], note=f"loss {word['loss']:.3f}")
                     elif kind == "epoch":
                         bar.update(task, note=f"accuracy {word['accuracy']:.2%}")
+                        if not console.is_terminal:  # a log has no bar to look at
+                            print(f"{run.label}: epoch {word['epoch']}/{options.epochs}, loss {word['loss']:.4f}, accuracy {word['accuracy']:.2%}", flush=True)
             if not run.rows:
                 raise ranks.RankError("the ranks ended without a result")
     return runs

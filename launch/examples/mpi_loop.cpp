@@ -1,8 +1,7 @@
-// Compressed gradients in a C++ training loop of your own: one include, three objects, one call per bucket. mpirun -np 2
-// build/launch/mpi_loop
+// Compressed gradients in a C++ training loop of your own: one include, three objects, one call per bucket.
+//   mpirun -np 2 build/launch/mpi_loop
 #include <cstdio>
 
-#include "collectives/mpi/mpi.hpp"
 #include "thinwire/thinwire.hpp"
 
 int main(int argc, char** argv) {

@@ -6,14 +6,15 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
 #include <fstream>
-#include <iostream>
 #include <nlohmann/json.hpp>
+#include <ostream>
 #include <thread>
 
-#include "collectives/mpi/mpi.hpp"
 #include "launch/trainer/buckets.hpp"
 #include "launch/trainer/idx.hpp"
 #include "launch/trainer/model.hpp"
@@ -58,7 +59,7 @@ double sum_over_ranks(double value) {
   return value;
 }
 
-/// One epoch's bytes on the host, as tensors that share the vectors' memory.
+/// The first `keep` images and labels, as tensors that share the vectors' memory.
 struct Samples {
   torch::Tensor images, labels;
 
