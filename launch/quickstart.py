@@ -140,8 +140,9 @@ def plot(runs: list[Run], path: pathlib.Path) -> None:
             axes[row][column].grid(alpha=0.3)
     axes[1][0].set_xlabel("steps")
     axes[1][1].set_xlabel("MB sent per rank")
-    for row in (0, 1):
-        axes[row][1].set_xscale("log")
+    if runs[0].bytes[-1][1] > 0:  # one rank alone sends nothing
+        for row in (0, 1):
+            axes[row][1].set_xscale("log")
     axes[0][0].legend(fontsize=8)
     figure.suptitle(f"{runs[0].source}, {runs[0].rows[0]['world']} ranks")
     path.parent.mkdir(parents=True, exist_ok=True)
