@@ -67,6 +67,9 @@ class Communicator {
 
  protected:
   Communicator() = default;
+  /// Adds to traffic(): `payload` bytes handed to the transport, of which `leaves` times as many leave this rank. The calls above count
+  /// themselves.
+  void count(std::size_t payload, double leaves) noexcept;
 
  private:
   /// Which spans the transport takes.
@@ -79,7 +82,6 @@ class Communicator {
   virtual void do_barrier() = 0;
 
   void check(const char* call, ConstBytes span, Stream stream) const;
-  void count(std::size_t payload, double leaves) noexcept;
 
   std::chrono::milliseconds timeout_{600000};
   Traffic traffic_;

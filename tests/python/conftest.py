@@ -1,14 +1,20 @@
-"""Pytest's view of this folder: files here import each other by name; a deadline dumps all stacks before a runner would kill the process."""
+"""Pytest's view of this folder: files here import each other by name; a deadline dumps all stacks before a runner would kill the
+process."""
 
 from __future__ import annotations
 
 import faulthandler
+from collections.abc import Iterator
 
 import pytest
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "error")
+
+
 @pytest.fixture(autouse=True)
-def deadline() -> object:
+def deadline() -> Iterator[None]:
     """No test of one process takes minutes; the launches have deadlines of their own below this one."""
     faulthandler.dump_traceback_later(420, exit=True)
     yield

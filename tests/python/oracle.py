@@ -1,6 +1,7 @@
 """Textbook DGC and EF14 on torch tensors, written from the equations alone: the oracle of everything that the engine returns.
 
-Exact selection, fp32 values, gather: with these the engine's result is determined to the bit (fp32 operations in the order of the equations, a rank-order sum, one
+Exact selection, fp32 values, gather: with these the engine's result is determined to the bit (fp32 operations in the order of the
+equations, a rank-order sum, one
 product with float(1/N)), so comparisons are for equality.
 """
 
@@ -22,7 +23,8 @@ class Rank:
 
 @dataclass
 class Oracle:
-    """``kind``: dgc or ef14. A step takes every rank's local gradients (None: the rank has joined) and returns the mean that everybody receives."""
+    """``kind``: dgc or ef14. A step takes every rank's local gradients (None: the rank has joined) and returns the mean that everybody
+    receives."""
 
     world: int
     kind: str = "dgc"
@@ -50,7 +52,9 @@ class Oracle:
         total = torch.zeros(like.numel())
         for rank, grad in zip(self.ranks, grads):
             if grad is not None:
-                total = total + self._sent(rank, name, grad.detach().float().reshape(-1), like.dim() >= 2 and like.numel() >= self.min_numel)
+                total = total + self._sent(
+                    rank, name, grad.detach().float().reshape(-1), like.dim() >= 2 and like.numel() >= self.min_numel
+                )
         mean = total * torch.tensor(1 / self.world, dtype=torch.float32)
         return mean.reshape(like.shape).to(like.dtype)
 

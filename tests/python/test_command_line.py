@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,29 @@ import pytest
 import torch
 
 import thinwire
+from thinwire.__main__ import main
 
 
-def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "thinwire", *arguments], cwd=cwd, capture_output=True, text=True, timeout=240)
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """The command in this process and in a folder of its own: importing torch takes seconds."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> Done:
+        try:
+            code = main(list(arguments))
+        except SystemExit as exit_:  # argparse's way
+            code = exit_.code
+        return Done(code, *capsys.readouterr())
+
+    return call
 
 
 def rows_of(file: Path, command: str) -> list[dict]:
@@ -24,15 +45,22 @@ def rows_of(file: Path, command: str) -> list[dict]:
     return out["rows"]
 
 
-def test_info(tmp_path: Path) -> None:
-    done = run("info", "--json", "out.json", cwd=tmp_path)
+def test_as_a_module(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "thinwire", "check", "dgc:density=2"], capture_output=True, text=True, timeout=240, cwd=tmp_path
+    )
+    assert done.returncode == 2 and "density=2 is outside (0, 1]" in done.stderr and done.stdout == ""
+
+
+def test_info(run: Callable[..., Done], tmp_path: Path) -> None:
+    done = run("info", "--json", "out.json")
     assert done.returncode == 0, done.stderr
     assert torch.__version__ in done.stdout and thinwire.__version__ in done.stdout
     assert rows_of(tmp_path / "out.json", "info") == [thinwire.build_info()]
 
 
-def test_check(tmp_path: Path) -> None:
-    done = run("check", "dgc:density=0.01", "--numel", "1000000", "--world", "4", "--json", "out.json", cwd=tmp_path)
+def test_check(run: Callable[..., Done], tmp_path: Path) -> None:
+    done = run("check", "dgc:density=0.01", "--numel", "1000000", "--world", "4", "--json", "out.json")
     assert done.returncode == 0, done.stderr
     assert "momentum=0.9" in done.stdout and "16384" in done.stdout
     row = rows_of(tmp_path / "out.json", "check")[0]
@@ -41,29 +69,31 @@ def test_check(tmp_path: Path) -> None:
     assert row["dense_bytes"] == 6e6
 
 
-def test_check_refuses(tmp_path: Path) -> None:
-    done = run("check", "dgc:density=2", cwd=tmp_path)
+def test_check_refuses(run: Callable[..., Done], tmp_path: Path) -> None:
+    done = run("check", "dgc:density=2")
     assert done.returncode == 2 and "density=2 is outside (0, 1]" in done.stderr and done.stdout == ""
-    assert run("check", "dgc", "--world", "0", cwd=tmp_path).returncode == 2
-    assert run("fly", cwd=tmp_path).returncode == 2
-    assert run(cwd=tmp_path).returncode == 2
+    assert run("check", "dgc", "--world", "0").returncode == 2
+    assert run("fly").returncode == 2
+    assert run().returncode == 2
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-def test_replay(tmp_path: Path, suffix: str) -> None:
+def test_replay(run: Callable[..., Done], tmp_path: Path, suffix: str) -> None:
     arrays = {"w": np.random.default_rng(0).standard_normal((5, 2, 16, 16)).astype(np.float32), "b": np.ones((5, 2, 16), np.float32)}
     if suffix == ".npz":
         np.savez(tmp_path / "g.npz", **arrays)
     else:
-        pytest.importorskip("safetensors.torch").save_file({name: torch.from_numpy(a) for name, a in arrays.items()}, str(tmp_path / "g.safetensors"))
-    done = run("replay", "dgc:density=0.1 min_numel=0 exchange=gather", f"g{suffix}", "--json", "out.json", "--plot", "out.png", cwd=tmp_path)
+        pytest.importorskip("safetensors.torch").save_file(
+            {name: torch.from_numpy(a) for name, a in arrays.items()}, str(tmp_path / "g.safetensors")
+        )
+    done = run("replay", "dgc:density=0.1 min_numel=0 exchange=gather", f"g{suffix}", "--json", "out.json", "--plot", "out.png")
     assert done.returncode == 0, done.stderr
     rows = rows_of(tmp_path / "out.json", "replay")
     assert [row["step"] for row in rows] == list(range(5)) and all(0 < row["payload_bytes"] < row["gradient_bytes"] for row in rows)
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_replay_refuses(tmp_path: Path) -> None:
+def test_replay_refuses(run: Callable[..., Done], tmp_path: Path) -> None:
     (tmp_path / "bad.npz").write_bytes(b"no archive")
     (tmp_path / "bad.txt").write_text("1 2 3")
     np.savez(tmp_path / "flat.npz", w=np.ones(3, np.float32))
@@ -75,13 +105,13 @@ def test_replay_refuses(tmp_path: Path) -> None:
         (("dgc", "flat.npz"), 1),
         (("dgc", "flat.npz", "--plot", "a.txt"), 2),
     ):
-        done = run("replay", *arguments, cwd=tmp_path)
+        done = run("replay", *arguments)
         assert done.returncode == code and done.stderr.startswith("thinwire replay: ") and "Traceback" not in done.stderr, (arguments, done)
 
 
 @pytest.mark.parametrize("verb", ["info", "check", "replay"])
-def test_help(tmp_path: Path, verb: str) -> None:
-    done = run(verb, "--help", cwd=tmp_path)
+def test_help(run: Callable[..., Done], tmp_path: Path, verb: str) -> None:
+    done = run(verb, "--help")
     assert done.returncode == 0 and "--json" in done.stdout and "exit codes" in done.stdout
     if verb != "info":
         assert "codec=topk" in done.stdout and "momentum" in done.stdout

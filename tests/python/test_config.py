@@ -35,7 +35,9 @@ def configs(draw: st.DrawFn) -> Config:
             )
         )
         if draw(st.booleans()):
-            slots["policy"] = f"warmup:steps={draw(st.integers(1, 10**9))},densities={'/'.join(map(repr, draw(st.lists(densities, min_size=1, max_size=4))))}"
+            slots["policy"] = (
+                f"warmup:steps={draw(st.integers(1, 10**9))},densities={'/'.join(map(repr, draw(st.lists(densities, min_size=1, max_size=4))))}"
+            )
     slots["min_numel"] = draw(st.integers(0, 2**40))
     slots["start_step"] = draw(st.integers(0, 2**40))
     slots["timeout"] = draw(st.floats(1e-3, 1e9))
@@ -88,7 +90,9 @@ def test_damaged_text_is_parsed_or_refused(config: Config, data: st.DataObject) 
 @settings(max_examples=200, deadline=None)
 @given(densities, st.floats(0, 0.999), st.booleans(), st.booleans(), st.none() | st.floats(0, 1e6), st.integers(0, 10**6), wires, selectors)
 def test_dgc_preset_is_the_grammar_preset(density, momentum, nesterov, mask, clip_norm, warmup_steps, wire, select) -> None:  # noqa: ANN001
-    made = dgc(density, momentum=momentum, nesterov=nesterov, mask=mask, clip_norm=clip_norm, warmup_steps=warmup_steps, wire=wire, select=select)
+    made = dgc(
+        density, momentum=momentum, nesterov=nesterov, mask=mask, clip_norm=clip_norm, warmup_steps=warmup_steps, wire=wire, select=select
+    )
     text = (
         f"dgc:density={density!r},momentum={momentum!r},nesterov={int(nesterov)},mask={int(mask)},clip_norm={0 if clip_norm is None else clip_norm!r},"
         f"warmup_steps={warmup_steps},wire={wire},select={select}"
@@ -100,7 +104,9 @@ def test_defaults() -> None:
     assert Config() == Config.parse("codec=none") == Config.parse(str(Config()))
     assert dgc() == Config.parse("dgc") and dgc().codec.startswith("topk:density=0.001,")
     assert error_feedback("ef14", codec="topk:density=0.01") == Config.parse("codec=topk:density=0.01 feedback=ef14")
-    assert error_feedback(codec="topk:density=0.01", decay=0.5, min_numel=7) == Config.parse("codec=topk:density=0.01 feedback=ef14:decay=0.5 min_numel=7")
+    assert error_feedback(codec="topk:density=0.01", decay=0.5, min_numel=7) == Config.parse(
+        "codec=topk:density=0.01 feedback=ef14:decay=0.5 min_numel=7"
+    )
     config = dgc(0.01, min_numel=5, timeout=1.5)
     assert (config.min_numel, config.timeout, config.start_step, config.seed, config.check_every) == (5, 1.5, 0, 0, 0)
     assert config.keys_of("feedback")["momentum"] == "0.9" and math.isclose(float(config.keys_of("codec")["density"]), 0.01)

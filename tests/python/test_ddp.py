@@ -17,7 +17,11 @@ SECONDS = 300  # a launch of all features takes about 30
 def features() -> list[str]:
     """Names of the decorated functions, without importing torch's process groups into this process."""
     tree = ast.parse(SCRIPT.read_text())
-    return [n.name for n in tree.body if isinstance(n, ast.FunctionDef) and any(isinstance(d, ast.Name) and d.id == "feature" for d in n.decorator_list)]
+    return [
+        n.name
+        for n in tree.body
+        if isinstance(n, ast.FunctionDef) and any(isinstance(d, ast.Name) and d.id == "feature" for d in n.decorator_list)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +41,9 @@ def check(launch: Launch, feature: str) -> None:
         return
     if all(s in (None, "ok") for s in said):
         stopped = {name: s for r in range(launch.world) for name, s in launch.result(r).items() if s != "ok"}
-        pytest.fail(f"not finished on ranks {[r for r, s in enumerate(said) if s is None]} (exit codes {launch.codes}); failed before: {list(stopped)}\n{launch.log(0)}")
+        pytest.fail(
+            f"not finished on ranks {[r for r, s in enumerate(said) if s is None]} (exit codes {launch.codes}); failed before: {list(stopped)}\n{launch.log(0)}"
+        )
     pytest.fail("\n".join(f"rank {r}: {s}" for r, s in enumerate(said) if s not in (None, "ok")))
 
 

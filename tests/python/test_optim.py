@@ -58,7 +58,10 @@ def test_closure_and_sparse_gradients() -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("wrong", [{"lr": -1}, {"momentum": 1.0}, {"momentum": -0.1}, {"weight_decay": -1}, {"momentum": 0, "nesterov": True}, {"lr": float("nan")}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"lr": -1}, {"momentum": 1.0}, {"momentum": -0.1}, {"weight_decay": -1}, {"momentum": 0, "nesterov": True}, {"lr": float("nan")}],
+)
 def test_refuses_values_that_mean_nothing(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="DGCSGD"):
         DGCSGD([torch.nn.Parameter(torch.ones(2))], **{"lr": 0.1, **wrong})

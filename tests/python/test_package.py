@@ -37,9 +37,13 @@ def test_forced_instruction_set(tmp_path: Path) -> None:
     import os
 
     ask = "import thinwire; print(thinwire.build_info()['isa'])"
-    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=120, env={**os.environ, "THINWIRE_ISA": "scalar"}, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", ask], capture_output=True, text=True, timeout=120, env={**os.environ, "THINWIRE_ISA": "scalar"}, cwd=tmp_path
+    )
     assert done.stdout.strip() == "scalar", done.stderr
-    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=120, env={**os.environ, "THINWIRE_ISA": "sse9"}, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", ask], capture_output=True, text=True, timeout=120, env={**os.environ, "THINWIRE_ISA": "sse9"}, cwd=tmp_path
+    )
     assert done.returncode == 1 and "sse9" in done.stderr and "ConfigError" in done.stderr
 
 

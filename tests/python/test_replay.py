@@ -16,7 +16,7 @@ import thinwire
 from thinwire import replay
 
 EXACT = "select=exact"
-# specs' vector: n = 8, k = 2, N = 2, m = 0.5; g[step][rank]. Dyadic, so fp32 computes it exactly.
+# Computed by hand from the equations: n = 8, k = 2, N = 2, m = 0.5; g[step][rank]. Dyadic, so fp32 computes it exactly.
 GRADS = torch.tensor(
     [
         [[1, -2, 3, -4, 0.5, 0.25, -0.125, 8], [-1, 2, -3, 4, 5, -0.25, 0.125, 0]],
@@ -85,7 +85,9 @@ def test_everything_sent_is_momentum_sgd(world: int, nesterov: int) -> None:
     """Invariant 1: density 1, mask off: dense momentum SGD; one rank without Nesterov to the bit."""
     torch.manual_seed(world)
     steps, grads = 200, torch.randn(200, world, 6, 5)
-    out = replay(f"codec=topk:density=1,{EXACT} feedback=dgc:momentum=0.9,mask=0,nesterov={nesterov} exchange=gather min_numel=0", {"w": grads})
+    out = replay(
+        f"codec=topk:density=1,{EXACT} feedback=dgc:momentum=0.9,mask=0,nesterov={nesterov} exchange=gather min_numel=0", {"w": grads}
+    )
     ours = descend(out.mean["w"], torch.optim.SGD)
     theirs = descend(grads.mean(dim=1), torch.optim.SGD, momentum=0.9, nesterov=bool(nesterov))
     if world == 1 and not nesterov:
@@ -99,7 +101,9 @@ def test_everything_sent_is_momentum_sgd(world: int, nesterov: int) -> None:
 def test_everything_sent_and_masked_is_plain_sgd(nesterov: int) -> None:
     """Invariant 2: with masking everything sent restarts the momentum: the mean gradient, times 1 + m with Nesterov."""
     grads = torch.randint(-64, 65, (20, 4, 6, 5)) / 8.0  # dyadic: exact
-    out = replay(f"codec=topk:density=1,{EXACT} feedback=dgc:momentum=0.5,mask=1,nesterov={nesterov} exchange=gather min_numel=0", {"w": grads})
+    out = replay(
+        f"codec=topk:density=1,{EXACT} feedback=dgc:momentum=0.5,mask=1,nesterov={nesterov} exchange=gather min_numel=0", {"w": grads}
+    )
     # Zeros are never sent: their momentum is not masked, but it is zero as well.
     assert torch.equal(out.mean["w"], grads.mean(dim=1) * (1.5 if nesterov else 1))
 
@@ -127,7 +131,9 @@ def test_weight_decay_beside_the_hook(nesterov: bool) -> None:
     """Invariant 10: DGCSGD behind a hook that sends everything is torch's SGD with momentum and weight decay."""
     torch.manual_seed(5)
     world, grads = 3, torch.randn(100, 3, 6, 5)
-    out = replay(f"codec=topk:density=1,{EXACT} feedback=dgc:momentum=0.9,mask=0,nesterov={int(nesterov)} exchange=gather min_numel=0", {"w": grads})
+    out = replay(
+        f"codec=topk:density=1,{EXACT} feedback=dgc:momentum=0.9,mask=0,nesterov={int(nesterov)} exchange=gather min_numel=0", {"w": grads}
+    )
     ours = descend(out.mean["w"], thinwire.optim.DGCSGD, momentum=0.9, weight_decay=0.1, nesterov=nesterov)
     theirs = descend(grads.mean(dim=1), torch.optim.SGD, momentum=0.9, weight_decay=0.1, nesterov=nesterov)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0.01 * 100 * (world + 6) * 2.0**-24 * 10 * 10)
@@ -151,7 +157,10 @@ def test_equals_the_textbook(kind, world, density, nesterov, mask, shapes, min_n
     """Every result and every state, to the bit, on worlds 1 to 7; integers make ties."""
     torch.manual_seed(seed)
     steps = 4
-    grads = {f"p{i}": (torch.randn(steps, world, *shape) if seed % 2 else torch.randint(-3, 4, (steps, world, *shape))).to(dtype) for i, shape in enumerate(shapes)}
+    grads = {
+        f"p{i}": (torch.randn(steps, world, *shape) if seed % 2 else torch.randint(-3, 4, (steps, world, *shape))).to(dtype)
+        for i, shape in enumerate(shapes)
+    }
     oracle = Oracle(world, kind=kind, density=density, nesterov=nesterov and kind == "dgc", mask=mask, min_numel=min_numel)
     out = replay(oracle.config, grads)
     for step in range(steps):
@@ -179,7 +188,8 @@ def test_equals_the_textbook(kind, world, density, nesterov, mask, shapes, min_n
     seed=st.integers(0, 2**31),
 )
 def test_payloads_say_what_was_received(world, density, wire, index, select, shapes, scale, seed) -> None:  # noqa: ANN001
-    """An independent decoder of the recorded bytes gives the mean, and what it decodes plus the residual is what was fed in (EF14, one step)."""
+    """An independent decoder of the recorded bytes gives the mean, and what it decodes plus the residual is what was fed in (EF14, one
+    step)."""
     torch.manual_seed(seed)
     grads = {f"p{i}": torch.randn(1, world, *shape) * scale for i, shape in enumerate(shapes)}
     config = f"codec=topk:density={density},wire={wire},index={index},select={select} feedback=ef14 exchange=gather min_numel=0"
@@ -197,7 +207,8 @@ def test_payloads_say_what_was_received(world, density, wire, index, select, sha
 
 
 def test_a_step_that_is_not_finite() -> None:
-    """Invariant 13 as the design has it: NaN everywhere, no state poisoned, nothing lost: deliveries and residuals add up to the news, to the bit."""
+    """Invariant 13 as the design has it: NaN everywhere, no state poisoned, nothing lost: deliveries and residuals add up to the news, to
+    the bit."""
     world, steps, m = 3, 8, 0.5
     torch.manual_seed(9)
     grads = torch.randint(-32, 33, (steps, world, 6, 7)) / 4.0
@@ -221,7 +232,8 @@ def test_a_step_that_is_not_finite() -> None:
                 assert torch.equal(out.state[rank]["w"]["momentum"].double(), u)
         held = sum(out.state[rank]["w"]["residual" if kind == "ef14" else "accumulated"].double() for rank in range(world))
         got = torch.nansum(out.mean["w"].double(), dim=0) * world
-        # Sums of sent values are exact in fp32 here; only the product with float(1/3) rounds: half an ulp of each mean, and 1/3's own error.
+        # Sums of sent values are exact in fp32 here; only the product with float(1/3) rounds: half an ulp of each mean, and 1/3's own
+        # error.
         torch.testing.assert_close(got + held, fed, rtol=0, atol=float(steps * 2.0**-22 * out.mean["w"].nan_to_num().abs().max() * world))
         out = replay(f"codec=topk:density=0.1,{EXACT} feedback={kind} exchange=gather min_numel=0", {"w": grads[:, :2]})
         assert out.stats["nonfinite_steps"] == 2

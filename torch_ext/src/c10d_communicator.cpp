@@ -132,6 +132,12 @@ void C10dCommunicator::abort(const std::string& reason) noexcept {
 }
 
 void C10dCommunicator::all_reduce_tensor(at::Tensor& tensor) {
+  if (tensor.is_sparse()) {  // Gloo gathers the indices and values of all ranks
+    tensor = tensor.coalesce();
+    count(tensor._indices().nbytes() + tensor._values().nbytes(), size_ - 1);
+  } else {
+    count(tensor.nbytes(), 2.0 * (size_ - 1) / size_);
+  }
   run("all-reduce", [&](c10d::Backend& group) {
     std::vector<at::Tensor> tensors{tensor};
     c10d::AllreduceOptions options;

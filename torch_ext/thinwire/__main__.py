@@ -47,13 +47,18 @@ class _Refused(Exception):
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="thinwire", description="Communication compression for distributed training.", epilog=_EXIT, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="thinwire",
+        description="Communication compression for distributed training.",
+        epilog=_EXIT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"thinwire {VERSION}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, run: Any, help_: str, epilog: str) -> argparse.ArgumentParser:
-        made = verbs.add_parser(name, help=help_, description=help_ + ".", epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+        made = verbs.add_parser(
+            name, help=help_, description=help_ + ".", epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         made.add_argument("--json", metavar="FILE", help="write {command, version, machine, rows} there as well")
         made.set_defaults(run=run)
         return made
@@ -62,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     verb("info", _info, "what this build is and what it found", _EXIT)
     check = verb("check", _check, "print a configuration in full, the bytes it will send and what they cost", grammar)
     check.add_argument("config", metavar="CONFIG")
-    check.add_argument("--numel", type=_positive, default=1 << 20, metavar="N", help="elements of a tensor of two dimensions (default %(default)s)")
+    check.add_argument(
+        "--numel", type=_positive, default=1 << 20, metavar="N", help="elements of a tensor of two dimensions (default %(default)s)"
+    )
     check.add_argument("--world", type=_positive, default=8, metavar="W", help="ranks (default %(default)s)")
     rerun = verb("replay", _replay, "run a configuration over recorded gradients, ranks as threads", _REPLAY_FILE + grammar)
     rerun.add_argument("config", metavar="CONFIG")
@@ -85,7 +92,9 @@ def _info(arguments: argparse.Namespace, console: Console) -> list[dict[str, Any
     info = build_info()
     table = Table("what", "value", title=f"thinwire {VERSION}")
     for key, value in info.items():
-        table.add_row(key.replace("_", " "), "-" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+        table.add_row(
+            key.replace("_", " "), "-" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        )
     console.print(table)
     return [info]
 
@@ -110,7 +119,10 @@ def _check(arguments: argparse.Namespace, console: Console) -> list[dict[str, An
             row["seconds_1gbit"], row["dense_seconds_1gbit"] = stage["wire_bytes"] / 125e6, stage["dense_bytes"] / 125e6
             rows.append(row)
     for name, count in classes:
-        table = Table(title=f"{name}: {count:,} fp32 elements, {world} ranks", caption="bytes per rank and step; ms: their time on a link of 1 Gbit/s, latency left out")
+        table = Table(
+            title=f"{name}: {count:,} fp32 elements, {world} ranks",
+            caption="bytes per rank and step; ms: their time on a link of 1 Gbit/s, latency left out",
+        )
         for column in ("step", "stage", "density", "payload", "sent", "factor", "ms", "dense ms"):
             table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=column != "stage")
         for row in (row for row in rows if row["class"] == name):
@@ -150,13 +162,21 @@ def _replay(arguments: argparse.Namespace, console: Console) -> list[dict[str, A
     for i, row in enumerate(shown):
         if len(rows) > 24 and i == 12:
             table.add_row("…", "", "", "", "")
-        table.add_row(str(row["step"]), f"{row['payload_bytes']:,}", f"{row['gradient_bytes']:,}", f"{row['received_norm']:.6g}", f"{row['gradient_norm']:.6g}")
+        table.add_row(
+            str(row["step"]),
+            f"{row['payload_bytes']:,}",
+            f"{row['gradient_bytes']:,}",
+            f"{row['received_norm']:.6g}",
+            f"{row['gradient_norm']:.6g}",
+        )
     console.print(table)
     stats = Table(title="after the last step, rank 0")
     for column in ("parameter", "elements", "compressed", "kept", "residual norm", "why not"):
         stats.add_column(column, justify="left" if column in ("parameter", "why not") else "right")
     for name, p in result.stats["parameters"].items():
-        stats.add_row(name, f"{p['numel']:,}", "yes" if p["compressed"] else "no", f"{p['kept']:,}", f"{p['residual_norm']:.6g}", p["reason"])
+        stats.add_row(
+            name, f"{p['numel']:,}", "yes" if p["compressed"] else "no", f"{p['kept']:,}", f"{p['residual_norm']:.6g}", p["reason"]
+        )
     console.print(stats)
     if arguments.plot:
         _plot(rows, str(config), Path(arguments.plot))

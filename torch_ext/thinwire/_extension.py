@@ -1,4 +1,5 @@
-"""Loads the extension, after checking that it fits the torch that is installed: a wrong one would fail later, with a symbol or a type that tells nobody anything."""
+"""Loads the extension, after checking that it fits the torch that is installed: a wrong one would fail later, with a symbol or a type that
+tells nobody anything."""
 
 from __future__ import annotations
 
@@ -6,7 +7,9 @@ try:
     import torch
     import torch.distributed as dist
 except ImportError as error:
-    raise ImportError("thinwire needs PyTorch: install torch, then build thinwire against it (pip install --no-build-isolation .)") from error
+    raise ImportError(
+        "thinwire needs PyTorch: install torch, then build thinwire against it (pip install --no-build-isolation .)"
+    ) from error
 
 from . import errors
 from ._build import TORCH as TORCH_BUILT

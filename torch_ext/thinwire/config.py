@@ -28,7 +28,8 @@ def dgc(
 ) -> Config:
     """Deep Gradient Compression: top-k with momentum correction, factor masking and, if asked for, local clipping.
 
-    Use it with ``optim.DGCSGD``, or SGD without momentum: the momentum is here. ``warmup_steps``: synchronised steps per entry of the paper's warm-up sequence of
+    Use it with ``optim.DGCSGD``, or SGD without momentum: the momentum is here. ``warmup_steps``: synchronised steps per entry of the
+    paper's warm-up sequence of
     densities. ``slots``: any other slot, such as ``min_numel`` or ``timeout``.
     """
     warmup = {"policy": f"warmup:steps={warmup_steps}"} if warmup_steps else {}
@@ -45,7 +46,9 @@ def error_feedback(kind: str = "ef14", *, codec: str, **keys_and_slots: Any) -> 
     ``keys_and_slots``: keys of the feedback (``decay=0.9``) and other slots (``min_numel=0``).
     """
     slots = {name: value for name, value in keys_and_slots.items() if name in _SLOTS}
-    keys = ",".join(f"{name}={int(value) if isinstance(value, bool) else value}" for name, value in keys_and_slots.items() if name not in _SLOTS)
+    keys = ",".join(
+        f"{name}={int(value) if isinstance(value, bool) else value}" for name, value in keys_and_slots.items() if name not in _SLOTS
+    )
     return Config(codec=codec, feedback=f"{kind}:{keys}" if keys else kind, **slots)
 
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 class Error(RuntimeError):
     """What went wrong is in the text, which kind it is in ``code``.
 
-    After ``corrupt_payload, peer_lost, timeout`` or ``transport`` the hook's group is gone: every later step raises the same error; build a new process group and
+    After ``corrupt_payload, peer_lost, timeout`` or ``transport`` the hook's group is gone: every later step raises the same error; build a
+    new process group and
     attach again. After ``invalid_config`` and ``invalid_argument`` nothing has changed.
     """
 

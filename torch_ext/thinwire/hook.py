@@ -23,15 +23,20 @@ _CLOSE_MS = 5000  # how long the end of a model or of the process waits for a bu
 class HookState:
     """One model's compressed all-reduce on one rank: counters, error feedback, checkpoints.
 
-    ``attach`` makes one and installs the C++ hook. By torch's own convention it is ``ddp.register_comm_hook(HookState(config, named_parameters=...), thinwire.hook)``.
-    Making it is collective over ``process_group`` (default: the default group), in the same order on all its ranks: it builds a Gloo group of its own, so that DDP's
+    ``attach`` makes one and installs the C++ hook. By torch's own convention it is ``ddp.register_comm_hook(HookState(config,
+    named_parameters=...), thinwire.hook)``.
+    Making it is collective over ``process_group`` (default: the default group), in the same order on all its ranks: it builds a Gloo group
+    of its own, so that DDP's
     and your own collectives never meet its.
 
-    ``named_parameters``: the (name, parameter) pairs that DDP reduces (``model.named_parameters()``; those without ``requires_grad`` are left out). Without them the
-    parameters are learnt from the first step, whose buckets then wait for its last one; the state has no names, so ``state_dict()`` refuses. ``grad_scaler``: the
+    ``named_parameters``: the (name, parameter) pairs that DDP reduces (``model.named_parameters()``; those without ``requires_grad`` are
+    left out). Without them the
+    parameters are learnt from the first step, whose buckets then wait for its last one; the state has no names, so ``state_dict()``
+    refuses. ``grad_scaler``: the
     GradScaler that scales the loss, so that the state holds unscaled gradients.
 
-    A copy or a pickle holds the configuration and the state, but no process group: it reads (``state_dict()``, ``step``), but reduces nothing. To go on from it:
+    A copy or a pickle holds the configuration and the state, but no process group: it reads (``state_dict()``, ``step``), but reduces
+    nothing. To go on from it:
     ``attach(ddp, copy.config).load_state_dict(copy.state_dict())``.
     """
 
@@ -70,11 +75,19 @@ class HookState:
         return int(self._engine.step()) if self._engine.known() else 0
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the start and what each parameter gets now. Waits for the buckets on their way. Keys: README, "Statistics"."""
+        """Counters since the start and what each parameter gets now; waits for the buckets on their way.
+
+        ``step``; ``payload_bytes`` handed to the transport, each call's send buffer once; ``wire_bytes`` that left this rank;
+        ``dense_bytes`` that a ring all-reduce
+        of the same gradients would have sent; ``factor`` = dense_bytes / wire_bytes; ``nonfinite_steps``; ``parameters``: name -> ``numel,
+        compressed, reason`` (why
+        not), ``density`` (configured now), ``kept`` (entries sent at the last step), ``residual_norm, grad_norm`` (this rank's).
+        """
         return dict(self._live("stats").stats())
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's state: tensors keyed by parameter name, independent of buckets. Between steps; save it on every rank, as it differs between ranks."""
+        """This rank's state: tensors keyed by parameter name, independent of buckets. Between steps; save it on every rank, as it differs
+        between ranks."""
         if self._kept is not None:
             return _copied(self._kept)
         shapes = self._shapes
@@ -88,9 +101,11 @@ class HookState:
         return {"format": _FORMAT, **state}
 
     def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-        """Takes this rank's own ``state_dict()``, or the sequence of all old ranks' dicts, which another world size needs. Between steps, on all ranks.
+        """Takes this rank's own ``state_dict()``, or the sequence of all old ranks' dicts, which another world size needs. Between steps,
+        on all ranks.
 
-        With another world size every new rank gets the mean over the old ranks: the mean is what the output divides by. Names or shapes that do not fit are
+        With another world size every new rank gets the mean over the old ranks: the mean is what the output divides by. Names or shapes
+        that do not fit are
         refused, and nothing has changed then.
         """
         engine = self._live("load_state_dict")
@@ -122,7 +137,9 @@ class HookState:
         if kept is None and self._shapes is not None:
             kept = self.state_dict()
         if kept is None and self.step > 0:
-            raise ArgumentError("this HookState cannot be copied: it has state but was made without named_parameters, so the copy could not say whose it is")
+            raise ArgumentError(
+                "this HookState cannot be copied: it has state but was made without named_parameters, so the copy could not say whose it is"
+            )
         return {"config": str(self._config), "shapes": self._shapes, "kept": kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -143,7 +160,8 @@ class HookState:
 
 
 def hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """The hook by torch's convention: ``ddp.register_comm_hook(state, thinwire.hook)``. The same engine as ``attach`` installs, with the GIL taken once per bucket."""
+    """The hook by torch's convention: ``ddp.register_comm_hook(state, thinwire.hook)``. The same engine as ``attach`` installs, with the
+    GIL taken once per bucket."""
     return state._live("hook").submit(bucket)
 
 
@@ -158,9 +176,11 @@ def attach(
     *,
     grad_scaler: Any = None,
 ) -> HookState:
-    """Installs the C++ hook on ``ddp``, before its first backward pass; no GIL is taken in the backward pass. Collective over the model's process group.
+    """Installs the C++ hook on ``ddp``, before its first backward pass; no GIL is taken in the backward pass. Collective over the model's
+    process group.
 
-    ``optimizer``: the one that will apply the gradients; it is only checked against the config: ``feedback=dgc`` has the momentum in the hook, so it takes
+    ``optimizer``: the one that will apply the gradients; it is only checked against the config: ``feedback=dgc`` has the momentum in the
+    hook, so it takes
     ``optim.DGCSGD`` or SGD without momentum. ``grad_scaler``: see HookState. @raises ConfigError, Error, with nothing changed.
     """
     config = Config.parse(config) if isinstance(config, str) else config
@@ -195,14 +215,17 @@ def _named(pairs: Iterable[tuple[str, torch.nn.Parameter]]) -> list[tuple[str, t
     named: list[tuple[str, torch.nn.Parameter]] = []
     for pair in pairs:
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], torch.Tensor)):
-            raise ArgumentError(f"named_parameters must yield (name, parameter) pairs as model.named_parameters() does, not {type(pair).__name__}")
+            raise ArgumentError(
+                f"named_parameters must yield (name, parameter) pairs as model.named_parameters() does, not {type(pair).__name__}"
+            )
         if pair[1].requires_grad:
             named.append(pair)
     return named
 
 
 def _reduced_by(ddp: DistributedDataParallel) -> list[tuple[str, torch.nn.Parameter]]:
-    """The parameters in DDP's own reducer under the module's own names; tied ones once, under the first name; those that DDP is told to ignore left out."""
+    """The parameters in DDP's own reducer under the module's own names; tied ones once, under the first name; those that DDP is told to
+    ignore left out."""
     names: dict[int, str] = {}
     for name, parameter in ddp.module.named_parameters():
         names.setdefault(id(parameter), name)
@@ -213,7 +236,9 @@ def _scale_of(grad_scaler: Any) -> torch.Tensor | None:
     if grad_scaler is None or not grad_scaler.is_enabled():
         return None
     try:
-        if grad_scaler._scale is None:  # made by the first scale(), then the same tensor for ever: make it now, so that the hook can read it without Python
+        if (
+            grad_scaler._scale is None
+        ):  # made by the first scale(), then the same tensor for ever: make it now, so that the hook can read it without Python
             grad_scaler._lazy_init_scale_growth_tracker(torch.device("cpu"))
         return grad_scaler._scale
     except AttributeError as error:
@@ -227,9 +252,13 @@ def _check_model(ddp: Any) -> None:
             what = "compiled module; attach to the DistributedDataParallel model before torch.compile"
         raise ArgumentError(f"attach needs a DistributedDataParallel model, not a {what}")
     if ddp._use_python_reducer:
-        raise ArgumentError("this model uses DDP's Python reducer (torch._dynamo.config.optimize_ddp='python_reducer'), which runs no hook in C++")
+        raise ArgumentError(
+            "this model uses DDP's Python reducer (torch._dynamo.config.optimize_ddp='python_reducer'), which runs no hook in C++"
+        )
     if ddp.mixed_precision is not None:
-        raise ArgumentError("DistributedDataParallel(mixed_precision=...) installs a hook of its own; cast the model or use torch.autocast instead")
+        raise ArgumentError(
+            "DistributedDataParallel(mixed_precision=...) installs a hook of its own; cast the model or use torch.autocast instead"
+        )
     # A deep copy of a model holds its pair of hook and state, but its reducer has no hook: the state is a copy then too.
     ddp._comm_hooks[:] = [pair for pair in ddp._comm_hooks if not (isinstance(pair[1], HookState) and pair[1]._kept is not None)]
     if ddp._comm_hooks:

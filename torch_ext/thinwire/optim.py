@@ -16,8 +16,10 @@ class DGCSGD(Optimizer):
 
         b ← momentum·b + weight_decay·w;   d = b  (Nesterov: weight_decay·w + momentum·b);   w ← w − lr·(d + gradient)
 
-    Since momentum is linear, this equals torch.optim.SGD(momentum, weight_decay) exactly when the hook sends everything (density 1, mask 0). Give it the hook's
-    own ``momentum`` and ``nesterov``; ``attach`` refuses others where they would matter. A parameter without gradient is left alone, its b too, as in torch's SGD.
+    Since momentum is linear, this equals torch.optim.SGD(momentum, weight_decay) exactly when the hook sends everything (density 1, mask
+    0). Give it the hook's
+    own ``momentum`` and ``nesterov``; ``attach`` refuses others where they would matter. A parameter without gradient is left alone, its b
+    too, as in torch's SGD.
     """
 
     def __init__(

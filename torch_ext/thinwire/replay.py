@@ -31,7 +31,8 @@ class Replay:
 def replay(config: Config | str, grads: Mapping[str, torch.Tensor], *, record_payloads: bool = False) -> Replay:
     """Runs ``config`` over ``grads`` with ranks as threads of this process: the same engine as in training.
 
-    ``grads``: name -> tensor (steps, world, *shape), fp32, bf16 or fp16, one dtype for all; together they are one bucket, in the mapping's order. Each rank's part
+    ``grads``: name -> tensor (steps, world, *shape), fp32, bf16 or fp16, one dtype for all; together they are one bucket, in the mapping's
+    order. Each rank's part
     is its local, undivided gradient. @raises ConfigError, Error.
     """
     out = native.replay(Config.parse(config) if isinstance(config, str) else config, dict(grads), record_payloads)
