@@ -43,7 +43,8 @@ def main():
     args = arguments()
     about = report.machine()
     program = pathlib.Path(os.environ["THINWIRE_BUILD"]) / "bench" / "thinwire_bench_kernels"
-    options = [f"--numel={args.numel}", f"--reps={args.reps}", f"--isa={args.isa}", f"--filter={args.filter}"]
+    options = [f"--numel={args.numel}", f"--reps={args.reps}", f"--isa={args.isa}"]
+    options += [f"--filter={args.filter}"] if args.filter else []  # CLI11 takes the word after an empty --filter= for its value
     if args.list:
         sys.stdout.flush()
         done = subprocess.run([program, *options, "--list"])
