@@ -120,11 +120,11 @@ TEST_P(Conservation, EveryWireSelectionAndIndexForm) {
   const Feedback& feedback = kFeedbacks[GetParam()];
   for (const auto& [wire, type] : kWires)
     for (const bool exact : {true, false})
-      for (const char* index : {"u32", "u16", "bitmap"})
-        for (const int world : {1, 2, 3}) {
-          follow(feedback, wire, type, exact, index, world, DType::fp32, dyadic_with_accidents(world, true), 8);
-          if (HasFatalFailure()) return;
-        }
+      for (const int world : {1, 2, 3}) {  // each wire meets each index form in one of the worlds
+        const char* const forms[] = {"u32", "u16", "bitmap"};
+        follow(feedback, wire, type, exact, forms[(world + int(type)) % 3], world, DType::fp32, dyadic_with_accidents(world, true), 7);
+        if (HasFatalFailure()) return;
+      }
 }
 
 TEST_P(Conservation, EveryGradientType) {
