@@ -2,8 +2,8 @@
 #include <cmath>
 #include <cstdio>
 #include <memory>
-#include <thread>
 #include <thinwire/thinwire.hpp>
+#include <thread>
 #include <vector>
 
 namespace {
