@@ -16,14 +16,18 @@ std::size_t take_sample(const SegmentPass& pass, const Workspace& workspace) {
   return pass.kernels.sample[std::size_t(pass.form)][std::size_t(pass.grad_dtype)](pass.segment, pass.step, workspace.magnitudes);
 }
 
+/// The carried threshold where the sample does not contradict it, else the sample's statistic that is nearest to it; the middle one for
+/// want of a carried threshold or where the sample is the segment.
 float sampled_threshold(const SegmentPass& pass, std::size_t k, float carried, const Workspace& workspace) {
   const std::size_t m = take_sample(pass, workspace);
   const SampleRanks ranks(pass.segment.count, m, k);
+  const bool steady = carried > 0 && m != pass.segment.count;
+  if (steady && lies_between(carried, workspace.magnitudes, m, ranks)) return std::max(carried, pass.floor);
   const std::array<std::size_t, 3> wanted = {ranks.high, ranks.middle, ranks.low};
   std::array<std::uint32_t, 3> bits;
   order_statistics(workspace.magnitudes, m, wanted, bits.data(), workspace.scratch);
-  const bool whole = m == pass.segment.count;
-  return std::max(steady_threshold(carried, bits_float(bits[0]), bits_float(bits[1]), bits_float(bits[2]), whole), pass.floor);
+  const float statistic = steady ? std::min(std::max(carried, bits_float(bits[2])), bits_float(bits[0])) : bits_float(bits[1]);
+  return std::max(statistic, pass.floor);
 }
 
 /// Each block goes the way that suits the density of the block before it: the same bits at the better speed.

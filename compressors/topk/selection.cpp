@@ -6,6 +6,8 @@
 #include <functional>
 #include <limits>
 
+#include "compressors/core/dtype.hpp"
+
 namespace thinwire::topk {
 namespace {
 
@@ -43,23 +45,31 @@ std::size_t refine(std::uint32_t* members, std::size_t count, std::size_t& rank)
 
 void order_statistics(const std::uint32_t* bits, std::size_t count, std::span<const std::size_t> ranks, std::uint32_t* out,
                       std::uint32_t* scratch) {
-  // 1. Histogram, four of them in turn: consecutive increments of one bin would wait for each other.
-  std::array<std::array<std::uint32_t, kBins>, 4> histogram{};
+  // 1. Histogram, of large samples four in turn: consecutive increments of one bin would wait for each other.
+  const std::size_t lanes = count < kRefine ? 1 : 4;
+  std::array<std::array<std::uint32_t, kBins>, 4> histogram;
+  for (std::size_t j = 0; j < lanes; ++j) histogram[j].fill(0);
   std::size_t i = 0;
-  for (; i + 4 <= count; i += 4) {
-    for (std::size_t j = 0; j < 4; ++j) ++histogram[j][bits[i + j] >> kBinShift];
+  if (lanes == 4) {
+    for (; i + 4 <= count; i += 4) {
+      for (std::size_t j = 0; j < 4; ++j) ++histogram[j][bits[i + j] >> kBinShift];
+    }
   }
   for (; i < count; ++i) ++histogram[0][bits[i] >> kBinShift];
+  auto& total = histogram[0];
+  for (std::size_t lane = 1; lane < lanes; ++lane) {
+    for (std::size_t b = 0; b < kBins; ++b) total[b] += histogram[lane][b];
+  }
 
   // 2. Walk down from the largest bin; the ranks that fall into one bin are found among its members.
   std::size_t above = 0, held = kBins, members = 0;
   std::size_t bin = kBins - 1;
-  const auto in_bin = [&] { return std::size_t(histogram[0][bin]) + histogram[1][bin] + histogram[2][bin] + histogram[3][bin]; };
   for (std::size_t r = 0; r < ranks.size(); ++r) {
-    while (above + in_bin() < ranks[r]) {
-      above += in_bin();
-      --bin;
+    if (r > 0 && ranks[r] == ranks[r - 1]) {
+      out[r] = out[r - 1];
+      continue;
     }
+    while (above + total[bin] < ranks[r]) above += total[bin--];
     if (held != bin) {
       members = keep(bits, count, kBinShift, std::uint32_t(bin), scratch);
       held = bin;
@@ -89,9 +99,14 @@ std::size_t candidate_rank(std::size_t count, std::size_t sampled, std::size_t k
   return std::min(sampled, std::size_t(std::ceil(double(r) + 3 * std::sqrt(double(r)) + 2)));
 }
 
-float steady_threshold(float carried, float high, float middle, float low, bool whole) noexcept {
-  if (whole || !(carried > 0)) return middle;
-  return std::min(std::max(carried, low), high);
+bool lies_between(float carried, const std::uint32_t* bits, std::size_t count, const SampleRanks& ranks) noexcept {
+  const std::uint32_t threshold = float_bits(carried);
+  std::uint32_t above = 0, at_least = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    above += bits[i] > threshold;
+    at_least += bits[i] >= threshold;
+  }
+  return above < ranks.low && at_least >= ranks.high;
 }
 
 float next_threshold(float threshold, std::size_t hits, std::size_t k) noexcept {

@@ -20,8 +20,11 @@ struct SampleRanks {
 /// A rank whose statistic is below the k-th largest of all but for one case in about a thousand: r + 3√r + 2.
 std::size_t candidate_rank(std::size_t count, std::size_t sampled, std::size_t k) noexcept;
 
-/// The threshold for this step, and for the next one after `hits` of k were found.
-float steady_threshold(float carried, float high, float middle, float low, bool whole) noexcept;
+/// Whether `carried` > 0 lies between the statistics of ranks.low and ranks.high, so that clamping it between them would change nothing:
+/// two counts instead of a selection.
+bool lies_between(float carried, const std::uint32_t* bits, std::size_t count, const SampleRanks& ranks) noexcept;
+
+/// The threshold to carry to the next step after `hits` of k were found.
 float next_threshold(float threshold, std::size_t hits, std::size_t k) noexcept;
 
 }  // namespace thinwire::topk

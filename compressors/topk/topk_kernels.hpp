@@ -83,21 +83,35 @@ constexpr std::size_t sample_size(std::size_t count) noexcept {
   return count <= m ? count : m / kSampleGroup * kSampleGroup;
 }
 
-/// Where the j-th group of a sample starts: groups are stratified, and hashed within their stratum, since a fixed stride would always meet
-/// the same matrix columns.
-struct SampleGroups {
-  std::uint64_t groups;  ///< full groups of the segment
-  std::uint64_t taken;
-  std::uint64_t step;
+/// Where the groups of a sample start, one after the other. They are stratified, group j at floor(j · groups / taken), and hashed within
+/// their stratum: a fixed stride would always meet the same columns of a matrix.
+class SampleGroups {
+ public:
+  SampleGroups(std::size_t count, std::uint64_t step) noexcept
+      : taken_(sample_size(count) / kSampleGroup),
+        stride_(count / kSampleGroup / taken_),
+        remainder_(count / kSampleGroup % taken_),
+        hash_((step + 1) * 0xd1b54a32d192ed03ull) {}
 
-  SampleGroups(std::size_t count, std::uint64_t step_) noexcept
-      : groups(count / kSampleGroup), taken(sample_size(count) / kSampleGroup), step(step_) {}
-  std::size_t first(std::uint64_t j) const noexcept {
-    std::uint64_t h = (j + 1) * 0x9e3779b97f4a7c15ull + (step + 1) * 0xd1b54a32d192ed03ull;
-    h = (h ^ (h >> 32)) * 0xd6e8feb86659fd93ull;
+  std::uint64_t taken() const noexcept { return taken_; }
+  /// First element of the next group.
+  std::size_t next() noexcept {
+    hash_ += 0x9e3779b97f4a7c15ull;
+    std::uint64_t h = (hash_ ^ (hash_ >> 32)) * 0xd6e8feb86659fd93ull;
     h = (h ^ (h >> 32)) >> 32;
-    return std::size_t(j * groups / taken + ((h * (groups / taken)) >> 32)) * kSampleGroup;
+    const std::uint64_t group = stratum_ + ((h * stride_) >> 32);
+    stratum_ += stride_;
+    carry_ += remainder_;
+    if (carry_ >= taken_) {
+      carry_ -= taken_;
+      ++stratum_;
+    }
+    return std::size_t(group) * kSampleGroup;
   }
+
+ private:
+  std::uint64_t taken_, stride_, remainder_, hash_;
+  std::uint64_t stratum_ = 0, carry_ = 0;
 };
 
 template <DType dtype>

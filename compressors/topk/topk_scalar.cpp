@@ -66,9 +66,9 @@ std::size_t sample(const Block& segment, std::uint64_t step, std::uint32_t* magn
     for (std::size_t i = 0; i < m; ++i) magnitudes[i] = magnitude_at<form, dtype>(segment, i);
     return m;
   }
-  const SampleGroups groups(segment.count, step);
-  for (std::uint64_t j = 0; j < groups.taken; ++j) {
-    const std::size_t first = groups.first(j);
+  SampleGroups groups(segment.count, step);
+  for (std::uint64_t j = 0; j < groups.taken(); ++j) {
+    const std::size_t first = groups.next();
     for (std::size_t i = 0; i < kSampleGroup; ++i) magnitudes[j * kSampleGroup + i] = magnitude_at<form, dtype>(segment, first + i);
   }
   return m;

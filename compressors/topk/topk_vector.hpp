@@ -226,15 +226,20 @@ std::size_t sample(const Block& s, std::uint64_t step, std::uint32_t* magnitudes
   using V = typename L::V;
   if (s.live != nullptr || sample_size(s.count) == s.count)
     return kernels_scalar().sample[std::size_t(form)][std::size_t(dtype)](s, step, magnitudes);
-  const SampleGroups groups(s.count, step);
+  SampleGroups groups(s.count, step);
   const V factor = L::set(s.factor), rate = L::set(s.rate), infinity = L::set(bits_float(0x7f800000u));
-  constexpr std::uint64_t kAhead = 16;
-  for (std::uint64_t j = 0; j < groups.taken; ++j) {
-    const std::size_t later = groups.first(j + kAhead < groups.taken ? j + kAhead : j);
-    __builtin_prefetch(static_cast<const std::byte*>(s.grad) + later * size_of(dtype));
-    if constexpr (feedback::has_residual(form)) __builtin_prefetch(s.residual + later);
-    if constexpr (feedback::has_momentum(form)) __builtin_prefetch(s.momentum + later);
-    const std::size_t first = groups.first(j);
+  constexpr std::uint64_t kAhead = 16;  // groups whose lines are under way: no hardware prefetcher knows the hash
+  std::size_t ring[kAhead];
+  const auto ask = [&](std::uint64_t j) {
+    const std::size_t first = ring[j % kAhead] = groups.next();
+    __builtin_prefetch(static_cast<const std::byte*>(s.grad) + first * size_of(dtype));
+    if constexpr (feedback::has_residual(form)) __builtin_prefetch(s.residual + first);
+    if constexpr (feedback::has_momentum(form)) __builtin_prefetch(s.momentum + first);
+  };
+  for (std::uint64_t j = 0; j < kAhead && j < groups.taken(); ++j) ask(j);
+  for (std::uint64_t j = 0; j < groups.taken(); ++j) {
+    const std::size_t first = ring[j % kAhead];
+    if (j + kAhead < groups.taken()) ask(j + kAhead);
     for (std::size_t i = 0; i < kSampleGroup; i += L::kWidth) {
       V residual{}, u{}, x;
       if constexpr (feedback::has_residual(form)) residual = L::load(s.residual + first + i);
