@@ -98,8 +98,8 @@ void BucketEngine::write_messages(const BucketPlan& bucket, Bytes grad, std::uin
 }
 
 std::uint32_t BucketEngine::run_whole_dense(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options) {
-  messages_.reserve((bucket.count + 1) * sizeof(float));
-  const Bytes all{messages_.data(), (bucket.count + 1) * sizeof(float), DType::fp32, Place::host, 0};
+  Bytes all = messages_.take((bucket.count + 1) * sizeof(float));
+  all.dtype = DType::fp32;
   const Bytes messages = all.sub(0, bucket.count * sizeof(float));
   std::uint32_t flags = 0;
   write_messages(bucket, grad, step, options, messages, &flags);
@@ -115,12 +115,9 @@ std::uint32_t BucketEngine::run_whole_dense(const BucketPlan& bucket, Bytes grad
 std::uint32_t BucketEngine::run_compressed(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options) {
   const int world = communicator_.size(), rank = communicator_.rank();
   const std::size_t share = bucket.contribution, capacity = bucket.layout.part_capacity;
-  gathered_.reserve(share * std::size_t(world));
-  workspace_.reserve(bucket.layout.workspace);
-  const Bytes gathered{gathered_.data(), share * std::size_t(world), DType::u8, Place::host, 0};
+  const Bytes gathered = gathered_.take(share * std::size_t(world)), workspace = workspace_.take(bucket.layout.workspace);
   const Bytes own = gathered.sub(share * std::size_t(rank), share), own_wire = own.sub(0, capacity),
               beside = own.sub(capacity, share - capacity);
-  const Bytes workspace{workspace_.data(), bucket.layout.workspace, DType::u8, Place::host, 0};
   const Plan plan = bucket.plan(step);
   // The mean of messages with state is in true units until it is given back; a message without state never left the loss-scaled ones.
   const float mean = 1.0f / float(world), factors[2] = {mean * options.loss_scale, mean};
@@ -128,11 +125,7 @@ std::uint32_t BucketEngine::run_compressed(const BucketPlan& bucket, Bytes grad,
   // 1. What stays dense, then the payload, whose header tells what both found.
   std::uint32_t flags = options.joined ? std::uint32_t(kFlagJoined) : 0;
   const std::size_t raw_bytes = bucket.passengers[0].bytes() + bucket.passengers[1].bytes();
-  Bytes messages = beside;
-  if (bucket.owners) {
-    messages_.reserve(raw_bytes);
-    messages = {messages_.data(), raw_bytes, DType::u8, Place::host, 0};
-  }
+  const Bytes messages = bucket.owners ? messages_.take(raw_bytes) : beside;
   write_messages(bucket, grad, step, options, messages.sub(0, raw_bytes), &flags);
   if (options.joined) {
     codec_->empty(plan, own_wire, flags, Stream::host());
@@ -148,9 +141,7 @@ std::uint32_t BucketEngine::run_compressed(const BucketPlan& bucket, Bytes grad,
   if (bucket.owners) {
     std::size_t sent = 0, received = 0;
     for (int r = 0; r < world; ++r) sent += bucket.send_bytes[std::size_t(r)], received += bucket.recv_bytes[std::size_t(r)];
-    exchanged_.reserve(sent + received);
-    const Bytes send{exchanged_.data(), sent, DType::u8, Place::host, 0},
-        receive{exchanged_.data() + sent, received, DType::u8, Place::host, 0};
+    const Bytes both = exchanged_.take(sent + received), send = both.sub(0, sent), receive = both.sub(sent, received);
     pack_for_owners(bucket, world, messages, send);
     communicator_.all_to_all_v(send, bucket.send_bytes, receive, bucket.recv_bytes);
     used = finish_owned(bucket, world, rank, receive, factors, beside, &flags);
@@ -187,8 +178,8 @@ void BucketEngine::keep_pending(const std::shared_ptr<const BucketPlan>& bucket,
   Pending& pending = pending_[pending_count_++];
   pending.bucket = bucket;
   pending.joined = joined;
-  pending.payload.reserve(own_wire_.size);
-  if (!own_wire_.empty()) std::memcpy(pending.payload.data(), own_wire_.data, own_wire_.size);
+  const Bytes payload = pending.payload.take(own_wire_.size);
+  if (!own_wire_.empty()) std::memcpy(payload.data, own_wire_.data, own_wire_.size);
 }
 
 BucketEngine::StepEnd BucketEngine::finish_step(std::uint64_t step) {
@@ -198,8 +189,10 @@ BucketEngine::StepEnd BucketEngine::finish_step(std::uint64_t step) {
     const std::size_t bytes = pending.bucket->whole_dense || codec_ == nullptr ? 0 : pending.bucket->layout.part_capacity;
     settle(*pending.bucket, step, {pending.payload.data(), bytes, DType::u8, Place::host, 0}, pending.joined, step_finite_);
     pending.bucket.reset();
+    pending.payload.end_step();
   }
   pending_count_ = 0;
+  for (StepScratch* scratch : {&gathered_, &messages_, &exchanged_, &workspace_}) scratch->end_step();
   if (step_finite_) started_ = true;
   end.restart = !started_;
   step_finite_ = true;

@@ -46,7 +46,7 @@ class BucketEngine {
   /// What waits for the step's verdict: each bucket's own payload.
   struct Pending {
     std::shared_ptr<const BucketPlan> bucket;
-    Buffer payload;
+    StepScratch payload;
     bool joined = false;
   };
 
@@ -67,7 +67,7 @@ class BucketEngine {
   std::size_t total_numel_;
   std::uint64_t check_every_;
 
-  Buffer gathered_, messages_, exchanged_, workspace_;
+  StepScratch gathered_, messages_, exchanged_, workspace_;
   std::vector<ConstBytes> wires_, raw_;
   std::vector<float> factors_;
   std::vector<double> norms_;

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "collectives/ownership.hpp"
+#include "compressors/core/wire.hpp"
 
 namespace thinwire {
 namespace {
@@ -31,6 +32,7 @@ BucketPlan make_bucket_plan(std::span<const std::uint32_t> ids, DType dtype, boo
   bucket.dtype = dtype;
   bucket.whole_dense = whole_dense;
   bucket.name = describe(ids, slots);
+  bucket.context = wire::hash_bytes(ids.data(), ids.size_bytes(), std::uint64_t(dtype));
   bucket.passengers[0].stateful = true;
   bucket.passengers[1].dtype = dtype;
 

@@ -59,7 +59,9 @@ struct BucketPlan {
   std::size_t contribution = 0;                     ///< bytes of one rank's share of the gather: payload, then passengers
   std::string name;                                 ///< for errors: "conv1.weight … fc.bias (12 parameters)"
 
-  Plan plan(std::uint64_t step) const noexcept { return {segments, part_end, step}; }
+  std::uint64_t context = 0;  ///< a hash of all of the bucket's parameters, passengers included, and of its dtype
+
+  Plan plan(std::uint64_t step) const noexcept { return {segments, part_end, step, context}; }
 };
 
 /// Passengers of at most this many bytes travel raw in the gather and are summed by everyone: one collective less.

@@ -169,16 +169,24 @@ std::uint64_t GradientReducer::Impl::reduce(std::span<const std::uint32_t> ids, 
   std::size_t count = 0;
   for (const std::uint32_t id : ids) count += id < slots_.size() ? slots_[id].numel : 0;
   mark(ids);
-  if (grad.size != count * size_of(grad.dtype)) {
+  const auto unmark = [&] {
     for (const std::uint32_t id : ids) seen_[id] = step_;
     seen_count_ -= ids.size();
+  };
+  if (grad.size != count * size_of(grad.dtype)) {
+    unmark();
     fail(Errc::invalid_argument, "the bucket has " + std::to_string(grad.size) + " bytes; its " + std::to_string(ids.size()) +
                                      " parameters need " + std::to_string(count) + " elements of " + to_string(grad.dtype));
   }
   begin_step_if_needed();
   for (const std::uint32_t id : ids) pass_reasons_[id].clear();
   Job job;
-  job.bucket = find_plan(ids, grad.dtype);
+  try {
+    job.bucket = find_plan(ids, grad.dtype);
+  } catch (...) {  // a tensor too large for the wire, or no memory: nothing of this bucket has happened
+    unmark();
+    throw;
+  }
   job.grad = grad;
   job.options = options;
   job.step = step_;

@@ -29,6 +29,29 @@ class Buffer {
   std::size_t size_ = 0;
 };
 
+/// Scratch of work that comes in steps. What one large step needed (DDP's first bucket holds the whole model) is given back when the steps
+/// after it need much less.
+class StepScratch {
+ public:
+  /// The first `bytes` of the scratch, contents undefined.
+  Bytes take(std::size_t bytes) {
+    if (bytes > used_) used_ = bytes;
+    buffer_.reserve(bytes);
+    return {buffer_.data(), bytes, DType::u8, Place::host, 0};
+  }
+  std::byte* data() const noexcept { return buffer_.data(); }
+  /// A step that used none says nothing about the next.
+  void end_step() {
+    constexpr std::size_t kWorthIt = std::size_t(1) << 20;
+    if (used_ != 0 && buffer_.size() > 2 * used_ + kWorthIt) buffer_ = Buffer(used_);
+    used_ = 0;
+  }
+
+ private:
+  Buffer buffer_;
+  std::size_t used_ = 0;
+};
+
 /// Float arrays of one reducer on one huge-page mapping, zeroed. Array j starts at its 2 MiB-rounded place + j × (1 MiB + 1344 B): streams
 /// whose distance is a power of two run at half speed (measured on Zen 3; docs/tuning.md), and three mallocs of 128 MiB lie exactly so.
 class Arena {

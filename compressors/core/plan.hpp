@@ -27,8 +27,9 @@ struct Segment {
 struct Plan {
   std::span<const Segment> segments;
   std::span<const std::uint32_t>
-      part_end;            ///< segments [part_end[r-1], part_end[r]) go to rank r; one part for a gather, one per rank for two_phase
-  std::uint64_t step = 0;  ///< synchronised steps before this one
+      part_end;               ///< segments [part_end[r-1], part_end[r]) go to rank r; one part for a gather, one per rank for two_phase
+  std::uint64_t step = 0;     ///< synchronised steps before this one
+  std::uint64_t context = 0;  ///< a hash of what else sender and receiver must agree on: the rest of the bucket
 };
 
 }  // namespace thinwire

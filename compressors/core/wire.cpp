@@ -80,7 +80,7 @@ std::uint64_t hash_bytes(const void* data, std::size_t size, std::uint64_t seed)
 }
 
 std::uint64_t plan_fingerprint(const Plan& plan, std::uint64_t salt) noexcept {
-  std::uint64_t h = mix(salt ^ plan.segments.size());
+  std::uint64_t h = mix(mix(salt ^ plan.segments.size()) ^ plan.context);
   for (const Segment& segment : plan.segments) {
     const std::uint64_t fields[3] = {segment.parameter, segment.count, std::bit_cast<std::uint64_t>(segment.setting.density)};
     h = hash_bytes(fields, sizeof fields, h);

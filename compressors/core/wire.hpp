@@ -37,7 +37,8 @@ void add_flags(Bytes payload, std::uint32_t flags);
 /// expected.
 Header read_header(ConstBytes payload, CodecId codec, std::uint64_t plan, std::uint32_t segments, std::uint64_t step);
 
-/// A hash of segments (parameter, count, setting) and of `salt`, equal where two ranks decode each other's payloads alike.
+/// A hash of segments (parameter, count, setting), of the plan's context and of `salt`, equal where two ranks decode each other's payloads
+/// alike.
 std::uint64_t plan_fingerprint(const Plan& plan, std::uint64_t salt) noexcept;
 
 /// 64-bit hash of bytes, for fingerprints of configurations and replicas. Not cryptographic.

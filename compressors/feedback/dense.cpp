@@ -28,7 +28,7 @@ struct LoadFp16 {
 template <feedback::Form form, bool residual, class Load>
 inline __attribute__((always_inline)) bool dense_loop(Load load, float factor, float rate, float* u, float* v, float* message,
                                                       std::size_t n) noexcept {
-  bool bad = false;
+  std::uint32_t bad = 0;  // a word, not a bool: so the loop vectorises
   for (std::size_t i = 0; i < n; ++i) {
     float g = 0.0f;
     bool finite = feedback::news(load(i) * factor, g);
@@ -42,9 +42,9 @@ inline __attribute__((always_inline)) bool dense_loop(Load load, float factor, f
     if (feedback::has_momentum(form)) u[i] = kept ? u1 : u0;
     if (residual) v[i] = x;
     message[i] = x;
-    bad |= !finite;
+    bad |= std::uint32_t(!finite);
   }
-  return bad;
+  return bad != 0;
 }
 
 template <feedback::Form form, bool residual>
