@@ -13,6 +13,6 @@ thinwire_row(compiler TRUE "${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSIO
 thinwire_row(isa TRUE "scalar avx2 avx512, chosen at run time" "")
 thinwire_row(mpi "${THINWIRE_WITH_MPI}" "MPI ${MPI_CXX_VERSION} from ${MPI_CXX_COMPILER}" "THINWIRE_MPI=${THINWIRE_MPI}, found: ${MPI_CXX_FOUND}")
 thinwire_row(torch "${THINWIRE_WITH_TORCH}" "${THINWIRE_TORCH_VERSION} of ${Python3_EXECUTABLE}" "THINWIRE_TORCH=${THINWIRE_TORCH} ${THINWIRE_TORCH_MISSING}")
-thinwire_row(tests "${THINWIRE_TESTS}" "GoogleTest ${GTest_VERSION}" "THINWIRE_TESTS=OFF")
+thinwire_row(tests "${THINWIRE_WITH_TESTS}" "GoogleTest ${GTest_VERSION}" "THINWIRE_TESTS=${THINWIRE_TESTS}, found: ${THINWIRE_TESTS_FOUND}")
 thinwire_row(bench "${THINWIRE_WITH_BENCH}" "Google Benchmark ${benchmark_VERSION}" "THINWIRE_BENCH=${THINWIRE_BENCH}, found: ${THINWIRE_BENCH_FOUND}")
 thinwire_row(sanitizers "${THINWIRE_SANITIZE}" "${THINWIRE_SANITIZE}" "THINWIRE_SANITIZE is empty")
