@@ -28,9 +28,18 @@ BucketEngine::BucketEngine(Communicator& communicator, const Codec* codec, const
       started_(!options.step_verdict),
       hashes_(std::size_t(communicator.size())) {}
 
-void BucketEngine::run(const std::shared_ptr<const BucketPlan>& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options) {
+double BucketEngine::ring_bytes(std::size_t bytes) const noexcept {
   const double world = communicator_.size();
-  dense_bytes_ += 2 * (world - 1) / world * double(grad.size);
+  return 2 * (world - 1) / world * double(bytes);
+}
+
+void BucketEngine::passed(std::size_t dense_bytes, bool finite) noexcept {
+  dense_bytes_ += ring_bytes(dense_bytes);
+  step_finite_ &= finite;
+}
+
+void BucketEngine::run(const std::shared_ptr<const BucketPlan>& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options) {
+  dense_bytes_ += ring_bytes(grad.size);
   for (const std::uint32_t id : bucket->ids) kept_[id] = 0;
 
   std::uint32_t flags = 0;
@@ -125,7 +134,10 @@ std::uint32_t BucketEngine::run_compressed(const BucketPlan& bucket, Bytes grad,
   // 1. What stays dense, then the payload, whose header tells what both found.
   std::uint32_t flags = options.joined ? std::uint32_t(kFlagJoined) : 0;
   const std::size_t raw_bytes = bucket.passengers[0].bytes() + bucket.passengers[1].bytes();
-  const Bytes messages = bucket.owners ? messages_.take(raw_bytes) : beside;
+  std::size_t sent = 0, received = 0;
+  for (const std::size_t bytes : bucket.send_bytes) sent += bytes;
+  for (const std::size_t bytes : bucket.recv_bytes) received += bytes;
+  const Bytes messages = bucket.owners ? messages_.take(std::max(raw_bytes, received)) : beside;
   write_messages(bucket, grad, step, options, messages.sub(0, raw_bytes), &flags);
   if (options.joined) {
     codec_->empty(plan, own_wire, flags, Stream::host());
@@ -139,9 +151,7 @@ std::uint32_t BucketEngine::run_compressed(const BucketPlan& bucket, Bytes grad,
   // 2. Too much to travel raw: owners sum the parts and send back the finished mean beside their payload.
   std::size_t used = raw_bytes;
   if (bucket.owners) {
-    std::size_t sent = 0, received = 0;
-    for (int r = 0; r < world; ++r) sent += bucket.send_bytes[std::size_t(r)], received += bucket.recv_bytes[std::size_t(r)];
-    const Bytes both = exchanged_.take(sent + received), send = both.sub(0, sent), receive = both.sub(sent, received);
+    const Bytes send = exchanged_.take(sent), receive = messages.sub(0, received);  // packed, the messages are not needed any more
     pack_for_owners(bucket, world, messages, send);
     communicator_.all_to_all_v(send, bucket.send_bytes, receive, bucket.recv_bytes);
     used = finish_owned(bucket, world, rank, receive, factors, beside, &flags);

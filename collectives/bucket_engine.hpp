@@ -25,6 +25,9 @@ class BucketEngine {
   /// Reduces one bucket in place. @throws what the transport and the codec throw; the engine is not to be used afterwards.
   void run(const std::shared_ptr<const BucketPlan>& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options);
 
+  /// A bucket that others reduced: how large it was, and whether its mean is finite.
+  void passed(std::size_t dense_bytes, bool finite) noexcept;
+
   struct StepEnd {
     bool finite = true;
     bool restart = false;  ///< no finite step has been seen under a step verdict: all state goes back to zero
@@ -58,6 +61,7 @@ class BucketEngine {
   void write_messages(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options, Bytes messages,
                       std::uint32_t* flags);
   void settle(const BucketPlan& bucket, std::uint64_t step, ConstBytes own_wire, bool joined, bool finite);
+  double ring_bytes(std::size_t bytes) const noexcept;
   void keep_pending(const std::shared_ptr<const BucketPlan>& bucket, bool joined);
 
   Communicator& communicator_;

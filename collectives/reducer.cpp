@@ -25,7 +25,7 @@ Work GradientReducer::reduce(std::span<const std::uint32_t> parameters, Bytes gr
   return work;
 }
 
-Work GradientReducer::pass(std::span<const std::uint32_t> parameters, std::string reason, std::function<void()> exchange,
+Work GradientReducer::pass(std::span<const std::uint32_t> parameters, std::string reason, std::function<bool()> exchange,
                            const ReduceOptions& options) {
   Work work;
   work.ticket_ = impl_->pass(parameters, std::move(reason), std::move(exchange), options);
@@ -194,7 +194,7 @@ std::uint64_t GradientReducer::Impl::reduce(std::span<const std::uint32_t> ids, 
   return queue_->push(std::move(job));
 }
 
-std::uint64_t GradientReducer::Impl::pass(std::span<const std::uint32_t> ids, std::string reason, std::function<void()> exchange,
+std::uint64_t GradientReducer::Impl::pass(std::span<const std::uint32_t> ids, std::string reason, std::function<bool()> exchange,
                                           const ReduceOptions& options) {
   const std::lock_guard lock(submit_);
   if (closed_) fail(Errc::invalid_argument, "pass() after close()");
@@ -212,7 +212,7 @@ std::uint64_t GradientReducer::Impl::pass(std::span<const std::uint32_t> ids, st
 
 void GradientReducer::Impl::run(Job& job) {
   if (!fingerprints_checked_) {
-    check_fingerprints(job.step);
+    compare_cards(*communicator_, job.step, "");
     fingerprints_checked_ = true;
     const std::lock_guard lock(counters_);
     const Traffic now = communicator_->traffic();  // gradients are what users count
@@ -220,7 +220,7 @@ void GradientReducer::Impl::run(Job& job) {
     traffic_at_reset_.wire_bytes += now.wire_bytes - traffic_.wire_bytes;
   }
   if (job.bucket != nullptr) engine_->run(job.bucket, job.grad, job.step, job.options);
-  if (job.exchange) job.exchange();
+  if (job.bucket == nullptr) engine_->passed(job.options.dense_bytes, !job.exchange || job.exchange());
   BucketEngine::StepEnd end;
   if (job.last) {
     end = engine_->finish_step(job.step);

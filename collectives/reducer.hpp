@@ -79,6 +79,7 @@ struct ReduceOptions {
   /// reducer.
   void (*done)(void* context, std::exception_ptr error) noexcept = nullptr;
   void* context = nullptr;
+  std::size_t dense_bytes = 0;  ///< pass() only: bytes that a dense reduction of these gradients would hold, for the statistics
 };
 
 struct ReducerOptions {
@@ -100,7 +101,8 @@ struct ReducerOptions {
 /// reduce(). After a transport error or a corrupt payload the group is aborted and every later call throws the same error.
 class GradientReducer {
  public:
-  /// Collective (it splits the communicator). @throws invalid_config, invalid_argument (duplicate names, empty shapes).
+  /// Collective (it splits the communicator). @throws invalid_config, invalid_argument (no parameters, duplicate names, shapes beyond 2^63
+  /// elements).
   GradientReducer(std::shared_ptr<Communicator> communicator, const Config& config, std::vector<Parameter> parameters,
                   ReducerOptions options = {});
   /// Fails what is queued, releases the peers if work was under way, joins the thread (bounded by the timeout). Never throws.
@@ -114,9 +116,9 @@ class GradientReducer {
   /// @throws invalid_argument (nothing queued): unknown or repeated id, wrong size or dtype, a parameter twice in one step.
   Work reduce(std::span<const std::uint32_t> parameters, Bytes grad, Stream stream = Stream::host(), const ReduceOptions& options = {});
 
-  /// Parameters whose gradient this reducer does not reduce in this step (sparse rows): `exchange` runs in the queue's order and thread; it
-  /// may be empty.
-  Work pass(std::span<const std::uint32_t> parameters, std::string reason, std::function<void()> exchange,
+  /// Parameters whose gradient this reducer does not reduce in this step (sparse rows): `exchange` runs in the queue's order and thread and
+  /// returns whether the mean it made is finite, the same on all ranks: it takes part in the step's verdict. It may be empty.
+  Work pass(std::span<const std::uint32_t> parameters, std::string reason, std::function<bool()> exchange,
             const ReduceOptions& options = {});
 
   /// The next step is dense, so that it empties the residuals. Call it on all ranks, between steps.
@@ -130,12 +132,14 @@ class GradientReducer {
   const Config& config() const noexcept;
   int rank() const noexcept;
   int world() const noexcept;
-  /// Waits for queued work, then reads. @throws the sticky error, if any.
+  /// Waits for queued work, then reads; after a failure and after close() too.
   Stats stats() const;
+  /// Between steps; after close() too. @throws the sticky error: a step that broke off has left no state that could be gone on from.
   ReducerState state() const;
   /// One state of this rank and world, or all ranks' states of another world: momentum, accumulated, residual and threshold become their
   /// mean.
-  /// @throws invalid_argument naming missing or unknown names and wrong sizes; nothing changed then. Between steps.
+  /// @throws invalid_argument naming missing or unknown names and wrong sizes; nothing changed then, on any rank. Between steps, on
+  /// all ranks: they tell each other whether their states fit together.
   void load_state(std::span<const ReducerState> states);
 
   class Impl;

@@ -21,13 +21,26 @@
 
 namespace thinwire {
 
+/// The caller's communicator with the reducer's own deadline for as long as this lives.
+class Deadline {
+ public:
+  Deadline(Communicator& of, std::chrono::milliseconds timeout) : of_(of), before_(of.timeout()) { of.set_timeout(timeout); }
+  ~Deadline() { of_.set_timeout(before_); }
+  Deadline(const Deadline&) = delete;
+  Deadline& operator=(const Deadline&) = delete;
+
+ private:
+  Communicator& of_;
+  const std::chrono::milliseconds before_;
+};
+
 class GradientReducer::Impl {
  public:
   Impl(std::shared_ptr<Communicator> communicator, const Config& config, std::vector<Parameter> parameters, ReducerOptions options);
   ~Impl();
 
   std::uint64_t reduce(std::span<const std::uint32_t> ids, Bytes grad, Stream stream, const ReduceOptions& options);
-  std::uint64_t pass(std::span<const std::uint32_t> ids, std::string reason, std::function<void()> exchange, const ReduceOptions& options);
+  std::uint64_t pass(std::span<const std::uint32_t> ids, std::string reason, std::function<bool()> exchange, const ReduceOptions& options);
   void flush();
   void reset();
   void close(std::chrono::milliseconds limit) noexcept;
@@ -37,7 +50,8 @@ class GradientReducer::Impl {
 
   // reducer_setup.cpp
   void lay_out_state();
-  void check_fingerprints(std::uint64_t step);
+  /// What a rank is: all ranks compare theirs before anything of different sizes could travel. `problem`: why this rank refuses, or empty.
+  void compare_cards(Communicator& communicator, std::uint64_t step, const std::string& problem) const;
   std::uint64_t own_fingerprint() const;
 
   // reducer.cpp
@@ -59,6 +73,8 @@ class GradientReducer::Impl {
     float* data;
     std::size_t count;
   };
+  /// The state that this rank takes from, after everything about it was checked. @throws invalid_argument, nothing changed.
+  std::span<const ReducerState> check_states(std::span<const ReducerState> states) const;
   /// Fills `out` (kMaxStateArrays + 1 of them) with what parameter `id` keeps; returns how many.
   std::size_t arrays_of(std::uint32_t id, std::span<Array> out) const;
   void zero_state() noexcept;

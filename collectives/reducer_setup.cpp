@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <set>
 
@@ -16,7 +17,11 @@ constexpr std::size_t round_up(std::size_t x, std::size_t to) noexcept { return 
 ParameterSlot make_slot(Parameter parameter, const Config& config, bool has_codec) {
   ParameterSlot slot;
   slot.numel = 1;
-  for (const std::size_t extent : parameter.shape) slot.numel *= extent;
+  bool too_large = false;
+  for (const std::size_t extent : parameter.shape) too_large |= __builtin_mul_overflow(slot.numel, extent, &slot.numel);
+  if (too_large || slot.numel > SIZE_MAX / 2 || (!parameter.shape.empty() && parameter.shape.front() > UINT32_MAX))
+    fail(Errc::invalid_argument,
+         "parameter '" + parameter.name + "' is too large: its first dimension has at most 2^32 - 1 rows, its elements 2^63");
   slot.rows = parameter.shape.empty() ? 1 : std::uint32_t(parameter.shape.front());
   slot.columns = slot.rows == 0 ? 0 : std::uint32_t(slot.numel / slot.rows);
   if (!has_codec) {
@@ -35,13 +40,7 @@ ParameterSlot make_slot(Parameter parameter, const Config& config, bool has_code
 
 /// A duplicate with this deadline; the group it is made of keeps its own.
 std::unique_ptr<Communicator> split_within(Communicator& parent, std::chrono::milliseconds timeout) {
-  struct Restore {
-    Communicator& of;
-    std::chrono::milliseconds timeout;
-    ~Restore() { of.set_timeout(timeout); }
-  };
-  const Restore restore{parent, parent.timeout()};
-  parent.set_timeout(timeout);
+  const Deadline deadline(parent, timeout);
   std::unique_ptr<Communicator> own = parent.split(0, parent.rank());
   own->set_timeout(timeout);
   return own;
@@ -121,12 +120,12 @@ std::uint64_t GradientReducer::Impl::own_fingerprint() const {
 
 /// Ranks that were set up differently would exchange buffers of different sizes: hangs or garbage. So the first thing a reducer ever
 /// exchanges is who it is.
-void GradientReducer::Impl::check_fingerprints(std::uint64_t step) {
+void GradientReducer::Impl::compare_cards(Communicator& communicator, std::uint64_t step, const std::string& problem) const {
   struct Card {
     std::uint64_t parameters, count, step, step_verdict, config_hash;
-    char config[472];
+    char config[472], problem[1024];
   };
-  const int rank = communicator_->rank(), world = communicator_->size();
+  const int rank = communicator.rank(), world = communicator.size();
   std::vector<Card> cards(static_cast<std::size_t>(world));
   Card& own = cards[std::size_t(rank)];
   std::memset(&own, 0, sizeof own);
@@ -138,11 +137,13 @@ void GradientReducer::Impl::check_fingerprints(std::uint64_t step) {
   own.config_hash = wire::hash_bytes(text.data(), text.size(), 0);  // for texts that do not fit
   std::memcpy(own.config, text.data(), std::min(text.size(), sizeof own.config - 1));
   const Bytes all{reinterpret_cast<std::byte*>(cards.data()), cards.size() * sizeof(Card), DType::u8, Place::host, 0};
-  communicator_->all_gather(all.sub(std::size_t(rank) * sizeof(Card), sizeof(Card)), all);
+  std::memcpy(own.problem, problem.data(), std::min(problem.size(), sizeof own.problem - 1));
+  communicator.all_gather(all.sub(std::size_t(rank) * sizeof(Card), sizeof(Card)), all);
 
   for (int r = 0; r < world; ++r) {
     Card& other = cards[std::size_t(r)];
-    other.config[sizeof other.config - 1] = '\0';
+    other.config[sizeof other.config - 1] = other.problem[sizeof other.problem - 1] = '\0';
+    if (other.problem[0] != '\0') fail(Errc::invalid_argument, "rank " + std::to_string(r) + " refused: " + other.problem);
     const Card& first = cards.front();  // everybody compares with rank 0, so everybody refuses with the same words
     const std::string who = "rank " + std::to_string(r) + " and rank 0 ";
     if (other.config_hash != first.config_hash)

@@ -38,7 +38,7 @@ void GradientReducer::Impl::reset() {
 
 Stats GradientReducer::Impl::stats() const {
   const std::lock_guard lock(submit_);
-  queue_->drain();
+  queue_->settle();
   const std::lock_guard counters(counters_);
   Stats out;
   out.step = steps_done_;
@@ -125,16 +125,12 @@ const ReducerState& checked_front(std::span<const ReducerState> states, int worl
 
 }  // namespace
 
-void GradientReducer::Impl::load_state(std::span<const ReducerState> states) {
-  const std::lock_guard lock(submit_);
-  between_steps("load_state()");
-  queue_->drain();
+std::span<const ReducerState> GradientReducer::Impl::check_states(std::span<const ReducerState> states) const {
   const int world = communicator_->size(), rank = communicator_->rank();
   const ReducerState& front = checked_front(states, world, rank);
   // The same world: this rank's own arrays. Another one: the mean over the old ranks, because the mean is what the output divides by.
   const std::span<const ReducerState> sources = front.world == world ? std::span(&front, 1) : states;
 
-  // First everything is checked, then everything is written.
   std::string problems;
   std::set<std::string_view> mine;
   for (const ParameterSlot& slot : slots_) mine.insert(slot.parameter.name);
@@ -166,7 +162,32 @@ void GradientReducer::Impl::load_state(std::span<const ReducerState> states) {
       if (!mine.contains(name)) problems += "; '" + name + "' is not a parameter here";
   }
   if (!problems.empty()) fail(Errc::invalid_argument, "load_state: the state does not fit config '" + config_.str() + "'" + problems);
+  return sources;
+}
 
+void GradientReducer::Impl::load_state(std::span<const ReducerState> states) {
+  const std::lock_guard lock(submit_);
+  between_steps("load_state()");
+  queue_->drain();
+
+  // First everything is checked, on all ranks, then everything is written. On the caller's communicator: peers that do not load are at the
+  // reducer's own, where a message of another size would be taken for a payload.
+  const Deadline deadline(*parent_, communicator_->timeout());
+  std::span<const ReducerState> sources;
+  try {
+    sources = check_states(states);
+  } catch (const Error& error) {
+    try {
+      compare_cards(*parent_, step_, error.what());
+    } catch (const Error&) {
+      // So the others heard of it, or are not there to; this rank's own reason is the one to give.
+    }
+    throw;
+  }
+  const ReducerState& front = sources.front();
+  compare_cards(*parent_, front.step, "");
+
+  std::array<Array, kMaxStateArrays + 1> arrays;
   for (std::uint32_t p = 0; p < slots_.size(); ++p) {
     const std::size_t n = arrays_of(p, arrays);
     for (std::size_t a = 0; a < n; ++a) {
@@ -186,7 +207,6 @@ void GradientReducer::Impl::load_state(std::span<const ReducerState> states) {
   step_ = front.step;
   std::fill(seen_.begin(), seen_.end(), step_);
   engine_->set_started(front.started || !options_.step_verdict);
-  fingerprints_checked_ = false;  // ranks may have loaded different checkpoints
   const std::lock_guard counters(counters_);
   steps_done_ = front.step;
   nonfinite_steps_ = front.nonfinite_steps;

@@ -91,9 +91,14 @@ void WorkQueue::finish(Job& job, std::exception_ptr error) {
   shared_->changed.notify_all();
 }
 
-void WorkQueue::drain() const {
+void WorkQueue::settle() const {
   std::unique_lock lock(shared_->mutex);
   shared_->changed.wait(lock, [&] { return shared_->completed >= shared_->submitted; });
+}
+
+void WorkQueue::drain() const {
+  settle();
+  const std::lock_guard lock(shared_->mutex);
   if (shared_->error != nullptr) std::rethrow_exception(shared_->error);
 }
 

@@ -23,7 +23,7 @@ struct Job {
   ReduceOptions options;
   std::uint64_t step = 0;
   bool last = false;               ///< the step's last bucket
-  std::function<void()> exchange;  ///< a pass's own work
+  std::function<bool()> exchange;  ///< a pass's own work; whether its result is finite
   std::uint64_t ticket = 0;
 };
 
@@ -46,7 +46,9 @@ class WorkQueue {
 
   /// Queues (threaded) or runs. @throws the sticky error.
   std::uint64_t push(Job&& job);
-  /// Blocks until everything queued is over. @throws the sticky error.
+  /// Blocks until everything queued is over.
+  void settle() const;
+  /// The same. @throws the sticky error.
   void drain() const;
   /// @throws the sticky error, if there is one by now.
   void rethrow() const;

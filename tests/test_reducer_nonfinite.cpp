@@ -246,6 +246,28 @@ TEST(ReducerStepVerdict, StateIsUnscaledWhateverTheScaleDoes) {
 
 // ---- joined ranks
 
+/// A gradient that others reduce (sparse rows) takes part: the optimizer skips the whole step for it.
+TEST(ReducerStepVerdict, APassedGradientThatIsNotFiniteTakesTheStepBack) {
+  run_ranks(2, [](std::shared_ptr<Communicator> communicator) {
+    GradientReducer reducer(communicator, Config::parse("codec=topk:density=0.1 feedback=ef14 exchange=gather min_numel=1"),
+                            {{"w", {8, 10}}, {"rows", {100, 8}}}, {.step_verdict = true});
+    const auto step = [&](float value, bool finite) {
+      std::vector<float> w(80);
+      for (std::size_t i = 0; i < w.size(); ++i) w[i] = value * float(i + 1);
+      reducer.reduce(Ids{0}, host_bytes(w.data(), w.size())).wait();
+      reducer.pass(Ids{1}, "sparse gradient", [finite] { return finite; }, {.dense_bytes = 3200}).wait();
+    };
+    step(1.0f, true);
+    const auto before = reducer.state().parameters.at("w").at("residual");
+    step(2.0f, false);
+    const auto after = reducer.state().parameters.at("w").at("residual");
+    for (std::size_t i = 0; i < after.size(); ++i) ASSERT_EQ(after[i], before[i] + 2.0f * float(i + 1)) << i;  // nothing of it was applied
+    EXPECT_EQ(reducer.stats().nonfinite_steps, 1u);
+    EXPECT_EQ(reducer.stats().dense_bytes, 2.0 * (80 * 4 + 3200));  // two steps, ring of two
+    communicator->barrier();
+  });
+}
+
 TEST(ReducerJoined, SendsNothingKeepsItsStateAndTheDivisorStays) {
   for (const Case& c : kCases)
     for (const int world : {2, 3}) {

@@ -112,7 +112,10 @@ TEST(ReducerPass, CountsForTheStepRunsInOrderAndSaysWhy) {
         Vec w(60, 1.0f), bias(6, 1.0f), sparse(800, 1.0f);
         Work one = reducer.reduce(Ids{2}, host_bytes(bias.data(), 6));
         if (step < 2) {
-          Work two = reducer.pass(Ids{1}, "sparse gradient", [&] { order.push_back(step); });
+          Work two = reducer.pass(Ids{1}, "sparse gradient", [&] {
+            order.push_back(step);
+            return true;
+          });
           two.wait();
         } else {
           reducer.reduce(Ids{1}, host_bytes(sparse.data(), 800)).wait();
