@@ -93,7 +93,7 @@ def run_cpp(code, prefix, scratch):
     body = "\n".join("    " + line for line in code.splitlines() if not line.startswith("#include"))
     (scratch / "fragment.cpp").write_text(FRAGMENT.format(includes=includes, body=body))
     (scratch / "CMakeLists.txt").write_text(PROJECT)
-    run(["cmake", "-S", scratch, "-B", scratch / "build", f"-DCMAKE_PREFIX_PATH={prefix}", "-DCMAKE_BUILD_TYPE=Release"])
+    run(["cmake", "-G", "Ninja", "-S", scratch, "-B", scratch / "build", f"-DCMAKE_PREFIX_PATH={prefix}", "-DCMAKE_BUILD_TYPE=Release"])
     run(["cmake", "--build", scratch / "build"])
     done = run(["mpirun", "-np", "2", scratch / "build" / "fragment"])
     if "step 3, w[last] 0.729" not in done.stdout:  # 0.9^3: a mean of equal gradients is the gradient
