@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -267,12 +270,33 @@ def test_empty_and_odd_gradients() -> None:
         ({"w": torch.ones(3, 2, 2), "b": torch.ones(3, 2, 2, dtype=torch.bfloat16)}, "dtype"),
         ({"w": torch.ones(3, 2, 2), "b": torch.ones(3, 3, 2)}, "3 ranks"),
         ({"w": [1, 2]}, "tensor"),
+        ({"w": torch.ones(1, 1025, 0)}, "1025 ranks"),
+        ({"w": torch.ones(1, 2**40, 0)}, "1099511627776 ranks"),
     ],
 )
 def test_bad_gradients_are_refused(grads: dict, word: str) -> None:
     with pytest.raises(thinwire.Error, match=word) as caught:
         replay("dgc", grads)
     assert caught.value.code == "invalid_argument"
+    assert ".cpp" not in str(caught.value) and "()" not in str(caught.value), "source code is no message"
+
+
+def test_a_machine_without_threads(tmp_path: Path) -> None:
+    """Ranks that could not all be started end; the process does not. Thread stacks are address space, which a limit takes away."""
+    script = """
+import resource, threading, torch, thinwire
+grads = {"w": torch.ones(2, 300, 8, 8)}
+thinwire.replay("dgc min_numel=0", {"w": grads["w"][:, :2].clone()})  # everything is loaded
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20, resource.RLIM_INFINITY))
+try:
+    thinwire.replay("dgc min_numel=0 timeout=60", grads)
+except thinwire.Error as error:
+    print(error.code, error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    assert done.stdout.startswith("unsupported replay: this machine has no thread for rank"), done.stdout
 
 
 def test_bad_config_is_refused() -> None:

@@ -166,8 +166,10 @@ std::shared_ptr<Engine> make_engine(const c10::intrusive_ptr<c10d::Store>& store
   EngineOptions options;
   options.translate = &translate;
   if (loss_scale) {
-    THINWIRE_EXPECTS(loss_scale->device().is_cpu() && loss_scale->scalar_type() == at::kFloat && loss_scale->numel() == 1,
-                     "the grad scaler's scale must be one float32 on the CPU, not on " + loss_scale->device().str());
+    if (!loss_scale->device().is_cpu() || loss_scale->scalar_type() != at::kFloat || loss_scale->numel() != 1) {
+      fail(Errc::invalid_argument, "the grad scaler's scale must be one float32 on the CPU, not " + std::to_string(loss_scale->numel()) +
+                                       " " + c10::toString(loss_scale->scalar_type()) + " on " + loss_scale->device().str());
+    }
     options.loss_scale = *loss_scale;
   }
   const py::gil_scoped_release no_gil;
@@ -177,18 +179,24 @@ std::shared_ptr<Engine> make_engine(const c10::intrusive_ptr<c10d::Store>& store
   return std::make_shared<Engine>(std::move(communicator), config, std::move(parameters), options);
 }
 
-GradientReducer& ready(const Engine& engine, const char* what) {
-  GradientReducer* reducer = engine.reducer();
+GradientReducer& ready(GradientReducer* reducer, const char* what) {
   if (reducer == nullptr)
     fail(Errc::invalid_argument, std::string(what) + ": the parameters are not known before the first step; give named_parameters");
   return *reducer;
 }
 
-/// Runs without the GIL on the reducer, which waits for what is queued.
+/// Runs without the GIL on the reducer, which waits for what is queued; after close() too.
 template <class Call>
-auto unlocked(const Engine& engine, const char* what, Call&& call) {
+auto reading(const Engine& engine, const char* what, Call&& call) {
   const py::gil_scoped_release no_gil;
-  return call(ready(engine, what));
+  return call(ready(engine.reducer(), what));
+}
+
+/// The same, but refused after close().
+template <class Call>
+void changing(const Engine& engine, const char* what, Call&& call) {
+  const py::gil_scoped_release no_gil;
+  call(ready(engine.open_reducer(), what));
 }
 
 /// A Python tensor inside an IValue, as torch's Python hooks give it. Its last owner needs the GIL.
@@ -217,7 +225,7 @@ std::shared_ptr<torch::jit::PythonFutureWrapper> submit(Engine& engine, c10d::Gr
 }
 
 py::dict replay_dict(const Config& config, const py::dict& grads, bool record_payloads) {
-  THINWIRE_EXPECTS(!grads.empty(), "replay: no gradients were given");
+  if (grads.empty()) fail(Errc::invalid_argument, "replay: no gradients were given");
   std::vector<Recording> recordings;
   std::vector<at::Tensor> tensors;
   std::optional<at::ScalarType> type;
@@ -252,7 +260,7 @@ py::dict replay_dict(const Config& config, const py::dict& grads, bool record_pa
   ReplayResult result;
   {
     const py::gil_scoped_release no_gil;
-    result = replay(config, dtype, std::size_t(steps), int(world), recordings, record_payloads);
+    result = replay(config, dtype, std::size_t(steps), world, recordings, record_payloads);
   }
   py::dict mean, dict;
   for (std::size_t p = 0; p < recordings.size(); ++p) {
@@ -352,17 +360,17 @@ void bind_engine(py::module_& m) {
            py::arg("names"), py::arg("loss_scale"))
       .def("submit", &submit, py::arg("bucket"))
       .def("known", [](const Engine& e) { return e.reducer() != nullptr; })
-      .def("step", [](const Engine& e) { return unlocked(e, "step", [](GradientReducer& r) { return r.step(); }); })
-      .def("stats", [](const Engine& e) { return dict_of(unlocked(e, "stats", [](GradientReducer& r) { return r.stats(); })); })
-      .def("state", [](const Engine& e) { return dict_of(unlocked(e, "state_dict", [](GradientReducer& r) { return r.state(); })); })
+      .def("step", [](const Engine& e) { return reading(e, "step", [](GradientReducer& r) { return r.step(); }); })
+      .def("stats", [](const Engine& e) { return dict_of(reading(e, "stats", [](GradientReducer& r) { return r.stats(); })); })
+      .def("state", [](const Engine& e) { return dict_of(reading(e, "state_dict", [](GradientReducer& r) { return r.state(); })); })
       .def("load_state",
            [](const Engine& e, const std::vector<py::dict>& dicts) {
              std::vector<ReducerState> states;
              for (const py::dict& dict : dicts) states.push_back(state_of(dict));
-             unlocked(e, "load_state_dict", [&](GradientReducer& r) { r.load_state(states); });
+             changing(e, "load_state_dict", [&](GradientReducer& r) { r.load_state(states); });
            })
-      .def("flush", [](const Engine& e) { unlocked(e, "flush", [](GradientReducer& r) { r.flush(); }); })
-      .def("reset", [](const Engine& e) { unlocked(e, "reset", [](GradientReducer& r) { r.reset(); }); })
+      .def("flush", [](const Engine& e) { changing(e, "flush", [](GradientReducer& r) { r.flush(); }); })
+      .def("reset", [](const Engine& e) { changing(e, "reset", [](GradientReducer& r) { r.reset(); }); })
       .def(
           "close", [](Engine& e, std::int64_t limit_ms) { e.close(std::chrono::milliseconds(limit_ms)); }, py::arg("limit_ms") = 0,
           py::call_guard<py::gil_scoped_release>());

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "compressors/core/error.hpp"
 
@@ -100,8 +101,14 @@ void Engine::build(std::vector<Parameter> parameters) {
 GradientReducer* Engine::reducer() const {
   if (getpid() != pid_) fail(Errc::invalid_argument, "this hook belongs to the process that made it, not to a forked child");
   const std::lock_guard lock(mutex_);
-  if (closed_) fail(Errc::invalid_argument, "this hook is closed");
   return reducer_.get();
+}
+
+GradientReducer* Engine::open_reducer() const {
+  GradientReducer* reducer = this->reducer();
+  const std::lock_guard lock(mutex_);
+  if (closed_) fail(Errc::invalid_argument, "this hook is closed");
+  return reducer;
 }
 
 void Engine::learn(const std::vector<at::Tensor>& parameters) {
@@ -133,7 +140,7 @@ c10::intrusive_ptr<c10::ivalue::Future> Engine::submit(c10d::GradBucket& bucket,
   if (python) type = c10::PyObjectType::get();
   auto future = c10::make_intrusive<c10::ivalue::Future>(std::move(type));
   try {
-    GradientReducer* reducer = this->reducer();
+    GradientReducer* reducer = open_reducer();
     std::vector<c10::IValue> discarded;  // destroyed here: this thread may take the GIL
     {
       const std::lock_guard lock(mutex_);
@@ -188,12 +195,17 @@ void Engine::start(std::unique_ptr<Pending> pending) {
       fail(Errc::unsupported, "gradients on " + buffer.device().str() + ": this build reduces gradients on the CPU");
     if (buffer.is_sparse() || !dtype) {
       const std::string reason = buffer.is_sparse() ? "sparse gradient" : std::string("dtype ") + c10::toString(buffer.scalar_type());
+      options.dense_bytes = std::size_t(buffer.numel()) * buffer.element_size();
       auto exchange = [this, &bucket] {
         const at::NoGradGuard no_grad;
         at::Tensor sum = bucket.buffer;
         communicator_->last_split()->all_reduce_tensor(sum);
         sum.mul_(1.0 / world());
+        at::Tensor values = sum.is_sparse() ? sum._values() : sum;
+        const bool finite = at::isfinite(values).all().item<bool>();
+        if (!finite) values.fill_(std::numeric_limits<double>::quiet_NaN());  // as in every other bucket
         if (!sum.is_same(bucket.buffer)) bucket.buffer.copy_(sum);
+        return finite;
       };
       reducer_->pass(bucket.ids, reason, std::move(exchange), options);
       return;

@@ -53,8 +53,10 @@ class Engine {
                                                  bool python = false) noexcept;
 
   bool named() const noexcept { return named_; }
-  /// Null until the parameters are known. @throws internal in a forked child, invalid_argument after close.
+  /// Null until the parameters are known. Readable after close() too. @throws invalid_argument in a forked child.
   GradientReducer* reducer() const;
+  /// The same for what goes on. @throws invalid_argument after close() too.
+  GradientReducer* open_reducer() const;
   const Config& config() const noexcept { return config_; }
   int rank() const noexcept { return communicator_->rank(); }
   int world() const noexcept { return communicator_->size(); }

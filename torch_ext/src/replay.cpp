@@ -4,7 +4,9 @@
 #include <exception>
 #include <mutex>
 #include <numeric>
+#include <system_error>
 #include <thread>
+#include <utility>
 
 #include "compressors/core/error.hpp"
 #include "compressors/core/wire.hpp"
@@ -39,10 +41,55 @@ class FirstError {
   std::exception_ptr error_;
 };
 
+/// The ranks' threads. Whatever is thrown while they are being made or joined: those that run are released from one another and joined.
+class Ranks {
+ public:
+  explicit Ranks(int world) {
+    for (auto& communicator : make_loopback(world)) communicators_.push_back(std::move(communicator));
+    threads_.reserve(communicators_.size());
+  }
+  ~Ranks() {
+    if (threads_.empty()) return;
+    for (const auto& communicator : communicators_) communicator->abort("the replay could not start all its ranks");
+    join();
+  }
+  Ranks(const Ranks&) = delete;
+  Ranks& operator=(const Ranks&) = delete;
+
+  template <class Run>
+  void run(Run run) {
+    for (const auto& communicator : communicators_) {
+      const int rank = communicator->rank();
+      try {
+        threads_.emplace_back(run, rank, communicator);
+      } catch (const std::system_error& error) {
+        fail(Errc::unsupported, "replay: this machine has no thread for rank " + std::to_string(rank) + " of " +
+                                    std::to_string(communicators_.size()) + ": " + error.what());
+      }
+    }
+    join();
+  }
+
+ private:
+  void join() {
+    for (std::thread& thread : threads_) thread.join();
+    threads_.clear();
+  }
+  std::vector<std::shared_ptr<Communicator>> communicators_;
+  std::vector<std::thread> threads_;
+};
+
+constexpr int kLargestWorld = 1024;  // a thread each
+
 }  // namespace
 
-ReplayResult replay(const Config& config, DType dtype, std::size_t steps, int world, std::span<const Recording> recordings,
+ReplayResult replay(const Config& config, DType dtype, std::size_t steps, std::int64_t ranks, std::span<const Recording> recordings,
                     bool record_payloads) {
+  if (ranks < 1 || ranks > kLargestWorld) {
+    fail(Errc::invalid_argument, "replay: " + std::to_string(ranks) + " ranks; 1 to " + std::to_string(kLargestWorld) +
+                                     " are possible, as each is a thread of this process");
+  }
+  const int world = int(ranks);
   std::vector<Parameter> parameters;
   std::vector<std::size_t> bytes;  // of one gradient of each parameter
   for (const Recording& recording : recordings) {
@@ -61,49 +108,44 @@ ReplayResult replay(const Config& config, DType dtype, std::size_t steps, int wo
   std::vector<std::uint64_t> received(steps * std::size_t(world));  // hashes of what each rank got
 
   FirstError error;
-  auto communicators = make_loopback(world);
-  std::vector<std::thread> ranks;
-  for (int rank = 0; rank < world; ++rank) {
-    ranks.emplace_back([&, rank, communicator = std::shared_ptr<Communicator>(std::move(communicators[std::size_t(rank)]))]() mutable {
-      try {
-        ReducerOptions options;
-        options.inline_queue = true;
-        if (record_payloads) {
-          options.record_payload = [&, rank](std::uint64_t step, ConstBytes payload) {
-            result.payloads.at(step)[std::size_t(rank)].assign(payload.data, payload.data + payload.size);
-          };
-        }
-        GradientReducer reducer(communicator, config, parameters, std::move(options));
-        std::vector<std::byte> bucket(bucket_bytes);
-        std::uint64_t sent = 0;
-        for (std::size_t step = 0; step < steps; ++step) {
-          const std::size_t slot = step * std::size_t(world) + std::size_t(rank);
-          std::size_t first = 0;
-          for (std::size_t p = 0; p < bytes.size(); ++p) {
-            if (bytes[p] != 0) std::memcpy(bucket.data() + first, recordings[p].data + slot * bytes[p], bytes[p]);
-            first += bytes[p];
-          }
-          reducer.reduce(ids, Bytes{bucket.data(), bucket.size(), dtype, Place::host, 0}).wait();
-          received[slot] = wire::hash_bytes(bucket.data(), bucket.size(), step);
-          const std::uint64_t total = reducer.stats().payload_bytes;
-          result.payload_bytes[slot] = total - sent;
-          sent = total;
-          if (rank != 0) continue;
-          first = 0;
-          for (std::size_t p = 0; p < bytes.size(); ++p) {
-            if (bytes[p] != 0) std::memcpy(result.mean[p].data() + step * bytes[p], bucket.data() + first, bytes[p]);
-            first += bytes[p];
-          }
-        }
-        result.state[std::size_t(rank)] = reducer.state();
-        if (rank == 0) result.stats = reducer.stats();
-      } catch (...) {
-        error.keep(std::current_exception());
-        communicator->abort("another rank of the replay failed");
+  Ranks(world).run([&](int rank, const std::shared_ptr<Communicator>& communicator) {
+    try {
+      ReducerOptions options;
+      options.inline_queue = true;
+      if (record_payloads) {
+        options.record_payload = [&, rank](std::uint64_t step, ConstBytes payload) {
+          result.payloads.at(step)[std::size_t(rank)].assign(payload.data, payload.data + payload.size);
+        };
       }
-    });
-  }
-  for (std::thread& rank : ranks) rank.join();
+      GradientReducer reducer(communicator, config, parameters, std::move(options));
+      std::vector<std::byte> bucket(bucket_bytes);
+      std::uint64_t sent = 0;
+      for (std::size_t step = 0; step < steps; ++step) {
+        const std::size_t slot = step * std::size_t(world) + std::size_t(rank);
+        std::size_t first = 0;
+        for (std::size_t p = 0; p < bytes.size(); ++p) {
+          if (bytes[p] != 0) std::memcpy(bucket.data() + first, recordings[p].data + slot * bytes[p], bytes[p]);
+          first += bytes[p];
+        }
+        reducer.reduce(ids, Bytes{bucket.data(), bucket.size(), dtype, Place::host, 0}).wait();
+        received[slot] = wire::hash_bytes(bucket.data(), bucket.size(), step);
+        const std::uint64_t total = reducer.stats().payload_bytes;
+        result.payload_bytes[slot] = total - sent;
+        sent = total;
+        if (rank != 0) continue;
+        first = 0;
+        for (std::size_t p = 0; p < bytes.size(); ++p) {
+          if (bytes[p] != 0) std::memcpy(result.mean[p].data() + step * bytes[p], bucket.data() + first, bytes[p]);
+          first += bytes[p];
+        }
+      }
+      result.state[std::size_t(rank)] = reducer.state();
+      if (rank == 0) result.stats = reducer.stats();
+    } catch (...) {
+      error.keep(std::current_exception());
+      communicator->abort("another rank of the replay failed");
+    }
+  });
   error.rethrow();
 
   for (std::size_t step = 0; step < steps; ++step) {

@@ -28,8 +28,8 @@ struct ReplayResult {
 };
 
 /// All parameters are one bucket, in the order given. Rank 0's results are returned after they have been compared with every other rank's.
-/// @throws what the reducer throws; internal if two ranks received different bytes.
-ReplayResult replay(const Config& config, DType dtype, std::size_t steps, int world, std::span<const Recording> recordings,
+/// @throws what the reducer throws; invalid_argument for a world that is not 1 to 1024; internal if two ranks received different bytes.
+ReplayResult replay(const Config& config, DType dtype, std::size_t steps, std::int64_t ranks, std::span<const Recording> recordings,
                     bool record_payloads);
 
 }  // namespace thinwire::torch_ext
