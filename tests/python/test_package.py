@@ -33,6 +33,17 @@ def test_public_names() -> None:
     assert info["isa"] in info["isas_built"] and info["torch_found"] == torch.__version__ and info["version"] == thinwire.__version__
 
 
+def test_mpi_is_reported_as_it_was_built() -> None:
+    """The C++ library of the same build tree is the judge: what its MPI transport is compiled against, if there is one."""
+    built = thinwire.build_info()["mpi_built"]
+    assert built is None or [part.isdecimal() for part in built.split(".")] == [True, True]
+    cache = Path(thinwire.__file__).parents[2] / "CMakeCache.txt"
+    if not cache.exists():
+        pytest.skip("an installed package: no build tree to compare with")
+    archive = (cache.parent / "collectives" / "libthinwire_collectives.a").read_bytes()
+    assert (built is not None) == (b"MPI_Comm_split" in archive)
+
+
 def test_forced_instruction_set(tmp_path: Path) -> None:
     import os
 

@@ -12,6 +12,7 @@ except ImportError as error:
     ) from error
 
 from . import errors
+from ._build import MPI as MPI_BUILT
 from ._build import TORCH as TORCH_BUILT
 from ._build import VERSION as VERSION
 

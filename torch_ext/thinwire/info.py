@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import platform
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ._extension import TORCH_BUILT, VERSION, native
+from ._extension import MPI_BUILT, TORCH_BUILT, VERSION, native
 
 
 def build_info() -> dict[str, Any]:
-    """Version, instruction sets in use and built, and the libraries compiled in and found; None where a part is not there."""
+    """Version, instruction sets in use and built, and the libraries compiled in and found; None where a part is not there.
+
+    ``mpi_built``: the MPI standard of the C++ library's transport; ``mpi_found``: the shared library on this machine. ``transports`` are
+    those of the Python package.
+    """
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else None
     return {
         "version": VERSION,
@@ -26,8 +31,8 @@ def build_info() -> dict[str, Any]:
         "cuda_found": torch.version.cuda,
         "nccl_built": None,
         "nccl_found": nccl,
-        "mpi_built": None,
-        "mpi_found": dist.is_mpi_available(),
+        "mpi_built": MPI_BUILT,
+        "mpi_found": ctypes.util.find_library("mpi"),
     }
 
 
