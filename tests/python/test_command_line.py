@@ -72,7 +72,13 @@ def test_check(run: Callable[..., Done], tmp_path: Path) -> None:
 def test_check_refuses(run: Callable[..., Done], tmp_path: Path) -> None:
     done = run("check", "dgc:density=2")
     assert done.returncode == 2 and "density=2 is outside (0, 1]" in done.stderr and done.stdout == ""
-    assert run("check", "dgc", "--world", "0").returncode == 2
+    for flag, value in (("--world", "0"), ("--world", "many"), ("--world", str(2**31)), ("--numel", str(2**64)), ("--numel", "1e6")):
+        done = run("check", "dgc", flag, value)
+        assert done.returncode == 2 and f"{value} is not a whole number from 1 to" in done.stderr, done
+    done = run("check", "dgc", "--numel", "99999999999")
+    assert done.returncode == 2 and "numel=99999999999 is too large" in done.stderr and ".cpp" not in done.stderr
+    assert run("check", "dgc", "--numel", str(2**32 - 1)).returncode == 0
+    assert run("check", "codec=none", "--numel", "99999999999").returncode == 0
     assert run("fly").returncode == 2
     assert run().returncode == 2
 
@@ -102,7 +108,7 @@ def test_replay_refuses(run: Callable[..., Done], tmp_path: Path) -> None:
         (("dgc", "bad.npz"), 2),
         (("dgc", "bad.txt"), 2),
         (("dgc:density=9", "flat.npz"), 2),
-        (("dgc", "flat.npz"), 1),
+        (("dgc", "flat.npz"), 2),
         (("dgc", "flat.npz", "--plot", "a.txt"), 2),
     ):
         done = run("replay", *arguments)

@@ -1,6 +1,7 @@
 #include "torch_ext/src/estimate.hpp"
 
 #include <algorithm>
+#include <limits>
 #include <span>
 
 #include "collectives/bucket_plan.hpp"
@@ -12,7 +13,7 @@
 namespace thinwire::torch_ext {
 
 std::vector<Estimate> estimate(const Config& config, std::uint64_t numel, int world) {
-  THINWIRE_EXPECTS(world >= 1, "world=" + std::to_string(world) + " is not a number of ranks");
+  if (world < 1) fail(Errc::invalid_argument, "world=" + std::to_string(world) + " is not a number of ranks");
   const auto codec = make_codec(config);
   const auto policy = make_policy(config);
   const double n = world, raw = 4.0 * double(numel), ring = raw * 2 * (n - 1) / n;
@@ -27,6 +28,9 @@ std::vector<Estimate> estimate(const Config& config, std::uint64_t numel, int wo
   std::vector<Estimate> stages;
   if (config.start_step() > 0 || !codec) stages.push_back(whole_dense(codec ? "dense start" : "dense", 0));
   if (!codec) return stages;
+  if (numel > std::numeric_limits<std::uint32_t>::max())
+    fail(Errc::invalid_argument,
+         "numel=" + std::to_string(numel) + " is too large: a compressed parameter has at most 4294967295 elements");
   if (numel < config.min_numel()) {
     stages.push_back(passenger("dense beside a payload, below min_numel", config.start_step()));
     return stages;

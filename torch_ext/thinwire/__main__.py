@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ._extension import VERSION, native
 from .config import Config
-from .errors import ConfigError, Error
+from .errors import ArgumentError, ConfigError, Error
 from .info import build_info, machine
 from .replay import Replay, replay
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.json:
             outcome = {"command": arguments.verb, "version": VERSION, "machine": machine(), "rows": rows}
             Path(arguments.json).write_text(json.dumps(outcome, indent=1) + "\n")
-    except (ConfigError, _Refused) as error:
+    except (ConfigError, ArgumentError, _Refused) as error:
         print(f"thinwire {arguments.verb}: {error}", file=sys.stderr)
         return 2
     except (Error, OSError) as error:
@@ -68,9 +68,13 @@ def _parser() -> argparse.ArgumentParser:
     check = verb("check", _check, "print a configuration in full, the bytes it will send and what they cost", grammar)
     check.add_argument("config", metavar="CONFIG")
     check.add_argument(
-        "--numel", type=_positive, default=1 << 20, metavar="N", help="elements of a tensor of two dimensions (default %(default)s)"
+        "--numel",
+        type=lambda text: _count(text, 2**60),
+        default=1 << 20,
+        metavar="N",
+        help="elements of a tensor of two dimensions (default %(default)s)",
     )
-    check.add_argument("--world", type=_positive, default=8, metavar="W", help="ranks (default %(default)s)")
+    check.add_argument("--world", type=lambda text: _count(text, 2**20), default=8, metavar="W", help="ranks (default %(default)s)")
     rerun = verb("replay", _replay, "run a configuration over recorded gradients, ranks as threads", _REPLAY_FILE + grammar)
     rerun.add_argument("config", metavar="CONFIG")
     rerun.add_argument("file", metavar="FILE", help="gradients: .safetensors or .npz")
@@ -81,10 +85,9 @@ def _parser() -> argparse.ArgumentParser:
 _REPLAY_FILE = "FILE holds one array per parameter, name -> (steps, world, *shape), all fp32, all bf16 or all fp16:\n  numpy.savez('gradients.npz', **arrays)\n\n"
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+def _count(text: str, most: int) -> int:
+    if not text.isdecimal() or not 1 <= (value := int(text)) <= most:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to {most}")
     return value
 
 
