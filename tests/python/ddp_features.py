@@ -456,6 +456,82 @@ def torch_convention_sparse(rank: int, world: int) -> None:
         torch.testing.assert_close(ddp.module.words.weight.grad.to_dense(), rows, rtol=world * 2.0**-23, atol=1e-9)
 
 
+@feature
+def sparse_overflow_under_a_scaler(rank: int, world: int) -> None:
+    """An Inf among rank 0's sparse rows alone: the whole step is taken back, as if its gradients had only been added to the residuals."""
+    ddp = DistributedDataParallel(Words())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=100)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    config = "codec=topk:density=0.1,select=exact feedback=ef14 exchange=gather min_numel=0 timeout=60"
+    state = thinwire.attach(ddp, config, optimizer, grad_scaler=scaler)
+    for step in range(4):
+        bad = step == 2
+        torch.manual_seed(100 * step + rank)
+        x = torch.randint(0, 50, (6,))
+        plain = copy.deepcopy(ddp.module)
+        plain.zero_grad()
+        plain(x).square().mean().backward()
+        before = state.state_dict()["parameters"]["out.weight"]["residual"]
+        weights = [p.detach().clone() for p in ddp.parameters()]
+        optimizer.zero_grad()
+        scale = scaler.get_scale()
+        scaled = scaler.scale(ddp(x).square().mean())
+        if bad and rank == 0:
+            handle = ddp.module.words.weight.register_hook(lambda g: torch.sparse_coo_tensor(g._indices(), g._values() * torch.inf, g.shape))
+        scaled.backward()
+        if bad and rank == 0:
+            handle.remove()
+        received = {name: p.grad for name, p in ddp.module.named_parameters()}
+        assert bool(torch.isfinite(received["words.weight"]._values()).all()) != bad
+        if bad:
+            assert torch.isnan(received["words.weight"]._values()).all()
+            # 2^10 scales exactly, so that e + g is rounded as the engine rounds it; nothing of it was sent.
+            held = state.state_dict()["parameters"]["out.weight"]["residual"]
+            assert scale == 2.0**10 and torch.equal(held, before + plain.out.weight.grad), "what was sent did not return"
+        else:
+            assert torch.isfinite(received["out.weight"]).all()
+        scaler.step(optimizer)
+        scaler.update()
+        assert all(torch.equal(a, b) for a, b in zip(weights, ddp.parameters())) == bad
+        replicas_equal(ddp)
+    stats = state.stats()
+    assert stats["nonfinite_steps"] == 1 and state.step == 4
+    dense = 4 * sum(p.numel() * 4 for p in ddp.parameters()) * 2 * (world - 1) / world
+    # A sum of doubles over a dozen buckets: far below 2^-40 of it.
+    assert abs(stats["dense_bytes"] - dense) <= dense * 2.0**-40, "sparse gradients count as what a dense reduction would have sent"
+
+
+@feature
+def a_refused_hook_is_not_counted(rank: int, world: int) -> None:
+    """One rank's call is refused for a reason that the others do not have; corrected, it meets them."""
+    oracle = Oracle(world)
+    ddp = DistributedDataParallel(mlp())
+    named = list(ddp.module.named_parameters())
+    other = nn.Parameter(torch.zeros(2, 2))
+    cases = [
+        ([*named, ("again", named[0][1])], "under another name"),
+        ([*named, (named[0][0], other)], "two parameters"),
+        ([], "no parameter"),
+        ([("only", 3)], "pairs"),
+    ]
+    for wrong, word in cases if rank == 0 else []:
+        try:
+            thinwire.HookState(oracle.config, named_parameters=wrong)
+        except thinwire.Error as error:
+            assert word in str(error) and error.code == "invalid_argument", str(error)
+        else:
+            raise AssertionError(f"taken, although {word}")
+    scaler = torch.amp.GradScaler("cpu")
+    scaler._scale = torch.ones(2)
+    try:
+        if rank == 0:
+            thinwire.HookState(oracle.config, named_parameters=named, grad_scaler=scaler)
+    except thinwire.Error as error:
+        assert "one float32" in str(error) and error.code == "invalid_argument", str(error)
+    ddp.register_comm_hook(thinwire.HookState(oracle.config, named_parameters=named), thinwire.hook)
+    train(ddp, oracle, range(2))
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -555,6 +631,11 @@ def bad_checkpoints(rank: int, world: int) -> None:
         change(bad)
         return bad
 
+    malformed: list[tuple[str, Any]] = [
+        ("format", None), ("step", "x"), ("step", -1), ("step", 2**64), ("step", True), ("step", 1.5), ("step", None), ("world", "2"),
+        ("world", 0), ("world", 2**31), ("rank", -1), ("rank", None), ("config", None), ("config", b"dgc"), ("started", 1),
+        ("started", None), ("nonfinite_steps", "x"), ("nonfinite_steps", -1), ("parameters", None), ("parameters", []),
+    ]  # fmt: skip
     cases = [
         (broken(lambda s: s["parameters"].pop("2.weight")), "2.weight"),
         (broken(lambda s: s["parameters"].update({"99.weight": {}})), "99.weight"),
@@ -565,6 +646,15 @@ def bad_checkpoints(rank: int, world: int) -> None:
         ([], "empty"),
         ([good] * (world + 1), "state"),
         ({"weights": 1}, "parameters"),
+        (None, "NoneType"),
+        ("state", "str"),
+        ([good, None], "NoneType"),
+        *((broken(lambda s, key=key, value=value: s.update({key: value})), key) for key, value in malformed),
+        (broken(lambda s: s["parameters"].update({"2.weight": None})), "2.weight"),
+        (broken(lambda s: s["parameters"].update({7: {}})), "7"),
+        (broken(lambda s: s["parameters"]["2.weight"].update(momentum=[1.0])), "2.weight.momentum"),
+        (broken(lambda s: s["parameters"]["2.weight"].update(momentum=torch.zeros(24, 24).to_sparse())), "2.weight.momentum"),
+        (broken(lambda s: s["parameters"]["2.weight"].update(momentum=torch.zeros(24, 24, dtype=torch.complex64))), "2.weight.momentum"),
     ]
     for bad, word in cases:
         try:
@@ -573,6 +663,12 @@ def bad_checkpoints(rank: int, world: int) -> None:
             assert word in str(error) and error.code == "invalid_argument", f"{word}: {error}"
         else:
             raise AssertionError(f"a state without {word} was taken")
+    try:  # one rank's file alone is bad: the others do not go on with theirs, nor wait for it
+        state.load_state_dict(broken(lambda s: s.update(step="x")) if rank == 0 else good)
+    except thinwire.Error as error:
+        assert error.code == "invalid_argument" and ("step='x'" if rank == 0 else "rank 0 refused") in str(error), str(error)
+    else:
+        raise AssertionError("a state was taken that rank 0 refused")
     train(ddp, oracle, range(2, 4))  # nothing changed
 
 
@@ -658,6 +754,7 @@ def refusals(rank: int, world: int) -> None:
     ddp = DistributedDataParallel(mlp())
     dgc = thinwire.Config.parse(oracle.config)
     sgd, parameters = torch.optim.SGD, list(ddp.parameters())
+    refused("no momentum", lambda: thinwire.attach(ddp, "codec=none", thinwire.optim.DGCSGD(parameters, 0.1)))
     refused("second time", lambda: thinwire.attach(ddp, dgc, sgd(parameters, 0.1, momentum=0.9)))
     refused("Adam", lambda: thinwire.attach(ddp, dgc, torch.optim.Adam(parameters)))
     refused("same", lambda: thinwire.attach(ddp, dgc, thinwire.optim.DGCSGD(parameters, 0.1, momentum=0.9, weight_decay=0.1)))
@@ -698,8 +795,21 @@ def closing(rank: int, world: int) -> None:
     ddp = DistributedDataParallel(mlp())
     state = thinwire.attach(ddp, oracle.config)
     train(ddp, oracle, range(2))
+    before = (state.step, state.stats(), state.state_dict())
     state.close()
     state.close()
+    held = state.state_dict()
+    assert (state.step, state.stats()) == before[:2] and state.step == 2, "what was learnt is lost"
+    for name, arrays in before[2]["parameters"].items():
+        assert all(torch.equal(value, held["parameters"][name][key]) for key, value in arrays.items()), name
+    assert copy.deepcopy(state).step == 2
+    for change in (state.flush, state.reset, lambda: state.load_state_dict(held)):
+        try:
+            change()
+        except thinwire.Error as error:
+            assert "closed" in str(error) and error.code == "invalid_argument", str(error)
+        else:
+            raise AssertionError("a closed hook was changed")
     for _ in range(2):  # an error in the future, not in the engine: DDP stays usable
         try:
             loss_of(ddp, batch(rank, 0)).backward()

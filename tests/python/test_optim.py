@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+import thinwire
+from thinwire.hook import _check_optimizer
 from thinwire.optim import DGCSGD
 
 
@@ -56,6 +58,16 @@ def test_closure_and_sparse_gradients() -> None:
     optimizer.param_groups[0]["weight_decay"] = 0.1
     with pytest.raises(RuntimeError, match="sparse"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("config", ["codec=none", "codec=topk:density=0.1 feedback=ef14", "codec=topk:density=0.1 feedback=none"])
+def test_without_dgc_there_is_no_momentum(config: str) -> None:
+    parsed, parameters = thinwire.Config.parse(config), [torch.nn.Parameter(torch.ones(2))]
+    with pytest.raises(thinwire.errors.ArgumentError, match="no momentum") as caught:
+        _check_optimizer(parsed, DGCSGD(parameters, 0.1))
+    assert f"feedback={parsed.feedback}" in str(caught.value)
+    _check_optimizer(parsed, torch.optim.SGD(parameters, 0.1, momentum=0.9))
+    _check_optimizer(thinwire.Config.parse("dgc"), DGCSGD(parameters, 0.1))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ._extension import native
 from .config import Config
-from .errors import ArgumentError, UnsupportedError
+from .errors import ArgumentError, Error, UnsupportedError
 from .optim import DGCSGD
 from .replay import shaped
 
@@ -57,7 +58,8 @@ class HookState:
         scale = _scale_of(grad_scaler)
         group = _group(process_group)
         store = group.get_group_store()
-        # Numbers the hooks of this group: every rank counts its own, all in the same order.
+        # Numbers the hooks of this group: every rank counts its own, all in the same order. A refused call is not counted: whoever corrects
+        # it meets the peers that wait for it.
         nth = store.add(f"thinwire/hooks/{group.rank()}", 1)
         self._engine = native.Engine(store, f"thinwire/{nth}", group.rank(), group.size(), self._config, named, scale)
         # Exit must not find a thread of ours at work; no Python object is needed for it any more.
@@ -112,12 +114,14 @@ class HookState:
         shapes = self._shapes
         if shapes is None:
             raise ArgumentError("this HookState was made without named_parameters, so it cannot tell whose state it is given")
-        states = [state] if isinstance(state, Mapping) else list(state)
-        if not states:
-            raise ArgumentError("load_state_dict: an empty sequence of states")
-        for one in states:
-            _check_state(one, shapes)
-        engine.load_state([dict(one) for one in states])
+        try:
+            states = _checked_states(state, shapes)
+        except ArgumentError:
+            # The peers compare what they are about to load: an empty list tells them that this rank refuses, so that they do too.
+            with contextlib.suppress(Error):
+                engine.load_state([])
+            raise
+        engine.load_state(states)
 
     def flush(self) -> None:
         """Makes the next synchronised step dense, so that it empties the residuals. Call it on all ranks."""
@@ -128,7 +132,7 @@ class HookState:
         self._live("reset").reset()
 
     def close(self) -> None:
-        """Ends the hook's thread and group; idempotent. A backward pass with a closed hook raises."""
+        """Ends the hook's thread and group; idempotent. A backward pass with a closed hook raises; step, stats() and state_dict() stay."""
         if self._kept is None:
             self._finalizer()
 
@@ -212,14 +216,23 @@ def _group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
 
 
 def _named(pairs: Iterable[tuple[str, torch.nn.Parameter]]) -> list[tuple[str, torch.nn.Parameter]]:
+    """All that is wrong with one rank's pairs alone is found here, before the group hears of the hook."""
     named: list[tuple[str, torch.nn.Parameter]] = []
+    first: dict[int, str] = {}
     for pair in pairs:
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], torch.Tensor)):
             raise ArgumentError(
                 f"named_parameters must yield (name, parameter) pairs as model.named_parameters() does, not {type(pair).__name__}"
             )
-        if pair[1].requires_grad:
-            named.append(pair)
+        if not pair[1].requires_grad:
+            continue
+        if pair[0] in first.values():
+            raise ArgumentError(f"named_parameters: two parameters are called {pair[0]!r}")
+        if first.setdefault(id(pair[1]), pair[0]) != pair[0]:
+            raise ArgumentError(f"named_parameters: {pair[0]!r} is {first[id(pair[1])]!r} under another name; name tied parameters once")
+        named.append(pair)
+    if not named:
+        raise ArgumentError("named_parameters: there is no parameter that requires gradients")
     return named
 
 
@@ -236,13 +249,16 @@ def _scale_of(grad_scaler: Any) -> torch.Tensor | None:
     if grad_scaler is None or not grad_scaler.is_enabled():
         return None
     try:
-        if (
-            grad_scaler._scale is None
-        ):  # made by the first scale(), then the same tensor for ever: make it now, so that the hook can read it without Python
+        # Made by the first scale(), then the same tensor for ever: make it now, so that the hook can read it without Python.
+        if grad_scaler._scale is None:
             grad_scaler._lazy_init_scale_growth_tracker(torch.device("cpu"))
-        return grad_scaler._scale
+        scale = grad_scaler._scale
     except AttributeError as error:
         raise UnsupportedError(f"grad_scaler is a {type(grad_scaler).__name__}, which is no torch.amp.GradScaler") from error
+    if not isinstance(scale, torch.Tensor) or scale.device.type != "cpu" or scale.dtype != torch.float32 or scale.numel() != 1:
+        what = f"{scale.numel()} {scale.dtype} on {scale.device}" if isinstance(scale, torch.Tensor) else type(scale).__name__
+        raise ArgumentError(f"grad_scaler: its scale must be one float32 on the CPU, as torch.amp.GradScaler('cpu') has it, not {what}")
+    return scale
 
 
 def _check_model(ddp: Any) -> None:
@@ -271,6 +287,11 @@ def _check_model(ddp: Any) -> None:
 
 def _check_optimizer(config: Config, optimizer: Any) -> None:
     if not config.feedback.startswith("dgc"):
+        if isinstance(optimizer, DGCSGD):
+            raise ArgumentError(
+                f"DGCSGD leaves the gradients' momentum to the hook, but feedback={config.feedback} with codec={config.codec} applies none: "
+                "the training would have no momentum at all. Use torch.optim.SGD(params, lr, momentum=...), or a config with feedback=dgc"
+            )
         return
     keys = config.keys_of("feedback")
     momentum, nesterov = float(keys["momentum"]), bool(float(keys["nesterov"]))
@@ -295,16 +316,43 @@ def _check_optimizer(config: Config, optimizer: Any) -> None:
             )
 
 
+def _checked_states(states: Any, shapes: Mapping[str, torch.Size]) -> list[dict[str, Any]]:
+    """@raises ArgumentError naming the key that is wrong."""
+    if isinstance(states, Mapping):
+        states = [states]
+    if not isinstance(states, Sequence) or isinstance(states, (str, bytes)):
+        raise ArgumentError(f"load_state_dict: a state_dict() or a sequence of them is needed, not a {type(states).__name__}")
+    if not states:
+        raise ArgumentError("load_state_dict: an empty sequence of states")
+    for one in states:
+        if not isinstance(one, Mapping):
+            raise ArgumentError(f"load_state_dict: a sequence of state_dict()s is needed, but it holds a {type(one).__name__}")
+        _check_state(one, shapes)
+    return [{**one, "parameters": {name: dict(arrays) for name, arrays in one["parameters"].items()}} for one in states]
+
+
 def _check_state(state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> None:
     missing = [key for key in ("format", "step", "world", "rank", "config", "started", "nonfinite_steps", "parameters") if key not in state]
     if missing:
         raise ArgumentError(f"load_state_dict: this is no state of a HookState: {', '.join(missing)} missing")
     if state["format"] != _FORMAT:
-        raise ArgumentError(f"load_state_dict: a state of format {state['format']}; this version reads format {_FORMAT}")
+        raise ArgumentError(f"load_state_dict: a state of format {state['format']!r}; this version reads format {_FORMAT}")
+    for key, least, most in (("step", 0, 2**63 - 1), ("nonfinite_steps", 0, 2**63 - 1), ("world", 1, 2**31 - 1), ("rank", 0, 2**31 - 1)):
+        value = state[key]
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise ArgumentError(f"load_state_dict: {key}={value!r} is not a whole number from {least} to {most}")
+    for key, kind in (("config", str), ("started", bool), ("parameters", Mapping)):
+        if not isinstance(state[key], kind):
+            raise ArgumentError(f"load_state_dict: {key} must be a {kind.__name__}, not a {type(state[key]).__name__}")
     for name, arrays in state["parameters"].items():
+        if not isinstance(name, str) or not isinstance(arrays, Mapping):
+            raise ArgumentError(f"load_state_dict: parameters[{name!r}] must be a Mapping under a name, not a {type(arrays).__name__}")
         for key, value in arrays.items():
-            if not isinstance(value, torch.Tensor):
+            if not isinstance(key, str) or not isinstance(value, torch.Tensor):
                 raise ArgumentError(f"load_state_dict: {name}.{key} is a {type(value).__name__}, not a tensor")
+            if value.layout != torch.strided or not value.is_floating_point():
+                what = f"{value.dtype}, {value.layout}"
+                raise ArgumentError(f"load_state_dict: {name}.{key} is {what}; dense floating-point numbers are needed")
             if name in shapes and value.dim() > 0 and shaped({key: value.reshape(-1)}, shapes[name])[key].shape != value.shape:
                 raise ArgumentError(f"load_state_dict: {name}.{key} has shape {tuple(value.shape)}, the parameter {tuple(shapes[name])}")
 
