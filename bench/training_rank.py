@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "launch"))
 import data as datasets
 import model as network
+from options import with_timeout
 import ranks
 import thinwire
 
@@ -51,7 +52,7 @@ class Variant:
             self.power = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=4, start_powerSGD_iter=2)
             self.ddp.register_comm_hook(self.power, powerSGD_hook.powerSGD_hook)
         elif config not in ("compute alone", "dense"):
-            parsed = thinwire.Config.parse(config)
+            parsed = thinwire.Config.parse(with_timeout(config, options.timeout))
             if parsed.feedback.startswith("dgc"):
                 self.optimizer = thinwire.optim.DGCSGD(self.model.parameters(), lr=0.01)
             self.state = thinwire.attach(self.ddp, parsed, self.optimizer)

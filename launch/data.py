@@ -1,7 +1,8 @@
 """The images that examples and measurements train on, always 28 x 28 grey bytes with labels 0 to 9.
 
 Looked for in this order: `--data DIR` with the four idx files of Fashion-MNIST or MNIST (gzipped or not), Debian's package
-dataset-fashion-mnist, the handwritten digits that come with scikit-learn. `Dataset.source` says which one it became.
+dataset-fashion-mnist, the handwritten digits that come with scikit-learn (launch/setup exports them for the C++ trainer, which
+looks in the same order). `Dataset.source` says which one it became.
 
     python launch/data.py                   says what would be used
     python launch/data.py --export DIR      writes it as idx files, which the C++ trainer reads with --data DIR

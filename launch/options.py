@@ -16,6 +16,12 @@ def number(kind: type, least: float, most: float = float("inf")):
     return parse
 
 
+def with_timeout(config: str, seconds: float) -> str:
+    """`config` with timeout=`seconds`, unless it has a timeout of its own: the hook's collectives are to give up when the process group's do."""
+    given = any(word.startswith("timeout=") for word in config.split())
+    return config if given else f"{config} timeout={seconds:g}"
+
+
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     """What quickstart and its ranks have in common."""
     parser.add_argument("--epochs", type=number(int, 1), default=3, metavar="N", help="default 3")
@@ -26,4 +32,4 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="of the initial parameters and of the order of the images")
     parser.add_argument("--data", metavar="DIR", help="folder with the four idx files of Fashion-MNIST or MNIST, gzipped or not")
     parser.add_argument("--subset", type=number(int, 0), default=0, metavar="N", help="train on the first N images and test on the first N / 5; default: all")
-    parser.add_argument("--timeout", type=number(float, 1), default=120, metavar="S", help="seconds after which a silent peer is an error; default 120")
+    parser.add_argument("--timeout", type=number(float, 1), default=120, metavar="S", help="seconds after which a silent peer is an error; default 120; a timeout in the config counts for the hook")

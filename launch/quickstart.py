@@ -45,24 +45,21 @@ class Run:
     def __init__(self, label: str, config: str) -> None:
         self.label, self.config = label, config
         self.full_config = config or "codec=none"
-        self.steps: list[tuple[int, float]] = []  # (step, loss of rank 0)
-        self.bytes: list[tuple[int, int]] = [(0, 0)]  # (step, bytes that left a rank)
-        self.tests: list[tuple[int, float]] = []  # (step, accuracy)
+        self.losses: list[tuple[int, int, float]] = []  # (step, bytes that left rank 0 so far, its loss)
+        self.tests: list[tuple[int, int, float]] = []  # (step, bytes, accuracy)
         self.rows: list[dict] = []
 
     def take(self, word: dict) -> None:
         kind = word.pop("event")
-        if "wire_bytes" in word:
-            self.bytes.append((word.get("step", word.get("steps")), word["wire_bytes"]))
         if kind == "start":
             self.source, self.parameters, self.total = word["source"], word["parameters"], word["steps"]
             self.full_config = word["config"] or self.full_config
         elif kind == "step":
-            self.steps.append((word["step"], word["loss"]))
+            self.losses.append((word["step"], word["wire_bytes"], word["loss"]))
         elif kind == "test":
-            self.tests.append((word["step"], word["accuracy"]))
+            self.tests.append((word["step"], word["wire_bytes"], word["accuracy"]))
         elif kind == "epoch":
-            self.tests.append((word["steps"], word["accuracy"]))
+            self.tests.append((word["steps"], word["wire_bytes"], word["accuracy"]))
             self.rows.append({"config": self.config or "codec=none", "label": self.label, **word})
 
 
@@ -125,22 +122,18 @@ def plot(runs: list[Run], path: pathlib.Path) -> None:
 
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained", sharey="row")
     for run in runs:
-        at, values = numpy.array(run.bytes, dtype=float).T
-        losses = numpy.array(run.steps)
+        losses, tests = numpy.array(run.losses, dtype=float), numpy.array(run.tests, dtype=float)
         width = max(1, len(losses) // 60)
-        smooth = numpy.convolve(losses[:, 1], numpy.ones(width) / width, "valid")
-        steps = losses[width - 1 :, 0]
-        tests = numpy.array(run.tests)
-        for row, (x, y, mark) in enumerate(((steps, smooth, None), (tests[:, 0], tests[:, 1] * 100, "o"))):
-            axes[row][0].plot(x, y, label=run.label, marker=mark, markersize=3)
-            axes[row][1].plot(numpy.interp(x, at, values) / 1e6, y, label=run.label, marker=mark, markersize=3)
+        smooth = numpy.convolve(losses[:, 2], numpy.ones(width) / width, "valid")
+        for row, (at, y, mark) in enumerate(((losses[width - 1 :], smooth, None), (tests, tests[:, 2] * 100, "o"))):
+            axes[row][0].plot(at[:, 0], y, label=run.label, marker=mark, markersize=3)
+            axes[row][1].plot(at[:, 1] / 1e6, y, label=run.label, marker=mark, markersize=3)
     for row, name in enumerate(("training loss (running mean)", "test accuracy, %")):
         axes[row][0].set_ylabel(name)
         for column in (0, 1):
             axes[row][column].grid(alpha=0.3)
-    axes[1][0].set_xlabel("steps")
-    axes[1][1].set_xlabel("MB sent per rank")
-    if runs[0].bytes[-1][1] > 0:  # one rank alone sends nothing
+            axes[row][column].set_xlabel(("steps", "MB sent per rank")[column])
+    if runs[0].tests[-1][1] > 0:  # one rank alone sends nothing
         for row in (0, 1):
             axes[row][1].set_xscale("log")
     axes[0][0].legend(fontsize=8)
@@ -156,6 +149,7 @@ def main() -> int:
     import ranks
     import report
     import thinwire
+    import torch
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -171,8 +165,9 @@ def main() -> int:
         plot(runs, picture)
         console.print(f"picture: {picture}", soft_wrap=True)
         if options.json:
+            about = report.machine(isa=thinwire.build_info()["isa"], torch=torch.__version__.partition("+")[0], link=options.link, batch=options.batch, lr=options.lr)
             rows = [row | {"full_config": run.full_config, "data": run.source} for run in runs for row in run.rows]
-            report.write(options.json, " ".join(["./launch/quickstart", *sys.argv[1:]]), report.machine(link=options.link, batch=options.batch, lr=options.lr), rows)
+            report.write(options.json, " ".join(["./launch/quickstart", *sys.argv[1:]]), about, rows)
             console.print(f"rows: {options.json}", soft_wrap=True)
     except thinwire.ConfigError as error:
         print(f"quickstart: {error}", file=sys.stderr)

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 import data as datasets
 import model as network
-from options import add_training_options
+from options import add_training_options, with_timeout
 import ranks
 
 QUICK_TEST = 2000  # images of an evaluation within an epoch
@@ -54,7 +54,7 @@ class Trainer:
         if options.config:
             import thinwire
 
-            config = thinwire.Config.parse(options.config)
+            config = thinwire.Config.parse(with_timeout(options.config, options.timeout))
             # Momentum correction brings the momentum into the hook: an optimizer with its own would apply it twice.
             if config.feedback.startswith("dgc"):
                 self.optimizer = thinwire.optim.DGCSGD(self.model.parameters(), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
@@ -111,8 +111,7 @@ class Trainer:
             loss = self.step(order[first : first + self.world * self.options.batch : self.world])
             loss_sum += loss
             if self.options.events and self.rank == 0:
-                counted = self.bytes_so_far() if self.done % 20 == 1 else {}  # counting waits for the hook's queue: not at every step
-                ranks.emit("step", step=self.done, loss=loss, **counted)
+                ranks.emit("step", step=self.done, loss=loss, **self.bytes_so_far())  # counted at every step, outside the seconds
             if step + 1 in quick and step + 1 < self.epoch_steps:
                 accuracy = self.accuracy(min(QUICK_TEST, len(self.test_images)))
                 if self.rank == 0:

@@ -3,6 +3,7 @@
 #include <zlib.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <filesystem>
 #include <memory>
 
@@ -74,16 +75,25 @@ Images load_part(const std::string& folder, const std::string& part) {
   return images;
 }
 
+/// Where launch/setup writes scikit-learn's digits.
+std::string digits_folder() {
+  const char *cache = std::getenv("XDG_CACHE_HOME"), *home = std::getenv("HOME");
+  if (cache != nullptr && *cache != 0) return std::string(cache) + "/thinwire/digits";
+  return std::string(home != nullptr ? home : "") + "/.cache/thinwire/digits";
+}
+
 }  // namespace
 
 Dataset load_dataset(const std::string& folder) {
-  const bool given = !folder.empty();
-  THINWIRE_EXPECTS(given || std::filesystem::is_directory(kDebianFolder),
-                   "no data: the Debian package dataset-fashion-mnist is not installed and --data names no folder; "
-                   "`python launch/data.py --export DIR` writes a substitute for --data DIR");
-  const std::string& from = given ? folder : kDebianFolder;
-  return {given ? "idx files in " + folder : "Fashion-MNIST (Debian package dataset-fashion-mnist)", load_part(from, "train"),
-          load_part(from, "t10k")};
+  const auto load = [](const std::string& source, const std::string& from) {
+    return Dataset{source, load_part(from, "train"), load_part(from, "t10k")};
+  };
+  if (!folder.empty()) return load("idx files in " + folder, folder);
+  if (std::filesystem::is_directory(kDebianFolder)) return load("Fashion-MNIST (Debian package dataset-fashion-mnist)", kDebianFolder);
+  const std::string digits = digits_folder();
+  THINWIRE_EXPECTS(std::filesystem::is_directory(digits), "no data: the Debian package dataset-fashion-mnist is not installed, " + digits +
+                                                              " is not there (launch/setup writes it) and --data names no folder");
+  return load("scikit-learn's digits (Fashion-MNIST is not installed)", digits);
 }
 
 }  // namespace thinwire::launch

@@ -19,7 +19,8 @@ struct Dataset {
 };
 
 /// Reads train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, gzipped (.gz) or not, from
-/// `folder`; if it is empty, from Debian's package dataset-fashion-mnist.
+/// `folder`; if it is empty, from Debian's package dataset-fashion-mnist, or from the folder thinwire/digits of $XDG_CACHE_HOME
+/// (~/.cache), where launch/setup writes scikit-learn's digits if the package is missing.
 /// @throws Error{invalid_argument} naming the file: missing, truncated, not idx, other sizes, labels above 9.
 Dataset load_dataset(const std::string& folder);
 

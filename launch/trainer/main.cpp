@@ -13,10 +13,12 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <ostream>
-#include <thread>
+#include <sstream>
+#include <string>
 
 #include "launch/trainer/buckets.hpp"
 #include "launch/trainer/idx.hpp"
+#include "launch/trainer/machine.hpp"
 #include "launch/trainer/model.hpp"
 #include "launch/trainer/sgd.hpp"
 #include "thinwire/thinwire.hpp"
@@ -29,8 +31,19 @@ struct Options {
   std::string config = "codec=none", data, json;
   std::int64_t epochs = 3, batch = 64, subset = 0, bucket_kb = 1024;
   std::uint64_t seed = 0;
-  double lr = 0.05, momentum = 0.9, weight_decay = 0;
+  double lr = 0.05, momentum = 0.9, weight_decay = 0, timeout = 120;
 };
+
+/// `config` with a timeout slot, unless it has one of its own.
+Config with_timeout(const std::string& config, double seconds) {
+  std::istringstream words(config);
+  for (std::string word; words >> word;) {
+    if (word.starts_with("timeout=")) return Config::parse(config);
+  }
+  std::ostringstream whole;
+  whole << config << " timeout=" << seconds;
+  return Config::parse(whole.str());
+}
 
 void declare(CLI::App& app, Options& o) {
   app.add_option("--config", o.config, "thinwire configuration, such as dgc:density=0.01")->capture_default_str();
@@ -44,12 +57,17 @@ void declare(CLI::App& app, Options& o) {
       ->capture_default_str();
   app.add_option("--weight-decay", o.weight_decay)->check(CLI::Range(0.0, 1e6))->capture_default_str();
   app.add_option("--seed", o.seed, "of the initial parameters and of the order of the images")->capture_default_str();
-  app.add_option("--data", o.data, "folder with the four idx files; default: Debian's package dataset-fashion-mnist")->type_name("DIR");
+  app.add_option("--data", o.data,
+                 "folder with the four idx files; default: Debian's package dataset-fashion-mnist, or scikit-learn's digits from setup")
+      ->type_name("DIR");
   app.add_option("--subset", o.subset, "train on the first N images and test on the first N / 5; 0: all")
       ->check(CLI::Range(0, 1000000000))
       ->capture_default_str();
   app.add_option("--bucket-kb", o.bucket_kb, "gradients go to the reducer in buckets of about this size")
       ->check(CLI::Range(1, 1000000))
+      ->capture_default_str();
+  app.add_option("--timeout", o.timeout, "seconds after which a silent peer is an error; a timeout in the config counts instead")
+      ->check(CLI::Range(1.0, 1e9))
       ->capture_default_str();
   app.add_option("--json", o.json, "write the results: one row per epoch")->type_name("FILE");
 }
@@ -75,11 +93,12 @@ class Trainer {
  public:
   Trainer(const Options& options, std::shared_ptr<Communicator> world, Dataset& data)
       : options_(options),
+        source_(data.source),
         world_(world->size()),
         rank_(world->rank()),
         train_(data.train, options.subset > 0 ? options.subset : std::int64_t(data.train.count)),
         test_(data.test, options.subset > 0 ? std::max<std::int64_t>(1, options.subset / 5) : std::int64_t(data.test.count)),
-        config_(Config::parse(options.config)),
+        config_(with_timeout(options.config, options.timeout)),
         net_(seeded(options.seed)),
         parameters_(net_.parameters()),
         reducer_(std::move(world), config_, described()),
@@ -109,6 +128,9 @@ class Trainer {
     seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     const Stats stats = reducer_.stats();
     return {{"config", options_.config},
+            {"label", options_.config},
+            {"full_config", config_.str()},
+            {"data", source_},
             {"world", world_},
             {"epoch", epoch},
             {"loss", sum_over_ranks(loss_sum) / double(epoch_steps_) / world_},
@@ -178,6 +200,7 @@ class Trainer {
   }
 
   const Options options_;
+  const std::string source_;
   const int world_, rank_;
   Samples train_, test_;
   Config config_;
@@ -226,7 +249,8 @@ void run(const Options& options, int rank, int argc, char** argv) {
     if (file.is_open()) {
       std::string command = "thinwire_train";
       for (int i = 1; i < argc; ++i) command += std::string(" ") + argv[i];
-      const nlohmann::json machine = {{"cpus", std::thread::hardware_concurrency()}, {"compiler", kCompiler}, {"torch", TORCH_VERSION}};
+      nlohmann::json machine = describe_machine();
+      machine.update({{"link", nullptr}, {"batch", options.batch}, {"lr", options.lr}, {"torch", TORCH_VERSION}});
       file << nlohmann::json{{"command", command}, {"version", kVersion}, {"machine", machine}, {"rows", rows}}.dump(1) << '\n';
       file.close();
       THINWIRE_EXPECTS(!file.fail(), options.json + ": could not be written");
@@ -242,7 +266,7 @@ int main_of_rank(int argc, char** argv, int rank) {
   std::ostream silent(nullptr);
   try {
     app.parse(argc, argv);
-    Config::parse(options.config);
+    Config::parse(options.config);  // as it was given, so that the message speaks of nothing else
   } catch (const CLI::ParseError& error) {
     const int status = rank == 0 ? app.exit(error) : app.exit(error, silent, silent);
     return status == 0 ? 0 : 2;

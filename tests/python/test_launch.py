@@ -141,6 +141,7 @@ def test_quickstart_compares_dense_and_compressed(quickstart: tuple[dict, str, P
     # Warm-up: 3 steps at 1/4, 3 at 1/16, 3 at 1/64, 13 at 1/100, i.e. 1.11 densities in all; an entry costs 4 to 8 bytes and payloads have room for 1.25 k entries.
     assert ours["config"] == CONFIG and 1.11 * NUMEL * 4 < ours["payload_bytes"] < 1.25 * 1.11 * NUMEL * 8 + steps * 4 * 5000
     assert dense["fingerprint"] != ours["fingerprint"]
+    assert dense["full_config"] == "codec=none" and " timeout=120 " in ours["full_config"]  # quickstart's default reaches the hook
     assert "idx files in" in text and str(digits) in text.replace("\n", "") and "accuracy" in text
     assert (folder / "quickstart.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
@@ -150,6 +151,14 @@ def test_quickstart_refuses_a_bad_config_before_it_trains(tmp_path: Path) -> Non
     assert result.returncode == 2 and "density=2" in result.stderr and "Traceback" not in result.stderr
     assert python("launch/quickstart.py", "--world", "0").returncode == 2
     assert python("launch/quickstart.py", "--epochs", "none").returncode == 2
+
+
+@pytest.mark.parametrize("config, whole", [("codec=none", "codec=none timeout=7.5"), ("codec=none timeout=9", "codec=none timeout=9"), ("timeout=9", "timeout=9")])
+def test_a_timeout_in_the_config_counts(config: str, whole: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(LAUNCH)
+    from options import with_timeout
+
+    assert with_timeout(config, 7.5) == whole
 
 
 def test_quickstart_help_needs_no_installation() -> None:
@@ -188,8 +197,31 @@ def test_trainer_reaches_the_bits_of_python(quickstart: tuple[dict, str, Path], 
     (row,) = results["rows"]
     expected = next(row for row in quickstart[0]["rows"] if row["config"] == config)
     assert row["fingerprint"] == expected["fingerprint"]
-    for name in ("world", "epoch", "steps", "loss", "accuracy", "dense_bytes"):
+    assert set(row) == set(expected)
+    for name in ("world", "epoch", "steps", "loss", "accuracy", "dense_bytes", "data"):
         assert row[name] == expected[name], name
+    ours, theirs = results["machine"], quickstart[0]["machine"]
+    assert set(ours) == set(theirs)
+    for name in ("cpu", "cpus", "isas", "isa", "memory_gib", "system", "torch", "batch", "lr", "link"):
+        assert ours[name] == theirs[name], name
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", ours["date"])
+
+
+@needs_mpi
+@pytest.mark.skipif(os.geteuid() != 0 or run(["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/usr/share"]).returncode != 0, reason="hiding the data needs root and mounts")
+def test_trainer_falls_back_to_digits_as_python_does(quickstart: tuple[dict, str, Path], digits: Path, tmp_path: Path) -> None:
+    """Without Debian's data the trainer takes what setup has exported, says so, and reaches Python's bits; without that it says what is missing."""
+    shown = tmp_path / "cache" / "thinwire" / "digits"
+    script = 'if [ -e /usr/share/datasets ]; then mount -t tmpfs none /usr/share/datasets; fi && exec mpirun -np 2 "$0" --config codec=none --epochs 1 --batch 32 --json "$1"'
+    command = ["unshare", "--mount", "sh", "-c", script, BUILD / "launch" / "thinwire_train", tmp_path / "rows.json"]
+    result = run(command, env={"XDG_CACHE_HOME": str(tmp_path / "cache")})
+    assert result.returncode != 0 and str(shown) in result.stderr and "dataset-fashion-mnist" in result.stderr
+    shutil.copytree(digits, shown)
+    result = run(command, env={"XDG_CACHE_HOME": str(tmp_path / "cache")})
+    assert result.returncode == 0, result.stderr
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert "scikit-learn's digits" in result.stdout and "scikit-learn's digits" in row["data"]
+    assert row["fingerprint"] == next(other for other in quickstart[0]["rows"] if other["config"] == "codec=none")["fingerprint"]
 
 
 @needs_mpi
