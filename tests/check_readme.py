@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs what README.md shows: its commands, its Python and its C++ fragment, its links.
+"""Runs what README.md shows: its commands, its Python and its C++ fragment, its links. Of launch/README.md it checks that the files it names are there.
 
 check_readme.py --prefix FOLDER    FOLDER: an installed thinwire (cmake --install), which the C++ fragment is built against
 
@@ -74,6 +74,17 @@ def commands(text):
     return list(dict.fromkeys(fenced + concrete))
 
 
+def missing_files(name):
+    """What a page of this clone names in its commands, code spans and links and what is not there, now that setup has built."""
+    page = ROOT / name
+    text = page.read_text(encoding="utf-8")
+    links = {link: page.parent / link for link in re.findall(r"\]\(([^)#:]+)\)", text)}
+    words = " ".join(re.findall(r"```bash\n(.*?)```", text, re.S) + re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))).split()
+    folders = [entry.name for entry in ROOT.iterdir() if entry.is_dir() and not entry.name.startswith(".") and entry.name != "out"] + ["."]  # out: what runs write
+    paths = {word: ROOT / word for word in words if "/" in word and word.split("/")[0] in folders}
+    return [f"{name}: no such file: {word}" for word, path in (links | paths).items() if not path.exists()]
+
+
 def run_command(command, scratch):
     for start, options in SHORTER.items():
         if command.startswith(start):
@@ -105,7 +116,8 @@ def main():
     parser.add_argument("--prefix", required=True, type=pathlib.Path)
     options = parser.parse_args()
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    failures = [f"README.md: no such file: {link}" for link in re.findall(r"\]\(([^)#:]+)\)", text) if not (ROOT / link).exists()]
+    failures = missing_files("README.md") + missing_files("launch/README.md")
+    missing = len(failures)
     python = re.findall(r"```python\n(.*?)```", text, re.S)
     cpp = re.findall(r"```cpp\n(.*?)```", text, re.S)
     with tempfile.TemporaryDirectory() as folder:
@@ -119,7 +131,7 @@ def main():
                 job(*arguments)
             except (RuntimeError, subprocess.TimeoutExpired) as error:
                 failures.append(str(error))
-    print("\n".join(failures + [f"README: {len(jobs) - len(failures)} of {len(jobs)} commands and fragments ran" if jobs else "README shows nothing that runs"]))
+    print("\n".join(failures + [f"README: {len(jobs) - len(failures) + missing} of {len(jobs)} commands and fragments ran" if jobs else "README shows nothing that runs"]))
     return 1 if failures or not jobs else 0
 
 
