@@ -6,6 +6,7 @@ import pathlib
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +22,8 @@ def commit():
     """As bench/run found it when it started, so that a long run names the tree that it measured."""
     if "THINWIRE_COMMIT" in os.environ:
         return os.environ["THINWIRE_COMMIT"]
+    if shutil.which("git") is None:
+        return "unknown"
     found = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return found.stdout.strip() or "unknown"
 
