@@ -151,7 +151,7 @@ def main() -> int:
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=options.timeout))
     measure(options)
     dist.destroy_process_group()
-    return 0
+    ranks.leave()
 
 
 if __name__ == "__main__":

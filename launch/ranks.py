@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 HERE = pathlib.Path(__file__).resolve().parent
 CLUSTER = HERE / "cluster"
@@ -32,6 +33,14 @@ def die_with_parent() -> None:
 def emit(event: str, **fields: object) -> None:
     """A rank's word to whoever started it: one JSON object on a line of standard output."""
     print(json.dumps({"event": event, **fields}), flush=True)
+
+
+def leave() -> NoReturn:
+    """The end of a rank that has done its work and closed its group. Not by way of the interpreter's own end: a thread of torch that asks for the
+    interpreter while that goes is ended by it inside C++ code, and takes the process along ("terminate called without an active exception")."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def free_port() -> int:

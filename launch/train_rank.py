@@ -159,7 +159,7 @@ def main() -> int:
         print(f"train_rank: {error}", file=sys.stderr)
         return 1
     dist.destroy_process_group()
-    return 0
+    ranks.leave()
 
 
 if __name__ == "__main__":
