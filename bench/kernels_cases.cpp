@@ -88,8 +88,8 @@ void StreamKernel::stream(std::size_t window, std::uint64_t step) {
   const ConstBytes grad =
       case_.grad == DType::bf16 ? host_bytes(arrays_.grad_bf16(window), numel_, DType::bf16) : host_bytes(arrays_.grad(window), numel_);
   std::uint32_t flags = 0;
-  codec_->stream(recursion_, plan_, grad, state(), workspace_.bytes(), wire_.bytes().sub(0, layout_.part_capacity), &flags, kept_.data(),
-                 Stream::host());
+  codec_->stream(recursion_, plan_, grad, state(), workspace_.bytes(), wire_.bytes().sub(0, layout_.part_capacity), &flags,
+                 {kept_.data(), nullptr}, Stream::host());
 }
 
 DecodeKernel::DecodeKernel(double density, DType wire, int payloads, Isa isa, Arrays& arrays)

@@ -28,6 +28,8 @@ def parse(arguments):
     parser.add_argument("--layers", type=number(int, 2), default=6, metavar="L", help="default 6: 5.01 M parameters")
     parser.add_argument("--batch", type=number(int, 1), default=32, metavar="B", help="images per rank and step; default 32")
     parser.add_argument("--bucket-mb", type=number(float, 0.01), default=4, metavar="MB", help="DDP's buckets, default 4 (PowerSGD has one: with several it aborts over Gloo)")
+    parser.add_argument("--bucket-view", action=argparse.BooleanOptionalAction, default=True,
+                        help="DDP with gradient_as_bucket_view, for every variant: gradients are not copied back from the buckets; default yes")
     parser.add_argument("--rounds", type=number(int, 1), default=11, metavar="R", help="turns of every variant; the median over them counts; default 11")
     parser.add_argument("--block", type=number(int, 1), default=4, metavar="S", help="steps of a turn; default 4")
     parser.add_argument("--data", metavar="DIR", help="folder with the four idx files")
@@ -41,7 +43,7 @@ def parse(arguments):
 
 def measure(link, options):
     """All rows of one link."""
-    names = ("width", "layers", "batch", "bucket_mb", "rounds", "block", "data", "timeout")
+    names = ("width", "layers", "batch", "bucket_mb", "bucket_view", "rounds", "block", "data", "timeout")
     choice = {name: getattr(options, name) for name in names} | {"variants": [*OTHERS, *options.config]}
     command = [sys.executable, str(ROOT / "bench" / "training_rank.py"), json.dumps(choice)]
     rows = []
@@ -98,7 +100,7 @@ def main():
     try:
         for config in options.config:
             thinwire.Config.parse(config)
-        about = report.machine(links=options.link, batch=options.batch, bucket_mb=options.bucket_mb, rounds=options.rounds, block=options.block)
+        about = report.machine(links=options.link, batch=options.batch, bucket_mb=options.bucket_mb, bucket_view=options.bucket_view, rounds=options.rounds, block=options.block)
         report.warn_if_loaded()
         groups = []
         for link in options.link:

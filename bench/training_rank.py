@@ -43,7 +43,8 @@ class Variant:
         self.model = build(options.width, options.layers)
         self.numel = sum(parameter.numel() for parameter in self.model.parameters())
         # torch's PowerSGD hook aborts over Gloo when a step has several buckets, so it gets one.
-        self.ddp = DistributedDataParallel(self.model, bucket_cap_mb=4096 if config.startswith("powerSGD") else options.bucket_mb)
+        self.ddp = DistributedDataParallel(self.model, bucket_cap_mb=4096 if config.startswith("powerSGD") else options.bucket_mb,
+                                           gradient_as_bucket_view=options.bucket_view)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
         self.state, self.power, self.steps, self.loss = None, None, 0, float("nan")
         if config == "bf16_compress_hook":

@@ -45,7 +45,9 @@ void BucketEngine::run(const std::shared_ptr<const BucketPlan>& bucket, Bytes gr
   std::uint32_t flags = 0;
   own_wire_ = {};
   if (codec_ == nullptr) {
-    factors_of(bucket->passengers[0].plan(step), grad, 1.0f / options.loss_scale);  // for the statistics only
+    const Plan plan = bucket->passengers[0].plan(step);
+    squared_norms(plan, grad, norms_.data(), Stream::host());  // for the statistics only
+    note_norms(plan, 1.0f / options.loss_scale);
     if (options.joined) std::memset(grad.data, 0, grad.size);
     flags = run_plain(grad);
   } else if (bucket->whole_dense) {
@@ -78,32 +80,60 @@ std::uint32_t BucketEngine::run_plain(Bytes grad) {
   return flags;
 }
 
-const float* BucketEngine::factors_of(const Plan& plan, Bytes grad, float unscale) {
-  const std::size_t n = plan.segments.size();
-  squared_norms(plan, grad, norms_.data(), Stream::host());
-  for (std::size_t s = 0; s < n; ++s) grad_norms_[plan.segments[s].parameter] = norms_[s] * double(unscale) * double(unscale);
-  clip_factors(recursion_, plan, std::span(norms_).first(n), unscale, communicator_.size(), total_numel_, factors_.data());
+const float* BucketEngine::factors_of(const Plan& plan, float unscale) {
+  clip_factors(recursion_, plan, std::span(norms_).first(plan.segments.size()), unscale, communicator_.size(), total_numel_,
+               factors_.data());
   return factors_.data();
 }
 
-void BucketEngine::write_messages(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options, Bytes messages,
-                                  std::uint32_t* flags) {
+void BucketEngine::note_norms(const Plan& plan, float unscale) {
+  for (std::size_t s = 0; s < plan.segments.size(); ++s)
+    grad_norms_[plan.segments[s].parameter] = norms_[s] * double(unscale) * double(unscale);
+}
+
+const float* BucketEngine::passenger_factors(const Passengers& group, Bytes grad, std::uint64_t step, float unscale) {
+  const Plan plan = group.plan(step);
+  squared_norms(plan, grad, norms_.data(), Stream::host());
+  note_norms(plan, unscale);
+  // Without state the message is the gradient as it came, in its own dtype and units; only the mean is taken.
+  return group.stateful ? factors_of(plan, unscale) : nullptr;
+}
+
+void BucketEngine::write_message(const Passengers& part, const float* factors, Bytes grad, std::uint64_t step, Bytes message,
+                                 std::uint32_t* flags) {
+  message.dtype = part.dtype;
+  dense_message(recursion_, part.plan(step), grad, {part.states, factors}, message, flags, Stream::host());
+}
+
+void BucketEngine::write_raw(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options, Bytes messages,
+                             std::uint32_t* flags) {
   if (options.joined) {
     std::memset(messages.data, 0, messages.size);
     return;
   }
   std::size_t offset = 0;
   for (const Passengers& group : bucket.passengers) {
-    if (group.count == 0) continue;
-    const Plan plan = group.plan(step);
-    const float* factors = factors_of(plan, grad, 1.0f / options.loss_scale);
-    // Without state the message is the gradient as it came, in its own dtype and units; only the mean is taken.
-    const StateView view{group.states, group.stateful ? factors : nullptr};
-    Bytes out = messages.sub(offset, group.bytes());
-    out.dtype = group.dtype;
-    dense_message(recursion_, plan, grad, view, out, flags, Stream::host());
+    const float* factors = passenger_factors(group, grad, step, 1.0f / options.loss_scale);
+    write_message(group, factors, grad, step, messages.sub(offset, group.bytes()), flags);
     offset += group.bytes();
   }
+}
+
+void BucketEngine::write_for_owners(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options, Bytes send,
+                                    std::uint32_t* flags) {
+  if (options.joined) {
+    std::memset(send.data, 0, send.size);
+    return;
+  }
+  for (std::size_t g = 0; g < 2; ++g) {
+    const float* factors = passenger_factors(bucket.passengers[g], grad, step, 1.0f / options.loss_scale);
+    std::size_t share = 0;
+    for (std::size_t r = 0; r < bucket.shares.size(); share += bucket.send_bytes[r++]) {
+      const auto& parts = bucket.shares[r].parts;
+      write_message(parts[g], factors, grad, step, send.sub(share + (g == 0 ? 0 : parts[0].bytes()), parts[g].bytes()), flags);
+    }
+  }
+  clear_padding(bucket, send);
 }
 
 std::uint32_t BucketEngine::run_whole_dense(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options) {
@@ -111,7 +141,7 @@ std::uint32_t BucketEngine::run_whole_dense(const BucketPlan& bucket, Bytes grad
   all.dtype = DType::fp32;
   const Bytes messages = all.sub(0, bucket.count * sizeof(float));
   std::uint32_t flags = 0;
-  write_messages(bucket, grad, step, options, messages, &flags);
+  write_raw(bucket, grad, step, options, messages, &flags);
   // One more element counts the ranks that met something non-finite, so the verdict needs no collective of its own.
   all.as<float>()[bucket.count] = (flags & kFlagNonfinite) != 0 ? 1.0f : 0.0f;
   communicator_.all_reduce(all);
@@ -124,47 +154,53 @@ std::uint32_t BucketEngine::run_whole_dense(const BucketPlan& bucket, Bytes grad
 std::uint32_t BucketEngine::run_compressed(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options) {
   const int world = communicator_.size(), rank = communicator_.rank();
   const std::size_t share = bucket.contribution, capacity = bucket.layout.part_capacity;
-  const Bytes gathered = gathered_.take(share * std::size_t(world)), workspace = workspace_.take(bucket.layout.workspace);
-  const Bytes own = gathered.sub(share * std::size_t(rank), share), own_wire = own.sub(0, capacity),
-              beside = own.sub(capacity, share - capacity);
   const Plan plan = bucket.plan(step);
   // The mean of messages with state is in true units until it is given back; a message without state never left the loss-scaled ones.
   const float mean = 1.0f / float(world), factors[2] = {mean * options.loss_scale, mean};
-
-  // 1. What stays dense, then the payload, whose header tells what both found.
   std::uint32_t flags = options.joined ? std::uint32_t(kFlagJoined) : 0;
+
   const std::size_t raw_bytes = bucket.passengers[0].bytes() + bucket.passengers[1].bytes();
-  std::size_t sent = 0, received = 0;
-  for (const std::size_t bytes : bucket.send_bytes) sent += bytes;
-  for (const std::size_t bytes : bucket.recv_bytes) received += bytes;
-  const Bytes messages = bucket.owners ? messages_.take(std::max(raw_bytes, received)) : beside;
-  write_messages(bucket, grad, step, options, messages.sub(0, raw_bytes), &flags);
+  const std::size_t received = bucket.owners ? bucket.recv_bytes.front() * std::size_t(world) : 0;
+  const Bytes memory = gathered_.take(std::max(share * std::size_t(world), received)), gathered = memory.sub(0, share * std::size_t(world));
+  const Bytes own = gathered.sub(share * std::size_t(rank), share), own_wire = own.sub(0, capacity),
+              beside = own.sub(capacity, share - capacity);
+
+  // 1. What stays dense: raw beside the payload, or, if that is too much, parts to their owners, who sum them. The parts arrive where the
+  // payloads will lie later, and the finished mean waits where the parts were sent from.
+  std::size_t used = raw_bytes;
+  if (bucket.owners) {
+    const Bytes send = messages_.take(bucket.sent_bytes());
+    write_for_owners(bucket, grad, step, options, send, &flags);
+    communicator_.all_to_all_v(send, bucket.send_bytes, memory.sub(0, received), bucket.recv_bytes);
+    used = finish_owned(bucket, world, rank, memory.sub(0, received), factors, send, &flags);
+    std::memcpy(beside.data, send.data, used);
+  } else {
+    write_raw(bucket, grad, step, options, beside.sub(0, raw_bytes), &flags);
+  }
+  std::memset(beside.data + used, 0, beside.size - used);
+
+  // 2. The payload, whose header tells what all of this found.
+  const Bytes workspace = workspace_.take(bucket.layout.workspace);
   if (options.joined) {
     codec_->empty(plan, own_wire, flags, Stream::host());
   } else {
-    const float* clip = factors_of(plan, grad, 1.0f / options.loss_scale);
-    codec_->stream(recursion_, plan, grad, {bucket.states, clip}, workspace, own_wire, &flags, bucket_kept_.data(), Stream::host());
+    const float unscale = 1.0f / options.loss_scale;
+    const bool clipped = recursion_.clip_norm > 0;  // then the norms come first; else they fall out of the pass
+    if (clipped) squared_norms(plan, grad, norms_.data(), Stream::host());
+    const StateView state{bucket.states, factors_of(plan, unscale)};
+    codec_->stream(recursion_, plan, grad, state, workspace, own_wire, &flags, {bucket_kept_.data(), clipped ? nullptr : norms_.data()},
+                   Stream::host());
+    note_norms(plan, unscale);
     for (std::size_t s = 0; s < bucket.segments.size(); ++s) kept_[bucket.segments[s].parameter] = bucket_kept_[s];
   }
   if (options_.record_payload) options_.record_payload(step, own_wire);
-
-  // 2. Too much to travel raw: owners sum the parts and send back the finished mean beside their payload.
-  std::size_t used = raw_bytes;
-  if (bucket.owners) {
-    const Bytes send = exchanged_.take(sent), receive = messages.sub(0, received);  // packed, the messages are not needed any more
-    pack_for_owners(bucket, world, messages, send);
-    communicator_.all_to_all_v(send, bucket.send_bytes, receive, bucket.recv_bytes);
-    used = finish_owned(bucket, world, rank, receive, factors, beside, &flags);
-    wire::add_flags(own_wire, flags);
-  }
-  std::memset(beside.data + used, 0, beside.size - used);
 
   // 3. One gather carries all of it.
   communicator_.all_gather(own, gathered);
   for (int r = 0; r < world; ++r) wires_[std::size_t(r)] = gathered.sub(share * std::size_t(r), capacity);
   codec_->decode(plan, wires_, factors[0], workspace, grad, &flags, Stream::host());
   if (bucket.owners) {
-    for (int r = 0; r < world; ++r) place_owned(bucket, world, r, gathered.sub(share * std::size_t(r) + capacity, share - capacity), grad);
+    for (int r = 0; r < world; ++r) place_owned(bucket, r, gathered.sub(share * std::size_t(r) + capacity, share - capacity), grad);
   } else if (raw_bytes != 0) {
     for (int r = 0; r < world; ++r) raw_[std::size_t(r)] = gathered.sub(share * std::size_t(r) + capacity, raw_bytes);
     place_raw(bucket, raw_, factors, grad, &flags);
@@ -202,7 +238,7 @@ BucketEngine::StepEnd BucketEngine::finish_step(std::uint64_t step) {
     pending.payload.end_step();
   }
   pending_count_ = 0;
-  for (StepScratch* scratch : {&gathered_, &messages_, &exchanged_, &workspace_}) scratch->end_step();
+  for (StepScratch* scratch : {&gathered_, &messages_, &workspace_}) scratch->end_step();
   if (step_finite_) started_ = true;
   end.restart = !started_;
   step_finite_ = true;

@@ -56,10 +56,15 @@ class BucketEngine {
   std::uint32_t run_compressed(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options);
   std::uint32_t run_whole_dense(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options);
   std::uint32_t run_plain(Bytes grad);
-  /// Gradient norms and clip factors of a group of segments; returns the factors.
-  const float* factors_of(const Plan& plan, Bytes grad, float unscale);
-  void write_messages(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options, Bytes messages,
-                      std::uint32_t* flags);
+  /// Clip factors from norms_.
+  const float* factors_of(const Plan& plan, float unscale);
+  void note_norms(const Plan& plan, float unscale);
+  const float* passenger_factors(const Passengers& group, Bytes grad, std::uint64_t step, float unscale);
+  void write_message(const Passengers& part, const float* factors, Bytes grad, std::uint64_t step, Bytes message, std::uint32_t* flags);
+  void write_raw(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options, Bytes messages,
+                 std::uint32_t* flags);
+  void write_for_owners(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options, Bytes send,
+                        std::uint32_t* flags);
   void settle(const BucketPlan& bucket, std::uint64_t step, ConstBytes own_wire, bool joined, bool finite);
   double ring_bytes(std::size_t bytes) const noexcept;
   void keep_pending(const std::shared_ptr<const BucketPlan>& bucket, bool joined);
@@ -71,7 +76,7 @@ class BucketEngine {
   std::size_t total_numel_;
   std::uint64_t check_every_;
 
-  StepScratch gathered_, messages_, exchanged_, workspace_;
+  StepScratch gathered_, messages_, workspace_;
   std::vector<ConstBytes> wires_, raw_;
   std::vector<float> factors_;
   std::vector<double> norms_;

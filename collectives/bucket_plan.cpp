@@ -1,6 +1,7 @@
 #include "collectives/bucket_plan.hpp"
 
 #include <algorithm>
+#include <numeric>
 
 #include "collectives/ownership.hpp"
 #include "compressors/core/wire.hpp"
@@ -15,15 +16,29 @@ std::string describe(std::span<const std::uint32_t> ids, const std::vector<Param
   return first + " … " + slots[ids.back()].parameter.name + " (" + std::to_string(ids.size()) + " parameters)";
 }
 
-std::size_t owned_elements(const Passengers& passengers, int world, int rank) {
-  std::size_t sum = 0;
-  for (const Segment& segment : passengers.segments) sum += owned_part(segment.count, world, rank).count;
-  return sum;
+/// The parts of a group that `rank` owns, with their state.
+Passengers owned_by(const Passengers& group, int world, int rank) {
+  Passengers owned;
+  owned.dtype = group.dtype;
+  owned.stateful = group.stateful;
+  for (std::size_t s = 0; s < group.segments.size(); ++s) {
+    const Range part = owned_part(group.segments[s].count, world, rank);
+    Segment& segment = owned.segments.emplace_back(group.segments[s]);
+    segment.first += part.first;
+    segment.count = part.count;
+    SegmentState& state = owned.states.emplace_back(group.states[s]);
+    for (float*& array : state.array)
+      if (array != nullptr) array += part.first;
+    owned.count += part.count;
+  }
+  return owned;
 }
 
 constexpr std::size_t round_up(std::size_t x, std::size_t to) noexcept { return (x + to - 1) / to * to; }
 
 }  // namespace
+
+std::size_t BucketPlan::sent_bytes() const noexcept { return std::accumulate(send_bytes.begin(), send_bytes.end(), std::size_t(0)); }
 
 BucketPlan make_bucket_plan(std::span<const std::uint32_t> ids, DType dtype, bool whole_dense, const std::vector<ParameterSlot>& slots,
                             const Codec* codec, const Recursion& recursion, int world, int rank) {
@@ -61,9 +76,11 @@ BucketPlan make_bucket_plan(std::span<const std::uint32_t> ids, DType dtype, boo
   if (bucket.owners) {
     beside = 0;
     for (int r = 0; r < world; ++r) {
-      const std::size_t stateful = owned_elements(bucket.passengers[0], world, r), plain = owned_elements(bucket.passengers[1], world, r);
-      bucket.send_bytes.push_back(round_up(stateful * sizeof(float) + plain * size_of(dtype), sizeof(float)));
-      beside = std::max(beside, (plain + stateful) * size_of(dtype));  // the owner sends the finished mean in the gradient's dtype
+      const OwnerShare& share =
+          bucket.shares.emplace_back(OwnerShare{{owned_by(bucket.passengers[0], world, r), owned_by(bucket.passengers[1], world, r)}});
+      bucket.send_bytes.push_back(round_up(share.parts[0].bytes() + share.parts[1].bytes(), sizeof(float)));
+      // The owner sends the finished mean in the gradient's dtype.
+      beside = std::max(beside, (share.parts[0].count + share.parts[1].count) * size_of(dtype));
     }
     bucket.recv_bytes.assign(std::size_t(world), bucket.send_bytes[std::size_t(rank)]);
   }

@@ -40,6 +40,11 @@ struct Passengers {
   Plan plan(std::uint64_t step) const noexcept { return {segments, {}, step}; }
 };
 
+/// What of both groups goes to one owner: the owned part of every segment, empty ones too.
+struct OwnerShare {
+  Passengers parts[2];
+};
+
 struct BucketPlan {
   std::vector<std::uint32_t> ids;
   DType dtype = DType::fp32;
@@ -55,13 +60,15 @@ struct BucketPlan {
   /// On a whole dense step all segments are in [0], in bucket order.
   Passengers passengers[2];
   bool owners = false;  ///< passengers are too many to travel raw: their parts go to owners, who send back the finished mean
-  std::vector<std::size_t> send_bytes, recv_bytes;  ///< owners: per rank, the all-to-all
+  std::vector<OwnerShare> shares;                   ///< owners: per rank, in the order of the all-to-all's send buffer
+  std::vector<std::size_t> send_bytes, recv_bytes;  ///< owners: per rank, the all-to-all; a multiple of 4 each
   std::size_t contribution = 0;                     ///< bytes of one rank's share of the gather: payload, then passengers
   std::string name;                                 ///< for errors: "conv1.weight … fc.bias (12 parameters)"
 
   std::uint64_t context = 0;  ///< a hash of all of the bucket's parameters, passengers included, and of its dtype
 
   Plan plan(std::uint64_t step) const noexcept { return {segments, part_end, step, context}; }
+  std::size_t sent_bytes() const noexcept;  ///< owners: of the whole send buffer
 };
 
 /// Passengers of at most this many bytes travel raw in the gather and are summed by everyone: one collective less.

@@ -4,7 +4,6 @@
 #include <array>
 #include <cstring>
 
-#include "collectives/ownership.hpp"
 #include "compressors/core/clones.hpp"
 #include "compressors/core/recursion.hpp"
 
@@ -86,51 +85,36 @@ void sum_in_rank_order(std::span<const ConstBytes> messages, float factor, Bytes
       messages.size(), [&](std::size_t r) { return messages[r]; }, out.count(), factor, out, flags);
 }
 
-void pack_for_owners(const BucketPlan& bucket, int world, ConstBytes messages, Bytes send) {
-  std::byte* share = send.data;
-  for (int r = 0; r < world; ++r) {
-    const std::byte* group_start = messages.data;
-    std::byte* out = share;
-    for (const Passengers& group : bucket.passengers) {
-      const std::size_t size = size_of(group.dtype);
-      std::size_t packed = 0;
-      for (const Segment& segment : group.segments) {
-        const Range part = owned_part(segment.count, world, r);
-        if (part.count != 0) std::memcpy(out, group_start + (packed + part.first) * size, part.count * size);
-        out += part.count * size;
-        packed += segment.count;
-      }
-      group_start += group.bytes();
-    }
-    share += bucket.send_bytes[std::size_t(r)];
-    std::fill(out, share, std::byte{0});  // the padding that keeps the next share aligned
+void clear_padding(const BucketPlan& bucket, Bytes send) {
+  std::byte* end = send.data;
+  for (std::size_t r = 0; r < bucket.shares.size(); ++r) {
+    const std::size_t used = bucket.shares[r].parts[0].bytes() + bucket.shares[r].parts[1].bytes();
+    std::memset(end + used, 0, bucket.send_bytes[r] - used);
+    end += bucket.send_bytes[r];
   }
 }
 
 std::size_t finish_owned(const BucketPlan& bucket, int world, int rank, ConstBytes received, const float factors[2], Bytes finished,
                          std::uint32_t* flags) {
-  const std::size_t share = bucket.recv_bytes.empty() ? 0 : bucket.recv_bytes.front();
+  const std::size_t share = bucket.recv_bytes.front();
   std::size_t in = 0, out = 0;
   for (int g = 0; g < 2; ++g) {
-    const Passengers& group = bucket.passengers[g];
-    std::size_t count = 0;
-    for (const Segment& segment : group.segments) count += owned_part(segment.count, world, rank).count;
+    const Passengers& own = bucket.shares[std::size_t(rank)].parts[g];
     sum_at(
-        std::size_t(world), [&](std::size_t r) { return typed(received, r * share + in, count, group.dtype); }, count, factors[g],
-        typed(finished, out, count, bucket.dtype), flags);
-    in += count * size_of(group.dtype);
-    out += count * size_of(bucket.dtype);
+        std::size_t(world), [&](std::size_t r) { return typed(received, r * share + in, own.count, own.dtype); }, own.count, factors[g],
+        typed(finished, out, own.count, bucket.dtype), flags);
+    in += own.bytes();
+    out += own.count * size_of(bucket.dtype);
   }
   return out;
 }
 
-void place_owned(const BucketPlan& bucket, int world, int rank, ConstBytes finished, Bytes grad) {
+void place_owned(const BucketPlan& bucket, int rank, ConstBytes finished, Bytes grad) {
   const std::size_t size = size_of(bucket.dtype);
   const std::byte* in = finished.data;
-  for (const Passengers& group : bucket.passengers) {
-    for (const Segment& segment : group.segments) {
-      const Range part = owned_part(segment.count, world, rank);
-      if (part.count != 0) std::memcpy(grad.data + (segment.first + part.first) * size, in, part.count * size);
+  for (const Passengers& own : bucket.shares[std::size_t(rank)].parts) {
+    for (const Segment& part : own.segments) {
+      if (part.count != 0) std::memcpy(grad.data + part.first * size, in, part.count * size);
       in += part.count * size;
     }
   }

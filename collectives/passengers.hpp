@@ -15,8 +15,9 @@ namespace thinwire {
 /// have out's count.
 void sum_in_rank_order(std::span<const ConstBytes> messages, float factor, Bytes out, std::uint32_t* flags);
 
-/// Owners, step 1: sorts the packed messages of both groups by owner: for rank 0 its parts of group 0, then of group 1, then for rank 1, …
-void pack_for_owners(const BucketPlan& bucket, int world, ConstBytes messages, Bytes send);
+/// Owners, step 1: the send buffer holds, for rank 0, its parts of group 0, then of group 1, then for rank 1, … (BucketPlan::shares); the
+/// bytes that pad every rank's share to a multiple of 4 become zero.
+void clear_padding(const BucketPlan& bucket, Bytes send);
 
 /// Owners, step 2: `received` holds one share per rank; writes this rank's finished means, in the bucket's dtype, group 0 then group 1, and
 /// returns their bytes.
@@ -24,7 +25,7 @@ std::size_t finish_owned(const BucketPlan& bucket, int world, int rank, ConstByt
                          std::uint32_t* flags);
 
 /// Owners, step 3: puts what owner `rank` finished into the bucket.
-void place_owned(const BucketPlan& bucket, int world, int rank, ConstBytes finished, Bytes grad);
+void place_owned(const BucketPlan& bucket, int rank, ConstBytes finished, Bytes grad);
 
 /// Raw: sums all ranks' packed messages (one pointer per rank) straight into the bucket.
 void place_raw(const BucketPlan& bucket, std::span<const ConstBytes> messages, const float factors[2], Bytes grad, std::uint32_t* flags);

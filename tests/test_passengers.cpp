@@ -144,7 +144,7 @@ struct NoCodec final : Codec {
   const char* memory_name() const noexcept override { return ""; }
   std::size_t target(const Segment&) const noexcept override { return 0; }
   WireLayout layout(const Plan&) const override { return {64, 0}; }
-  void stream(const Recursion&, const Plan&, ConstBytes, const StateView&, Bytes, Bytes, std::uint32_t*, std::uint32_t*,
+  void stream(const Recursion&, const Plan&, ConstBytes, const StateView&, Bytes, Bytes, std::uint32_t*, const PassCounts&,
               Stream) const override {}
   void empty(const Plan&, Bytes, std::uint32_t, Stream) const override {}
   void encode(int, const Plan&, ConstBytes, ConstBytes, const StateView&, Bytes, Bytes, Stream) const override {}
@@ -187,12 +187,27 @@ TEST(Passengers, OwnersAndRawGiveTheSameBits) {
         std::uint32_t flags = 0;
         place_raw(plans[0], views, factors, raw.view(), &flags);
 
+        // Every rank's send buffer: element by element from the raw messages, as BucketPlan::shares says.
         std::vector<std::vector<std::byte>> sent;
         for (int r = 0; r < world; ++r) {
-          std::size_t total = 0;
-          for (const std::size_t s : plans[std::size_t(r)].send_bytes) total += s;
-          auto& send = sent.emplace_back(total, std::byte{0xee});
-          pack_for_owners(plans[std::size_t(r)], world, bytes(messages[std::size_t(r)]), bytes(send));
+          const BucketPlan& plan = plans[std::size_t(r)];
+          auto& send = sent.emplace_back(plan.sent_bytes(), std::byte{0xee});
+          std::size_t end = 0;
+          for (int owner = 0; owner < world; end += plan.send_bytes[std::size_t(owner++)]) {
+            std::size_t out = end, group_start = 0;
+            for (const Passengers& group : plan.passengers) {
+              std::size_t packed = 0;
+              for (const Segment& segment : group.segments) {
+                const Range part = owned_part(segment.count, world, owner);
+                const std::size_t size = size_of(group.dtype);
+                for (std::size_t i = 0; i < part.count * size; ++i)
+                  send[out++] = messages[std::size_t(r)][group_start + (packed + part.first) * size + i];
+                packed += segment.count;
+              }
+              group_start += group.bytes();
+            }
+          }
+          clear_padding(plan, bytes(send));
         }
         GradBuffer owned(dtype, b.count);
         for (std::size_t i = 0; i < b.count; ++i) owned.set(i, 77.0f);
@@ -208,7 +223,7 @@ TEST(Passengers, OwnersAndRawGiveTheSameBits) {
           }
           const std::size_t used = finish_owned(plan, world, owner, bytes(received), factors, bytes(finished), &flags);
           ASSERT_LE(used, finished.size());
-          place_owned(plans[0], world, owner, bytes(finished), owned.view());
+          place_owned(plans[0], owner, bytes(finished), owned.view());
         }
         EXPECT_EQ(flags, 0u);
         for (std::size_t i = 0; i < b.count; ++i) ASSERT_EQ(float_bits(raw.get(i)), float_bits(owned.get(i))) << i << " world " << world;

@@ -62,7 +62,7 @@ TYPED_TEST(TopKWire, DgcVectors) {
     for (std::size_t t = 0; t < 3; ++t) {
       for (std::size_t r = 0; r < 2; ++r) {
         std::vector<float> grad(ranks[r]->numel);
-        std::copy_n(kGradients[t][r], 8, grad.begin() + 1);
+        for (std::size_t i = 0; i < 8; ++i) grad[i + 1] = kGradients[t][r][i];
         ranks[r]->step = t;
         ranks[r]->stream(grad);
         if (expected.sent[t].empty()) continue;
@@ -310,7 +310,7 @@ TYPED_TEST(TopKWire, RefusedCallsChangeNothing) {
   };
   const auto stream = [&](std::size_t elements, std::size_t wire, std::size_t workspace) {
     rig.codec->stream(rig.recursion, rig.plan(), host_bytes(grad.data(), elements), rig.state(), rig.bytes(rig.workspace).sub(0, workspace),
-                      rig.bytes(rig.payload).sub(0, wire), nullptr, nullptr, Stream::host());
+                      rig.bytes(rig.payload).sub(0, wire), nullptr, {}, Stream::host());
   };
   const std::size_t bytes = rig.payload.size(), scratch = rig.workspace.size();
   EXPECT_STREQ(code([&] { stream(rig.numel, bytes - 4, scratch); }), "invalid_argument");

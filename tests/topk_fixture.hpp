@@ -30,6 +30,7 @@ struct TopKRig {
   std::vector<SegmentState> states;
   std::vector<std::byte> workspace, payload;
   std::vector<std::uint32_t> kept;
+  std::vector<double> norms;
   std::size_t numel = 0;
   std::uint64_t step = 0;
   std::uint32_t flags = 0;
@@ -54,6 +55,7 @@ struct TopKRig {
       residual.emplace_back(segment.count, 0.0f);
     }
     kept.assign(segments.size(), 0);
+    norms.assign(segments.size(), -1);
   }
 
   Plan plan() const { return {segments, part_end, step}; }
@@ -78,7 +80,13 @@ struct TopKRig {
     prepare();
     flags = given;
     codec->stream(recursion, plan(), {grad.data(), grad.size(), dtype, Place::host, 0}, state(), bytes(workspace), bytes(payload), &flags,
-                  kept.data(), Stream::host());
+                  {kept.data(), norms.data()}, Stream::host());
+    expect_norms({grad.data(), grad.size(), dtype, Place::host, 0});
+  }
+  void expect_norms(ConstBytes grad) const {
+    std::vector<double> apart(segments.size());
+    squared_norms(plan(), grad, apart.data(), Stream::host());
+    EXPECT_EQ(norms, apart);
   }
   void stream(const std::vector<float>& grad) { stream(oracle::to_bytes(grad, DType::fp32), DType::fp32); }
   std::vector<std::vector<oracle::Entry>> entries() const { return oracle::parse(payload, plan(), options); }

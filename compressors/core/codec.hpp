@@ -25,6 +25,12 @@ struct WireLayout {
   std::size_t workspace = 0;      ///< bytes of scratch that stream, encode and decode may use
 };
 
+/// What a pass tells beside its payload, for statistics: one per segment each, or null where nobody asks.
+struct PassCounts {
+  std::uint32_t* kept = nullptr;  ///< entries sent
+  double* norms = nullptr;        ///< Σ g² as squared_norms gives it, at no further pass over memory
+};
+
 /// Immutable and shared between threads: all memory between steps belongs to the caller. Calls allocate nothing and never synchronise with
 /// the host. Buffers do not overlap, except that `grad` and a decode's `out` may be the same memory in different calls.
 class Codec {
@@ -48,9 +54,9 @@ class Codec {
   /// The fused pass: reads gradient (fp32, bf16, fp16; flat buffer of the bucket) and state, writes state and the whole payload (unused
   /// capacity zeroed, header with
   /// `*flags` and what this pass finds). New state = message − decode(payload), to the bit. Non-finite elements enter no state and set
-  /// kFlagNonfinite. kept: entries sent per segment, may be null.
+  /// kFlagNonfinite.
   virtual void stream(const Recursion& recursion, const Plan& plan, ConstBytes grad, const StateView& state, Bytes workspace, Bytes wire,
-                      std::uint32_t* flags, std::uint32_t* kept, Stream stream) const = 0;
+                      std::uint32_t* flags, const PassCounts& counts, Stream stream) const = 0;
 
   /// The payload of a rank that has nothing to say (a joined rank): no entries, flags as given.
   virtual void empty(const Plan& plan, Bytes wire, std::uint32_t flags, Stream stream) const = 0;

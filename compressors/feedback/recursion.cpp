@@ -5,11 +5,13 @@
 #include <cmath>
 
 #include "compressors/core/clones.hpp"
+#include "compressors/feedback/squared_norm.hpp"
 
 namespace thinwire {
 namespace {
 
-constexpr std::size_t kBlock = 4096, kPartials = 64;
+using feedback::kPartials;
+constexpr std::size_t kBlock = feedback::kNormBlock;
 
 /// Adds 64 partials in halves: i with i + 32, then with i + 16, … The order is the same on every ISA and device.
 template <class T>
@@ -54,25 +56,15 @@ float block_sum(ConstBytes grad, std::size_t first, std::size_t n) noexcept {
   return add_in_halves(partial);
 }
 
-double squared_norm(ConstBytes grad, std::size_t first, std::size_t count) noexcept {
-  double partial[kPartials] = {};
-  std::size_t block = 0;
-  for (std::size_t i = 0; i < count; i += kBlock, ++block) {
-    const std::size_t n = std::min(kBlock, count - i);
-    double sum = block_sum(grad, first + i, n);
-    if (!std::isfinite(sum)) {  // squares of finite values beyond fp32's range; in double they fit
-      sum = 0;
-      for (std::size_t j = 0; j < n; ++j) {
-        const std::size_t at = first + i + j;
-        const double x = finite_or_zero(grad.dtype == DType::fp32   ? grad.as<float>()[at]
-                                        : grad.dtype == DType::bf16 ? bf16_to_float(grad.as<std::uint16_t>()[at])
-                                                                    : fp16_to_float(grad.as<std::uint16_t>()[at]));
-        sum += x * x;
-      }
-    }
-    partial[block % kPartials] += sum;
+double element_squares(ConstBytes grad, std::size_t first, std::size_t n) noexcept {
+  double sum = 0;
+  for (std::size_t at = first; at < first + n; ++at) {
+    const double x = finite_or_zero(grad.dtype == DType::fp32   ? grad.as<float>()[at]
+                                    : grad.dtype == DType::bf16 ? bf16_to_float(grad.as<std::uint16_t>()[at])
+                                                                : fp16_to_float(grad.as<std::uint16_t>()[at]));
+    sum += x * x;
   }
-  return add_in_halves(partial);
+  return sum;
 }
 
 constexpr std::string_view kNames[] = {"momentum", "accumulated", "residual"};
@@ -107,8 +99,28 @@ float* residual_of(const Recursion& recursion, const SegmentState& state) noexce
   return nullptr;
 }
 
+namespace feedback {
+
+void SquaredNorm::add(ConstBytes grad, std::size_t first, std::size_t count) noexcept {
+  for (std::size_t i = 0; i < count; i += kBlock, ++block_) {
+    const std::size_t n = std::min(kBlock, count - i);
+    double sum = block_sum(grad, first + i, n);
+    // Squares of finite values beyond fp32's range: in double they fit.
+    if (!std::isfinite(sum)) sum = element_squares(grad, first + i, n);
+    partial_[block_ % kPartials] += sum;
+  }
+}
+
+double SquaredNorm::sum() noexcept { return add_in_halves(partial_.data()); }
+
+}  // namespace feedback
+
 void squared_norms(const Plan& plan, ConstBytes grad, double* norms, Stream) {
-  for (std::size_t s = 0; s < plan.segments.size(); ++s) norms[s] = squared_norm(grad, plan.segments[s].first, plan.segments[s].count);
+  for (std::size_t s = 0; s < plan.segments.size(); ++s) {
+    feedback::SquaredNorm norm;
+    norm.add(grad, plan.segments[s].first, plan.segments[s].count);
+    norms[s] = norm.sum();
+  }
 }
 
 void clip_factors(const Recursion& recursion, const Plan& plan, std::span<const double> norms, float unscale, int world,

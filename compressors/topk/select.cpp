@@ -30,12 +30,17 @@ float sampled_threshold(const SegmentPass& pass, std::size_t k, float carried, c
   return std::max(statistic, pass.floor);
 }
 
-/// Each block goes the way that suits the density of the block before it: the same bits at the better speed.
+/// Each block goes the way that suits the density of the block before it: the same bits at the better speed. The gradient's norm is taken
+/// just before, which brings the block into L2 for the pass.
 class Dispatch {
  public:
   explicit Dispatch(const SegmentPass& pass) noexcept : pass_(pass), density_(float(pass.density)) {}
   Emitted operator()(const Block& block) noexcept {
     const auto form = std::size_t(pass_.form);
+    if (pass_.norm != nullptr) {
+      const auto* grad = static_cast<const std::byte*>(block.grad);
+      pass_.norm->add({grad, block.count * size_of(pass_.grad_dtype), pass_.grad_dtype, Place::host, 0}, 0, block.count);
+    }
     std::size_t tier = 0;
     while (tier + 1 < kTiers && density_ >= pass_.kernels.crossover[tier][form]) ++tier;
     Emitted emitted;

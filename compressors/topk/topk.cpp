@@ -81,8 +81,8 @@ class TopK final : public Codec {
   }
 
   void stream(const Recursion& recursion, const Plan& plan, ConstBytes grad, const StateView& state, Bytes workspace, Bytes wire,
-              std::uint32_t* flags, std::uint32_t* kept, Stream) const override {
-    run(recursion, plan, grad, state, workspace, wire, flags, kept);
+              std::uint32_t* flags, const PassCounts& counts, Stream) const override {
+    run(recursion, plan, grad, state, workspace, wire, flags, counts);
   }
 
   void empty(const Plan& plan, Bytes wire, std::uint32_t flags, Stream) const override {
@@ -96,7 +96,7 @@ class TopK final : public Codec {
               Stream) const override {
     THINWIRE_EXPECTS(round == 0, "topk has one round, round " + std::to_string(round) + " was asked for");
     THINWIRE_EXPECTS(message.dtype == DType::fp32, std::string("a message is fp32, this one is ") + to_string(message.dtype));
-    run(Recursion{}, plan, message, {state.segments, nullptr}, workspace, wire, nullptr, nullptr);
+    run(Recursion{}, plan, message, {state.segments, nullptr}, workspace, wire, nullptr, {});
   }
 
   void decode(const Plan& plan, std::span<const ConstBytes> wires, float factor, Bytes workspace, Bytes out, std::uint32_t* flags,
@@ -138,14 +138,14 @@ class TopK final : public Codec {
   /// Checks a payload from end to end; the flags of its header.
   std::uint32_t check(const Plan& plan, ConstBytes wire, std::size_t rank) const;
   void run(const Recursion& recursion, const Plan& plan, ConstBytes grad, const StateView& state, Bytes workspace, Bytes wire,
-           std::uint32_t* flags, std::uint32_t* kept) const;
+           std::uint32_t* flags, const PassCounts& counts) const;
 
   TopKOptions options_;
   const Kernels& kernels_;
 };
 
 void TopK::run(const Recursion& recursion, const Plan& plan, ConstBytes grad, const StateView& state, Bytes workspace, Bytes wire,
-               std::uint32_t* flags, std::uint32_t* kept) const {
+               std::uint32_t* flags, const PassCounts& counts) const {
   check_payload_size(wire.size, layout(plan).part_capacity);
   THINWIRE_EXPECTS(grad.dtype != DType::u8, "topk: gradients are fp32, bf16 or fp16");
   const Workspace scratch = carve_aligned(plan, workspace);
@@ -162,7 +162,9 @@ void TopK::run(const Recursion& recursion, const Plan& plan, ConstBytes grad, co
     const Segment& segment = plan.segments[s];
     const SegmentState own = state.segments.empty() ? SegmentState{} : state.segments[s];
     const SegmentWire layout = segment_wire(segment, options_);
+    feedback::SquaredNorm norm;
     SegmentPass pass{kernels_, form, grad.dtype, {}, plan.step, segment.setting.density, wire_floor(options_.wire)};
+    pass.norm = counts.norms != nullptr ? &norm : nullptr;
     pass.segment.grad = grad.data + segment.first * size_of(grad.dtype);
     pass.segment.momentum = feedback::has_momentum(form) ? own.array[0] : nullptr;
     pass.segment.residual = feedback::has_momentum(form) ? own.array[1] : form == Form::error_feedback ? own.array[0] : nullptr;
@@ -181,7 +183,8 @@ void TopK::run(const Recursion& recursion, const Plan& plan, ConstBytes grad, co
     packer.finish();
     const std::uint32_t sent = packer.kept();
     std::memcpy(wire.data + sizeof(wire::Header) + 4 * s, &sent, 4);
-    if (kept != nullptr) kept[s] = sent;
+    if (counts.kept != nullptr) counts.kept[s] = sent;
+    if (counts.norms != nullptr) counts.norms[s] = norm.sum();
     at += layout.bytes();
   }
   write_header(plan, wire, found);

@@ -6,6 +6,7 @@
 #include <span>
 
 #include "compressors/core/codec.hpp"
+#include "compressors/feedback/squared_norm.hpp"
 #include "compressors/topk/topk_kernels.hpp"
 #include "compressors/topk/topk_wire.hpp"
 
@@ -43,6 +44,7 @@ struct SegmentPass {
   std::uint64_t step;
   double density;
   float floor;
+  feedback::SquaredNorm* norm = nullptr;  ///< of the gradient, where somebody asks
 };
 struct SegmentResult {
   std::uint32_t flags = 0;
