@@ -51,6 +51,8 @@ class C10dCommunicator final : public Communicator {
   void do_broadcast(Bytes data, int root, Stream stream) override;
   void do_barrier() override;
 
+  void gather_directly(ConstBytes send, Bytes recv);
+
   c10::intrusive_ptr<c10d::Backend> connect();
   template <class Start>
   void run(const char* what, Start&& start);
