@@ -15,7 +15,7 @@ import ranks
 import report
 from options import number
 
-OURS = ("codec=topk:density=0.01,wire=bf16 feedback=ef14", "dgc:density=0.01", "dgc:density=0.001")
+OURS = ("codec=topk:density=0.01,wire=bf16 feedback=ef14", "codec=topk:density=0.01,wire=bf16,select=exact feedback=ef14", "dgc:density=0.01", "dgc:density=0.001")
 OTHERS = ("compute alone", "dense", "bf16_compress_hook", "powerSGD_hook:rank=4")
 
 

@@ -41,7 +41,7 @@ int GradientReducer::rank() const noexcept { return impl_->communicator_->rank()
 int GradientReducer::world() const noexcept { return impl_->communicator_->size(); }
 Stats GradientReducer::stats() const { return impl_->stats(); }
 ReducerState GradientReducer::state() const { return impl_->state(); }
-void GradientReducer::load_state(std::span<const ReducerState> states) { impl_->load_state(states); }
+void GradientReducer::load_state(std::span<const ReducerState> states, const std::string& refused) { impl_->load_state(states, refused); }
 
 std::uint64_t GradientReducer::step() const {
   const std::lock_guard lock(impl_->submit_);

@@ -140,7 +140,8 @@ class GradientReducer {
   /// mean.
   /// @throws invalid_argument naming missing or unknown names and wrong sizes; nothing changed then, on any rank. Between steps, on
   /// all ranks: they tell each other whether their states fit together.
-  void load_state(std::span<const ReducerState> states);
+  /// `refused`: why this rank's caller has no state to give, or empty; the peers refuse with that reason.
+  void load_state(std::span<const ReducerState> states, const std::string& refused = {});
 
   class Impl;
 

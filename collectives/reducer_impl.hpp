@@ -46,7 +46,7 @@ class GradientReducer::Impl {
   void close(std::chrono::milliseconds limit) noexcept;
   Stats stats() const;
   ReducerState state() const;
-  void load_state(std::span<const ReducerState> states);
+  void load_state(std::span<const ReducerState> states, const std::string& refused);
 
   // reducer_setup.cpp
   void lay_out_state();

@@ -165,7 +165,7 @@ std::span<const ReducerState> GradientReducer::Impl::check_states(std::span<cons
   return sources;
 }
 
-void GradientReducer::Impl::load_state(std::span<const ReducerState> states) {
+void GradientReducer::Impl::load_state(std::span<const ReducerState> states, const std::string& refused) {
   const std::lock_guard lock(submit_);
   between_steps("load_state()");
   queue_->drain();
@@ -175,6 +175,7 @@ void GradientReducer::Impl::load_state(std::span<const ReducerState> states) {
   const Deadline deadline(*parent_, communicator_->timeout());
   std::span<const ReducerState> sources;
   try {
+    if (!refused.empty()) fail(Errc::invalid_argument, refused);
     sources = check_states(states);
   } catch (const Error& error) {
     try {

@@ -2,6 +2,7 @@
 
 #include <set>
 
+#include "compressors/topk/selection.hpp"
 #include "tests/topk_fixture.hpp"
 
 namespace thinwire {
@@ -277,6 +278,31 @@ TYPED_TEST(TopKSelection, KCountsAsWritten) {
     rig.segments[0].setting.density = density;
     EXPECT_EQ(rig.codec->target(rig.segments[0]), k) << density;
   }
+}
+
+TEST(OrderStatistics, AreThoseOfTheSortedList) {
+  std::mt19937 random(5);
+  for (const std::size_t n : {1, 2, 17, 255, 256, 257, 4096, 9000, 40000})
+    for (const std::uint32_t distinct : {1u, 3u, 1000u, 0xffffffffu}) {
+      std::vector<std::uint32_t> bits(n), scratch(n);
+      // Magnitudes around 2^-6: many in few bins, as in a sample.
+      for (auto& b : bits) b = 0x3c800000u + (random() % distinct) % 0x800000u;
+      std::vector<std::uint32_t> sorted = bits;
+      std::sort(sorted.begin(), sorted.end(), std::greater<>());
+      for (const std::size_t middle : {std::size_t(1), n / 100 + 1, n / 2 + 1, n}) {
+        const std::size_t ranks[] = {std::max<std::size_t>(1, middle / 2), middle, middle, std::min(n, 2 * middle)};
+        std::uint32_t out[4];
+        topk::order_statistics(bits.data(), n, ranks, out, scratch.data());
+        for (int r = 0; r < 4; ++r) ASSERT_EQ(out[r], sorted[ranks[r] - 1]) << n << " " << distinct << " rank " << ranks[r];
+
+        const std::uint32_t floor = sorted[middle - 1];
+        std::vector<std::uint32_t> expected;
+        for (const auto b : bits)
+          if (b >= floor) expected.push_back(b);
+        const std::size_t kept = topk::keep_at_least(bits.data(), n, floor, scratch.data());
+        ASSERT_EQ(std::vector(scratch.begin(), scratch.begin() + std::ptrdiff_t(kept)), expected) << n << " " << distinct;
+      }
+    }
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <limits>
+#include <utility>
 
 #include "compressors/core/recursion.hpp"
 #include "compressors/feedback/feedback_math.hpp"
@@ -19,13 +20,23 @@ std::size_t take_sample(const SegmentPass& pass, const Workspace& workspace) {
 /// The carried threshold where the sample does not contradict it, else the sample's statistic that is nearest to it; the middle one for
 /// want of a carried threshold or where the sample is the segment.
 float sampled_threshold(const SegmentPass& pass, std::size_t k, float carried, const Workspace& workspace) {
-  const std::size_t m = take_sample(pass, workspace);
+  std::size_t m = take_sample(pass, workspace);
   const SampleRanks ranks(pass.segment.count, m, k);
   const bool steady = carried > 0 && m != pass.segment.count;
-  if (steady && lies_between(carried, workspace.magnitudes, m, ranks)) return std::max(carried, pass.floor);
+  std::uint32_t *sample = workspace.magnitudes, *scratch = workspace.scratch;
+  if (carried > 0) {
+    // The wanted ranks are among the few elements from a little below the carried threshold on, unless messages have shrunk since.
+    constexpr float kNear = 0.8f;
+    const std::size_t near = keep_at_least(sample, m, float_bits(kNear * carried), scratch);
+    if (near >= ranks.low) {
+      m = near;
+      std::swap(sample, scratch);
+    }
+  }
+  if (steady && lies_between(carried, sample, m, ranks)) return std::max(carried, pass.floor);
   const std::array<std::size_t, 3> wanted = {ranks.high, ranks.middle, ranks.low};
   std::array<std::uint32_t, 3> bits;
-  order_statistics(workspace.magnitudes, m, wanted, bits.data(), workspace.scratch);
+  order_statistics(sample, m, wanted, bits.data(), scratch);
   const float statistic = steady ? std::min(std::max(carried, bits_float(bits[2])), bits_float(bits[0])) : bits_float(bits[1]);
   return std::max(statistic, pass.floor);
 }

@@ -6,6 +6,7 @@
 #include <functional>
 #include <limits>
 
+#include "compressors/core/clones.hpp"
 #include "compressors/core/dtype.hpp"
 
 namespace thinwire::topk {
@@ -13,6 +14,7 @@ namespace {
 
 constexpr int kBinShift = 20;  // exponent and three bits of the mantissa: 2048 bins
 constexpr std::size_t kBins = 2048;
+constexpr std::size_t kFew = 256;      // elements up to which selecting among them is faster than a histogram of all bins
 constexpr std::size_t kRefine = 8192;  // members of a bin from which another histogram is faster than nth_element on them
 
 std::size_t sample_rank(std::size_t count, std::size_t sampled, std::size_t k) noexcept {
@@ -43,8 +45,36 @@ std::size_t refine(std::uint32_t* members, std::size_t count, std::size_t& rank)
 
 }  // namespace
 
+THINWIRE_CLONES std::size_t keep_at_least(const std::uint32_t* bits, std::size_t count, std::uint32_t floor, std::uint32_t* out) noexcept {
+  constexpr std::size_t kGroup = 16;  // most groups have no member, and are passed over as one vector
+  std::size_t kept = 0, i = 0;
+  for (; i + kGroup <= count; i += kGroup) {
+    std::uint32_t any = 0;
+    for (std::size_t j = 0; j < kGroup; ++j) any |= std::uint32_t(bits[i + j] >= floor);
+    if (any == 0) continue;
+    for (std::size_t j = 0; j < kGroup; ++j) {
+      out[kept] = bits[i + j];
+      kept += bits[i + j] >= floor;
+    }
+  }
+  for (; i < count; ++i) {
+    if (bits[i] >= floor) out[kept++] = bits[i];
+  }
+  return kept;
+}
+
 void order_statistics(const std::uint32_t* bits, std::size_t count, std::span<const std::size_t> ranks, std::uint32_t* out,
                       std::uint32_t* scratch) {
+  if (count <= kFew) {
+    std::copy_n(bits, count, scratch);
+    std::size_t found = 0;  // what lies before is larger already
+    for (std::size_t r = 0; r < ranks.size(); ++r) {
+      if (ranks[r] > found) std::nth_element(scratch + found, scratch + (ranks[r] - 1), scratch + count, std::greater<>());
+      out[r] = scratch[ranks[r] - 1];
+      found = ranks[r];
+    }
+    return;
+  }
   // 1. Histogram, of large samples four in turn: consecutive increments of one bin would wait for each other.
   const std::size_t lanes = count < kRefine ? 1 : 4;
   std::array<std::array<std::uint32_t, kBins>, 4> histogram;

@@ -12,6 +12,9 @@ namespace thinwire::topk {
 void order_statistics(const std::uint32_t* bits, std::size_t count, std::span<const std::size_t> ranks, std::uint32_t* out,
                       std::uint32_t* scratch);
 
+/// The members of bits[0, count) that are at least `floor`, in order. `out`: count words. @returns how many.
+std::size_t keep_at_least(const std::uint32_t* bits, std::size_t count, std::uint32_t floor, std::uint32_t* out) noexcept;
+
 /// What a sample of `sampled` of `count` elements says about the k-th largest of all.
 struct SampleRanks {
   std::size_t high, middle, low;  ///< ranks in the sample: r − 2√r, r, r + 2√r; all r where the sample is the segment

@@ -228,13 +228,13 @@ std::size_t sample(const Block& s, std::uint64_t step, std::uint32_t* magnitudes
     return kernels_scalar().sample[std::size_t(form)][std::size_t(dtype)](s, step, magnitudes);
   SampleGroups groups(s.count, step);
   const V factor = L::set(s.factor), rate = L::set(s.rate), infinity = L::set(bits_float(0x7f800000u));
-  constexpr std::uint64_t kAhead = 16;  // groups whose lines are under way: no hardware prefetcher knows the hash
+  constexpr std::uint64_t kAhead = 64;  // groups whose lines are on their way to L2: no hardware prefetcher knows the hash
   std::size_t ring[kAhead];
   const auto ask = [&](std::uint64_t j) {
     const std::size_t first = ring[j % kAhead] = groups.next();
-    __builtin_prefetch(static_cast<const std::byte*>(s.grad) + first * size_of(dtype));
-    if constexpr (feedback::has_residual(form)) __builtin_prefetch(s.residual + first);
-    if constexpr (feedback::has_momentum(form)) __builtin_prefetch(s.momentum + first);
+    __builtin_prefetch(static_cast<const std::byte*>(s.grad) + first * size_of(dtype), 0, 2);
+    if constexpr (feedback::has_residual(form)) __builtin_prefetch(s.residual + first, 0, 2);
+    if constexpr (feedback::has_momentum(form)) __builtin_prefetch(s.momentum + first, 0, 2);
   };
   for (std::uint64_t j = 0; j < kAhead && j < groups.taken(); ++j) ask(j);
   for (std::uint64_t j = 0; j < groups.taken(); ++j) {

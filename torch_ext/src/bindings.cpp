@@ -363,12 +363,14 @@ void bind_engine(py::module_& m) {
       .def("step", [](const Engine& e) { return reading(e, "step", [](GradientReducer& r) { return r.step(); }); })
       .def("stats", [](const Engine& e) { return dict_of(reading(e, "stats", [](GradientReducer& r) { return r.stats(); })); })
       .def("state", [](const Engine& e) { return dict_of(reading(e, "state_dict", [](GradientReducer& r) { return r.state(); })); })
-      .def("load_state",
-           [](const Engine& e, const std::vector<py::dict>& dicts) {
-             std::vector<ReducerState> states;
-             for (const py::dict& dict : dicts) states.push_back(state_of(dict));
-             changing(e, "load_state_dict", [&](GradientReducer& r) { r.load_state(states); });
-           })
+      .def(
+          "load_state",
+          [](const Engine& e, const std::vector<py::dict>& dicts, const std::string& refused) {
+            std::vector<ReducerState> states;
+            for (const py::dict& dict : dicts) states.push_back(state_of(dict));
+            changing(e, "load_state_dict", [&](GradientReducer& r) { r.load_state(states, refused); });
+          },
+          py::arg("states"), py::arg("refused") = "")
       .def("flush", [](const Engine& e) { changing(e, "flush", [](GradientReducer& r) { r.flush(); }); })
       .def("reset", [](const Engine& e) { changing(e, "reset", [](GradientReducer& r) { r.reset(); }); })
       .def(

@@ -116,10 +116,10 @@ class HookState:
             raise ArgumentError("this HookState was made without named_parameters, so it cannot tell whose state it is given")
         try:
             states = _checked_states(state, shapes)
-        except ArgumentError:
-            # The peers compare what they are about to load: an empty list tells them that this rank refuses, so that they do too.
+        except ArgumentError as error:
+            # The peers compare what they are about to load, and refuse with this rank's reason.
             with contextlib.suppress(Error):
-                engine.load_state([])
+                engine.load_state([], str(error))
             raise
         engine.load_state(states)
 
