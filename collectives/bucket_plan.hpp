@@ -59,8 +59,8 @@ struct BucketPlan {
   /// [0] with state (fp32 messages), [1] without (messages in the gradient's dtype): in this order everywhere, so that fp32 stays aligned.
   /// On a whole dense step all segments are in [0], in bucket order.
   Passengers passengers[2];
-  bool owners = false;  ///< passengers are too many to travel raw: their parts go to owners, who send back the finished mean
-  std::vector<OwnerShare> shares;                   ///< owners: per rank, in the order of the all-to-all's send buffer
+  bool owners = false;             ///< passengers are too many to travel raw: their parts go to owners, who send back the finished mean
+  std::vector<OwnerShare> shares;  ///< owners: per rank, in the order of the all-to-all's send buffer
   std::vector<std::size_t> send_bytes, recv_bytes;  ///< owners: per rank, the all-to-all; a multiple of 4 each
   std::size_t contribution = 0;                     ///< bytes of one rank's share of the gather: payload, then passengers
   std::string name;                                 ///< for errors: "conv1.weight … fc.bias (12 parameters)"

@@ -1,5 +1,5 @@
-// How much a reducer holds beside its state: at most world + 1 contributions (the payload and what travels beside it) and one largest bucket
-// in fp32. Ranks are threads of this process, so the heap of all of them is counted.
+// How much a reducer holds beside its state: at most world + 1 contributions (the payload and what travels beside it) and one largest
+// bucket in fp32. Ranks are threads of this process, so the heap of all of them is counted.
 
 #include <gtest/gtest.h>
 #include <malloc.h>

@@ -10,8 +10,8 @@ namespace thinwire::feedback {
 
 inline constexpr std::size_t kNormBlock = 4096, kPartials = 64;
 
-/// Σ x² over the finite elements, in the fixed order of squared_norms: blocks of kNormBlock elements from the segment's start, each summed in
-/// fp32 over kPartials partials, the blocks in double over as many.
+/// Σ x² over the finite elements, in the fixed order of squared_norms: blocks of kNormBlock elements from the segment's start, each summed
+/// in fp32 over kPartials partials, the blocks in double over as many.
 class SquaredNorm {
  public:
   /// Adds elements [first, first + count) of `grad`. Pieces come in order; every piece but a segment's last is whole blocks.
