@@ -40,6 +40,19 @@ def training_table(rows):
                f"{mean['payload_bytes'] / 1e6:,.1f} MB | {mean['dense_bytes'] / 1e6:,.1f} MB | {mean['seconds']:.1f} |")  # fmt: skip
 
 
+def step_table(rows):
+    """`./bench/run training`: medians over the turns, beside compute alone and dense on the same link."""
+    yield "| link | config | ranks | ms a step | least | x compute alone | dense / it | payload MB | on the link MB |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for row in rows:
+        same = {other["config"]: other["seconds_median"] for other in rows if other["link"] == row["link"]}
+        sent = row["interface_bytes_per_step"]
+        cells = [row["link"], f"`{row['config']}`", row["world"], number(row["seconds_median"] * 1e3, 1), number(row["seconds_min"] * 1e3, 1),
+                 number(row["seconds_median"] / same["compute alone"]), number(same["dense"] / row["seconds_median"]),
+                 number(row["payload_bytes_per_step"] / 1e6, 3), "–" if sent is None else number(sent / 1e6, 3)]  # fmt: skip
+        yield "| " + " | ".join(map(str, cells)) + " |"
+
+
 def section(path):
     data = json.loads(path.read_text())
     machine, rows = data["machine"], data["rows"]
@@ -49,6 +62,8 @@ def section(path):
     yield ""
     if rows and "kernel" in rows[0]:
         yield from kernel_table(rows)
+    elif rows and "link" in rows[0]:
+        yield from step_table(rows)
     elif rows and {"config", "epoch", "accuracy"} <= set(rows[0]):
         yield from training_table(rows)
     elif rows:

@@ -1,9 +1,9 @@
 // Reading entries back: first whether they are sound, then into sums.
 
 #include <algorithm>
-#include <bit>
 #include <string>
 
+#include "compressors/core/clones.hpp"
 #include "compressors/core/error.hpp"
 #include "compressors/topk/topk_codec.hpp"
 
@@ -17,32 +17,42 @@ float value_at(const std::byte* values, std::size_t i) noexcept {
   return load_grad<dtype>(values, i);
 }
 
-template <DType dtype>
-bool all_finite(const std::byte* values, std::size_t count) noexcept {
+THINWIRE_CLONES bool all_finite_fp32(const std::uint32_t* bits, std::size_t count) {
   std::uint32_t bad = 0;
-  for (std::size_t i = 0; i < count; ++i) {
-    if constexpr (dtype == DType::fp32) {
-      bad |= (reinterpret_cast<const std::uint32_t*>(values)[i] & 0x7f800000u) == 0x7f800000u;
-    } else {
-      constexpr std::uint16_t exponent = dtype == DType::bf16 ? 0x7f80 : 0x7c00;
-      bad |= (reinterpret_cast<const std::uint16_t*>(values)[i] & exponent) == exponent;
-    }
-  }
+  for (std::size_t i = 0; i < count; ++i) bad |= std::uint32_t((bits[i] & 0x7f800000u) == 0x7f800000u);
   return bad == 0;
+}
+THINWIRE_CLONES bool all_finite_16(const std::uint16_t* bits, std::size_t count, std::uint16_t exponent) {
+  std::uint16_t bad = 0;
+  for (std::size_t i = 0; i < count; ++i) bad = std::uint16_t(bad | std::uint16_t((bits[i] & exponent) == exponent));
+  return bad == 0;
+}
+THINWIRE_CLONES std::size_t count_bits(const std::uint32_t* words, std::size_t count) {
+  std::size_t bits = 0;
+  for (std::size_t i = 0; i < count; ++i) bits += std::size_t(__builtin_popcount(words[i]));
+  return bits;
 }
 
 bool all_finite(DType dtype, const std::byte* values, std::size_t count) noexcept {
-  return dtype == DType::fp32   ? all_finite<DType::fp32>(values, count)
-         : dtype == DType::bf16 ? all_finite<DType::bf16>(values, count)
-                                : all_finite<DType::fp16>(values, count);
+  if (dtype == DType::fp32) return all_finite_fp32(reinterpret_cast<const std::uint32_t*>(values), count);
+  return all_finite_16(reinterpret_cast<const std::uint16_t*>(values), count, dtype == DType::bf16 ? 0x7f80 : 0x7c00);
+}
+
+THINWIRE_CLONES bool ascends(const std::uint32_t* indices, std::size_t count) {
+  std::uint32_t bad = 0;
+  for (std::size_t i = 1; i < count; ++i) bad |= std::uint32_t(indices[i] <= indices[i - 1]);
+  return bad == 0;
+}
+THINWIRE_CLONES bool ascends(const std::uint16_t* indices, std::size_t count) {
+  std::uint16_t bad = 0;
+  for (std::size_t i = 1; i < count; ++i) bad = std::uint16_t(bad | std::uint16_t(indices[i] <= indices[i - 1]));
+  return bad == 0;
 }
 
 /// First i in [1, count) with indices[i] <= indices[i - 1], else count.
 template <class Index>
 std::size_t first_descent(const Index* indices, std::size_t count) noexcept {
-  std::uint32_t bad = 0;
-  for (std::size_t i = 1; i < count; ++i) bad |= indices[i] <= indices[i - 1];
-  if (bad == 0) return count;
+  if (ascends(indices, count)) return count;
   std::size_t i = 1;
   while (indices[i] > indices[i - 1]) ++i;
   return i;
@@ -60,8 +70,8 @@ void check_ascending(const Index* indices, std::size_t count, std::size_t limit,
 }
 
 template <DType dtype>
-void add_entries(const SegmentWire& wire, std::size_t count, const Entries& entries, Cursor& cursor, std::size_t begin, std::size_t end,
-                 float* target) noexcept {
+void add_entries(const Kernels& kernels, const SegmentWire& wire, std::size_t count, const Entries& entries, Cursor& cursor,
+                 std::size_t begin, std::size_t end, float* target) noexcept {
   std::uint32_t c = cursor.next;
   if (wire.form == IndexForm::u32) {
     const auto* index = reinterpret_cast<const std::uint32_t*>(entries.index);
@@ -73,11 +83,8 @@ void add_entries(const SegmentWire& wire, std::size_t count, const Entries& entr
     const std::uint32_t stop = cursor.block_end;
     for (; c < stop && offset[c] < end - base; ++c) target[offset[c] - (begin - base)] += value_at<dtype>(entries.value, c);
   } else {
-    const auto* words = reinterpret_cast<const std::uint32_t*>(entries.index);
-    for (std::size_t w = begin / 32; w < (end + 31) / 32; ++w) {
-      for (std::uint32_t bits = words[w]; bits != 0; bits &= bits - 1)
-        target[w * 32 + std::size_t(std::countr_zero(bits)) - begin] += value_at<dtype>(entries.value, c++);
-    }
+    const auto* words = reinterpret_cast<const std::uint32_t*>(entries.index) + begin / 32;
+    c = kernels.add_bitmap[std::size_t(dtype)](words, end - begin, entries.value, c, wire.capacity, target);
   }
   cursor.next = c;
 }
@@ -103,8 +110,7 @@ Entries check_entries(const SegmentWire& wire, DType dtype, std::size_t count, s
   } else if (count != 0) {
     const auto* words = reinterpret_cast<const std::uint32_t*>(at);
     const std::size_t n = (count + 31) / 32;
-    std::size_t seen = 0;
-    for (std::size_t w = 0; w < n; ++w) seen += std::size_t(std::popcount(words[w]));
+    const std::size_t seen = count_bits(words, n);
     if (seen != kept) corrupt("the bitmap has " + std::to_string(seen) + " bits, kept is " + std::to_string(kept));
     if (count % 32 != 0 && (words[n - 1] >> (count % 32)) != 0) corrupt("the bitmap has bits past element " + std::to_string(count - 1));
   }
@@ -117,14 +123,14 @@ Entries check_entries(const SegmentWire& wire, DType dtype, std::size_t count, s
   return {at, values, kept};
 }
 
-void add_range(const SegmentWire& wire, DType dtype, std::size_t count, const Entries& entries, Cursor& cursor, std::size_t begin,
-               std::size_t end, float* target) noexcept {
+void add_range(const Kernels& kernels, const SegmentWire& wire, DType dtype, std::size_t count, const Entries& entries, Cursor& cursor,
+               std::size_t begin, std::size_t end, float* target) noexcept {
   if (dtype == DType::fp32) {
-    add_entries<DType::fp32>(wire, count, entries, cursor, begin, end, target);
+    add_entries<DType::fp32>(kernels, wire, count, entries, cursor, begin, end, target);
   } else if (dtype == DType::bf16) {
-    add_entries<DType::bf16>(wire, count, entries, cursor, begin, end, target);
+    add_entries<DType::bf16>(kernels, wire, count, entries, cursor, begin, end, target);
   } else {
-    add_entries<DType::fp16>(wire, count, entries, cursor, begin, end, target);
+    add_entries<DType::fp16>(kernels, wire, count, entries, cursor, begin, end, target);
   }
 }
 

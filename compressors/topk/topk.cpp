@@ -241,7 +241,7 @@ void TopK::decode(const Plan& plan, std::span<const ConstBytes> wires, float fac
       for (std::size_t r = 0; r < wires.size(); ++r) {
         Entries entries{wires[r].data + at, wires[r].data + at + layout.index_bytes, 0};
         std::memcpy(&entries.kept, wires[r].data + sizeof(wire::Header) + 4 * s, 4);
-        add_range(layout, options_.wire, segment.count, entries, cursors[r], begin, end, scratch.tile);
+        add_range(kernels_, layout, options_.wire, segment.count, entries, cursors[r], begin, end, scratch.tile);
       }
       if (!kernels_.finish(scratch.tile, end - begin, factor, out.dtype, out.data + (segment.first + begin) * size_of(out.dtype),
                            streaming))
@@ -265,8 +265,8 @@ void TopK::take_back(const Recursion& recursion, const Plan& plan, ConstBytes ow
     float* residual = state.segments[s].array[feedback::has_momentum(form) ? 1 : 0];
     Cursor cursor;
     for (std::size_t begin = 0; begin < segment.count; begin += kBlock) {
-      add_range(layout, options_.wire, segment.count, entries, cursor, begin, std::min<std::size_t>(begin + kBlock, segment.count),
-                residual + begin);
+      add_range(kernels_, layout, options_.wire, segment.count, entries, cursor, begin,
+                std::min<std::size_t>(begin + kBlock, segment.count), residual + begin);
     }
     at += layout.bytes();
   }

@@ -38,6 +38,20 @@ constexpr std::array<std::uint64_t, 256> make_places() noexcept {
 }
 alignas(64) constexpr std::array<std::uint64_t, 256> kPlaces = make_places();
 
+/// Per mask of eight lanes: for each lane, how many of the lanes before it are set.
+constexpr std::array<std::uint64_t, 256> make_ranks() {
+  std::array<std::uint64_t, 256> table{};
+  for (unsigned m = 0; m < 256; ++m) {
+    std::uint64_t rank = 0;
+    for (int lane = 0; lane < 8; ++lane) {
+      table[m] |= rank << (8 * lane);
+      rank += (m >> lane) & 1u;
+    }
+  }
+  return table;
+}
+alignas(64) constexpr std::array<std::uint64_t, 256> kRanks = make_ranks();
+
 struct Avx2 {
   using V = __m256;
   using Mask = __m256;
@@ -79,6 +93,15 @@ struct Avx2 {
     _mm256_storeu_ps(value, _mm256_permutevar8x32_ps(x, _mm256_cvtepu8_epi32(places)));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(index), _mm_add_epi16(_mm_cvtepu8_epi16(places), _mm_set1_epi16(short(first))));
     return std::uint32_t(_mm_popcnt_u32(hits));
+  }
+  /// target += the first values of x, one for each bit of the word's low lanes.
+  static void add_where(std::uint32_t word, V x, float* target) noexcept {
+    const auto bits = std::uint8_t(word);
+    const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits), each), each);
+    const __m128i ranks = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(&kRanks[bits]));
+    const V t = load(target);
+    store(target, choose(_mm256_castsi256_ps(set), t + _mm256_permutevar8x32_ps(x, _mm256_cvtepu8_epi32(ranks)), t));
   }
   static V zero_where(Mask m, V x) noexcept { return _mm256_andnot_ps(m, x); }
   static V choose(Mask m, V yes, V no) noexcept { return _mm256_blendv_ps(no, yes, m); }

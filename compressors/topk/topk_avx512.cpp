@@ -73,6 +73,12 @@ struct Avx512 {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(index), _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(m, offsets)));
     return std::uint32_t(_mm_popcnt_u32(m));
   }
+  /// target += the first values of x, one for each bit of the word's low lanes.
+  static void add_where(std::uint32_t word, V x, float* target) noexcept {
+    const auto m = Mask(word);
+    const V t = load(target);
+    store(target, _mm512_mask_add_ps(t, m, t, _mm512_maskz_expand_ps(m, x)));
+  }
   static V zero_where(Mask m, V x) noexcept { return _mm512_maskz_mov_ps(Mask(~m), x); }
   static V choose(Mask m, V yes, V no) noexcept { return _mm512_mask_mov_ps(no, m, yes); }
 

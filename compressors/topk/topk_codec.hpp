@@ -74,7 +74,7 @@ struct Cursor {
   std::uint32_t next = 0, block_end = 0;
 };
 /// target[i - begin] += value for the entries with begin <= i < end, where [begin, end) is the next range within one block.
-void add_range(const SegmentWire& wire, DType dtype, std::size_t count, const Entries& entries, Cursor& cursor, std::size_t begin,
-               std::size_t end, float* target) noexcept;
+void add_range(const Kernels& kernels, const SegmentWire& wire, DType dtype, std::size_t count, const Entries& entries, Cursor& cursor,
+               std::size_t begin, std::size_t end, float* target) noexcept;
 
 }  // namespace thinwire::topk

@@ -56,6 +56,11 @@ using SampleKernel = std::size_t (*)(const Block& segment, std::uint64_t step, s
 /// caches.
 using FinishKernel = bool (*)(float* tile, std::size_t count, float factor, DType dtype, void* out, bool streaming);
 
+/// target[i] += the next value, for every set bit i of `words`, of which `count` elements count; `next` is the first value's place, and
+/// `capacity` values may be read. @returns the place after the last.
+using AddBitmapKernel = std::uint32_t (*)(const std::uint32_t* words, std::size_t count, const std::byte* values, std::uint32_t next,
+                                          std::uint32_t capacity, float* target);
+
 /// Ways of finding the hits of a group, all with the same bits: a branch per group, a few offsets written without asking, and many.
 inline constexpr int kTiers = 3;
 
@@ -66,6 +71,7 @@ struct Kernels {
       crossover;  ///< density of the previous block from which the next tier is faster (measured)
   Narrow narrow;
   FinishKernel finish;
+  std::array<AddBitmapKernel, kDTypes> add_bitmap;  ///< by the wire's dtype
 };
 
 /// @throws Error{invalid_argument} if this CPU lacks the ISA.

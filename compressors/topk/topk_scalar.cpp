@@ -1,5 +1,6 @@
 // The portable twin: one element at a time, the reference of the others.
 
+#include <bit>
 #include <cstring>
 
 #include "compressors/core/recursion.hpp"
@@ -107,6 +108,15 @@ bool finish(float* tile, std::size_t count, float factor, DType dtype, void* out
   return finite;
 }
 
+template <DType dtype>
+std::uint32_t add_bitmap(const std::uint32_t* words, std::size_t count, const std::byte* values, std::uint32_t next, std::uint32_t,
+                         float* target) {
+  for (std::size_t first = 0; first < count; first += 32)
+    for (std::uint32_t bits = words[first / 32]; bits != 0; bits &= bits - 1)
+      target[first + std::size_t(std::countr_zero(bits))] += load_grad<dtype>(values, next++);
+  return next;
+}
+
 template <Form form>
 constexpr std::array<StreamKernel, kDTypes> kStreams = {stream<form, DType::fp32>, stream<form, DType::bf16>, stream<form, DType::fp16>};
 template <Form form>
@@ -122,7 +132,8 @@ constexpr Kernels kScalar = {{kAllStreams, kAllStreams, kAllStreams},
                              {kSamples<Form::none>, kSamples<Form::error_feedback>, kSamples<Form::momentum>, kSamples<Form::nesterov>},
                              {},
                              narrow,
-                             finish};
+                             finish,
+                             {add_bitmap<DType::fp32>, add_bitmap<DType::bf16>, add_bitmap<DType::fp16>}};
 
 }  // namespace
 

@@ -302,6 +302,26 @@ bool finish(float* tile, std::size_t count, float factor, DType dtype, void* out
   return streaming ? finish_as<L, DType::fp32, true>(tile, count, factor, at) : finish_as<L, DType::fp32, false>(tile, count, factor, at);
 }
 
+/// Values are spread to the lanes of their bits; the other lanes keep what they hold, also the sign of a zero. Reads bitmap, values and
+/// target once, writes target once, whatever the density. Bit-exact.
+template <class L, DType dtype>
+std::uint32_t add_bitmap(const std::uint32_t* words, std::size_t count, const std::byte* values, std::uint32_t next, std::uint32_t capacity,
+                         float* target) {
+  std::size_t first = 0;
+  // Whole words only, and as long as a vector of values can be loaded from anywhere in the word.
+  for (; first + 32 <= count && std::size_t(next) + 32 + L::kWidth <= capacity; first += 32) {
+    const std::uint32_t word = words[first / 32];
+    for (std::uint32_t lane = 0; lane < 32; lane += L::kWidth) {
+      // Counted from the word's start: lanes of one word do not wait for each other.
+      const std::uint32_t before = std::uint32_t(__builtin_popcount(word & ((std::uint32_t(1) << lane) - 1)));
+      const auto value = L::template load_grad<dtype>(values, next + before);
+      L::add_where(word >> lane, value, target + first + lane);
+    }
+    next += std::uint32_t(__builtin_popcount(word));
+  }
+  return kernels_scalar().add_bitmap[std::size_t(dtype)](words + first / 32, count - first, values, next, capacity, target + first);
+}
+
 template <class L>
 constexpr Kernels make_kernels(const std::array<std::array<float, feedback::kForms>, kTiers - 1>& crossover) noexcept {
   Kernels out{};
@@ -324,6 +344,7 @@ constexpr Kernels make_kernels(const std::array<std::array<float, feedback::kFor
   out.crossover = crossover;
   out.narrow = narrow<L>;
   out.finish = finish<L>;
+  out.add_bitmap = {add_bitmap<L, DType::fp32>, add_bitmap<L, DType::bf16>, add_bitmap<L, DType::fp16>};
   return out;
 }
 
