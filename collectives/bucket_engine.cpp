@@ -9,6 +9,12 @@
 #include "compressors/core/wire.hpp"
 
 namespace thinwire {
+namespace {
+
+// Without a codec norms are for the statistics only, and a pass over the gradient is half of what the hook costs.
+constexpr std::uint64_t kPlainNormsEvery = 16;
+
+}  // namespace
 
 BucketEngine::BucketEngine(Communicator& communicator, const Codec* codec, const Recursion& recursion, const ReducerOptions& options,
                            std::size_t parameters, std::size_t total_numel, std::uint64_t check_every)
@@ -45,9 +51,11 @@ void BucketEngine::run(const std::shared_ptr<const BucketPlan>& bucket, Bytes gr
   std::uint32_t flags = 0;
   own_wire_ = {};
   if (codec_ == nullptr) {
-    const Plan plan = bucket->passengers[0].plan(step);
-    squared_norms(plan, grad, norms_.data(), Stream::host());  // for the statistics only
-    note_norms(plan, 1.0f / options.loss_scale);
+    if (step % kPlainNormsEvery == 0) {
+      const Plan plan = bucket->passengers[0].plan(step);
+      squared_norms(plan, grad, norms_.data(), Stream::host());
+      note_norms(plan, 1.0f / options.loss_scale);
+    }
     if (options.joined) std::memset(grad.data, 0, grad.size);
     flags = run_plain(grad);
   } else if (bucket->whole_dense) {

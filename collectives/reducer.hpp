@@ -33,7 +33,8 @@ struct ParameterStats {
   std::string reason;                       ///< why not; empty if compressed
   double density = 1;                       ///< configured now
   std::uint64_t kept = 0;                   ///< entries sent at the last step
-  double residual_norm = 0, grad_norm = 0;  ///< L2, of this rank; grad_norm of the last step's local gradient, in unscaled units
+  double residual_norm = 0, grad_norm = 0;  ///< L2, of this rank; grad_norm of the last step's local gradient (codec=none: of the last step
+                                            ///< divisible by 16), in unscaled units
 };
 
 struct Stats {

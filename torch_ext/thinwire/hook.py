@@ -83,7 +83,8 @@ class HookState:
         ``dense_bytes`` that a ring all-reduce
         of the same gradients would have sent; ``factor`` = dense_bytes / wire_bytes; ``nonfinite_steps``; ``parameters``: name -> ``numel,
         compressed, reason`` (why
-        not), ``density`` (configured now), ``kept`` (entries sent at the last step), ``residual_norm, grad_norm`` (this rank's).
+        not), ``density`` (configured now), ``kept`` (entries sent at the last step), ``residual_norm, grad_norm`` (this rank's;
+        with ``codec=none`` the gradient's is taken at every 16th step).
         """
         return dict(self._live("stats").stats())
 
