@@ -34,11 +34,16 @@ Passengers owned_by(const Passengers& group, int world, int rank) {
   return owned;
 }
 
-constexpr std::size_t round_up(std::size_t x, std::size_t to) noexcept { return (x + to - 1) / to * to; }
-
 }  // namespace
 
 std::size_t BucketPlan::sent_bytes() const noexcept { return std::accumulate(send_bytes.begin(), send_bytes.end(), std::size_t(0)); }
+
+bool dense_sends_less(const Codec& codec, const Segment& segment, DType dtype, int world) {
+  const std::uint32_t end = 1;
+  const double capacity = double(codec.layout({std::span(&segment, 1), std::span(&end, 1), 0}).part_capacity - sizeof(wire::Header));
+  const double n = world;
+  return capacity * (n - 1) >= 2 * (n - 1) / n * double(segment.count * size_of(dtype));
+}
 
 BucketPlan make_bucket_plan(std::span<const std::uint32_t> ids, DType dtype, bool whole_dense, const std::vector<ParameterSlot>& slots,
                             const Codec* codec, const Recursion& recursion, int world, int rank) {

@@ -74,6 +74,10 @@ struct BucketPlan {
 /// Passengers of at most this many bytes travel raw in the gather and are summed by everyone: one collective less.
 inline constexpr std::size_t kRawPassengerBytes = 64 * 1024;
 
+/// exchange=auto's rule: whether gathering this segment sends no less than a ring all-reduce of it. With one rank nothing is sent either
+/// way, and dense is simpler.
+bool dense_sends_less(const Codec& codec, const Segment& segment, DType dtype, int world);
+
 /// `codec` may be null only on whole dense steps. @throws what Codec::layout throws.
 BucketPlan make_bucket_plan(std::span<const std::uint32_t> ids, DType dtype, bool whole_dense, const std::vector<ParameterSlot>& slots,
                             const Codec* codec, const Recursion& recursion, int world, int rank);

@@ -114,14 +114,9 @@ void GradientReducer::Impl::begin_step_if_needed() {
   if (changed) ++epoch_;
 }
 
-/// exchange=auto: where gathering this tensor would send no less than a ring all-reduce of it, it is dense for as long as that holds.
-bool GradientReducer::Impl::dense_sends_less(const ParameterSlot& slot, DType dtype) const {
+bool GradientReducer::Impl::dense_by_rule(const ParameterSlot& slot, DType dtype) const {
   if (config_.exchange().name != "auto") return false;
-  const Segment segment{0, 0, slot.numel, slot.rows, slot.columns, slot.setting, nullptr};
-  const std::uint32_t end = 1;
-  const double capacity = double(codec_->layout({std::span(&segment, 1), std::span(&end, 1), 0}).part_capacity - sizeof(wire::Header));
-  const double world = communicator_->size();
-  return capacity * (world - 1) >= 2 * (world - 1) / world * double(slot.numel * size_of(dtype));
+  return dense_sends_less(*codec_, {0, 0, slot.numel, slot.rows, slot.columns, slot.setting, nullptr}, dtype, communicator_->size());
 }
 
 bool GradientReducer::Impl::complete_step_if_all_seen() {
@@ -142,7 +137,7 @@ std::shared_ptr<const BucketPlan> GradientReducer::Impl::find_plan(std::span<con
     }
   }
   for (const std::uint32_t id : ids)
-    if (slots_[id].compressible) slots_[id].dense_now = !dense_step_ && dense_sends_less(slots_[id], dtype);
+    if (slots_[id].compressible) slots_[id].dense_now = !dense_step_ && dense_by_rule(slots_[id], dtype);
   auto plan = std::make_shared<const BucketPlan>(
       make_bucket_plan(ids, dtype, dense_step_, slots_, codec_.get(), recursion_, communicator_->size(), communicator_->rank()));
   if (place == nullptr) {

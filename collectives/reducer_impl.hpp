@@ -59,7 +59,8 @@ class GradientReducer::Impl {
   /// Marks the ids as reduced in this step. @throws invalid_argument, nothing changed.
   void mark(std::span<const std::uint32_t> ids);
   bool complete_step_if_all_seen();
-  bool dense_sends_less(const ParameterSlot& slot, DType dtype) const;
+  /// Whether exchange=auto makes this parameter dense at its setting.
+  bool dense_by_rule(const ParameterSlot& slot, DType dtype) const;
   std::shared_ptr<const BucketPlan> find_plan(std::span<const std::uint32_t> ids, DType dtype);
   void run(Job& job);
   std::exception_ptr explain(const Job& job, std::exception_ptr error);

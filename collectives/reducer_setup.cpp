@@ -12,8 +12,6 @@
 namespace thinwire {
 namespace {
 
-constexpr std::size_t round_up(std::size_t x, std::size_t to) noexcept { return (x + to - 1) / to * to; }
-
 ParameterSlot make_slot(Parameter parameter, const Config& config, bool has_codec) {
   ParameterSlot slot;
   slot.numel = 1;

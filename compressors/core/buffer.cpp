@@ -17,8 +17,6 @@ constexpr std::size_t kHugePage = std::size_t(2) << 20;
 // Array j of the arena starts j × this past its huge page: measured to break the power-of-two distances that halve stream bandwidth.
 constexpr std::size_t kStagger = (std::size_t(1) << 20) + 1344;
 
-constexpr std::size_t round_up(std::size_t x, std::size_t to) noexcept { return (x + to - 1) / to * to; }
-
 }  // namespace
 
 void Buffer::Free::operator()(std::byte* p) const noexcept { std::free(p); }

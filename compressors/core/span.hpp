@@ -10,6 +10,9 @@
 
 namespace thinwire {
 
+/// The next multiple of `to`.
+constexpr std::size_t round_up(std::size_t x, std::size_t to) noexcept { return (x + to - 1) / to * to; }
+
 enum class Place : std::uint8_t { host, cuda };
 
 /// A view of `size` bytes holding elements of `dtype`, on `place` (and `device`, when that is a GPU). Never owns.

@@ -14,8 +14,6 @@ namespace thinwire::topk {
 inline constexpr std::uint32_t kBlock = 65536;
 
 constexpr std::size_t blocks_of(std::size_t count) noexcept { return (count + kBlock - 1) / kBlock; }
-constexpr std::size_t round_up(std::size_t x, std::size_t to) noexcept { return (x + to - 1) / to * to; }
-
 enum class IndexForm : std::uint8_t {
   u32,     ///< u32 index[capacity]
   u16,     ///< u32 count[blocks], then u16 offset[capacity]

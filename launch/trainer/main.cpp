@@ -225,7 +225,7 @@ void run(const Options& options, int rank, int argc, char** argv) {
   std::ofstream file;
   if (rank == 0 && !options.json.empty()) {  // a name that cannot be written is better known before the training
     file.open(options.json);
-    THINWIRE_EXPECTS(file.good(), options.json + ": cannot be written");
+    if (!file.good()) fail(Errc::invalid_argument, options.json + ": cannot be written");
   }
   Trainer trainer(options, make_mpi(MPI_COMM_WORLD), data);
   // Caught while the trainer lives: after a failed call MPI may still write into its buckets, so nothing may be freed before the abort.

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ddp_common import batch, feature, local_grads, loss_of, mlp, replicas_equal, train
+from ddp_training import batch, feature, local_grads, loss_of, mlp, replicas_equal, train
 from oracle import Oracle
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel

@@ -16,7 +16,7 @@ import ddp_models  # noqa: F401
 import ddp_state  # noqa: F401
 import torch
 import torch.distributed as dist
-from ddp_common import FEATURES
+from ddp_training import FEATURES
 
 
 def main() -> None:

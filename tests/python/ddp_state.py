@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ddp_common import batch, everybody, feature, local_grads, loss_of, mlp, replicas_equal, train
+from ddp_training import batch, everybody, feature, local_grads, loss_of, mlp, replicas_equal, train
 from ddp_models import Words
 from oracle import Oracle
 from torch import nn

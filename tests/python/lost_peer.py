@@ -1,4 +1,4 @@
-"""A rank that dies, stalls or leaves in the midst of training: RANK WORLD FOLDER HOW. Survivors write the error they got and when."""
+"""A rank that dies, stalls or leaves in the midst of training: RANK WORLD FOLDER HOW WIDTH. Survivors write the error they got and when."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ TIMEOUT = 4.0  # seconds per blocking call
 
 def main() -> None:
     rank, world, folder, how = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
+    width = int(sys.argv[5])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60))
     torch.manual_seed(1)
-    ddp = DistributedDataParallel(nn.Sequential(*[nn.Linear(64, 64) for _ in range(6)]), bucket_cap_mb=0.03)
-    state = thinwire.attach(ddp, f"dgc:density=0.05 min_numel=0 timeout={TIMEOUT}")
+    ddp = DistributedDataParallel(nn.Sequential(*[nn.Linear(64, width), *(nn.Linear(width, width) for _ in range(4))]), bucket_cap_mb=0.03)
+    state = thinwire.attach(ddp, f"dgc:density=0.05 exchange=gather min_numel=0 timeout={TIMEOUT}")
     for step in range(1000):
         if step == 5 and rank == world - 1:
             if how == "killed":

@@ -12,9 +12,12 @@ WORLD = 3
 LIMIT = TIMEOUT + 20  # the deadline of one call, and what a loaded machine adds
 
 
-@pytest.mark.parametrize("how", ["killed", "stalled", "raises", "closed"])
-def test_survivors_get_an_error(how: str, tmp_path: Path) -> None:
-    launch = Launch(Path(__file__).parent / "lost_peer.py", WORLD, tmp_path, how)
+@pytest.mark.parametrize(
+    ("how", "width"), [("killed", 64), ("stalled", 64), ("raises", 64), ("closed", 64), ("killed", 1024), ("stalled", 1024)]
+)
+def test_survivors_get_an_error(how: str, width: int, tmp_path: Path) -> None:
+    """Layers of 64 send messages straight to every rank, layers of 1024 go round Gloo's ring."""
+    launch = Launch(Path(__file__).parent / "lost_peer.py", WORLD, tmp_path, how, str(width))
     try:
         for rank in range(WORLD - 1):
             assert launch.processes[rank].wait(120) == 0, launch.log(rank)

@@ -43,7 +43,8 @@ std::vector<Estimate> estimate(const Config& config, std::uint64_t numel, int wo
     const Plan plan{std::span(&segment, 1), std::span(&part_end, 1), 0};
     const std::uint64_t capacity = codec->layout(plan).part_capacity, first = config.start_step() + step;
     const double leaves = double(capacity) * (n - 1);
-    if (config.exchange().name == "auto" && world > 1 && leaves >= ring) return passenger(std::string(name) + ", dense sends less", first);
+    if (config.exchange().name == "auto" && dense_sends_less(*codec, segment, DType::fp32, world))
+      return passenger(std::string(name) + ", dense sends less", first);
     return Estimate{name, first, segment.setting.density, true, capacity, leaves, ring};
   };
   // Settings of a warm-up change at multiples of its period, those of policy=none never.

@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rows = arguments.run(arguments, console)
         if arguments.json:
+            Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
             outcome = {"command": arguments.verb, "version": VERSION, "machine": machine(), "rows": rows}
             Path(arguments.json).write_text(json.dumps(outcome, indent=1) + "\n")
     except (ConfigError, ArgumentError, _Refused) as error:
@@ -211,7 +212,7 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
 
 def _replay_rows(config: Config, grads: dict[str, torch.Tensor], result: Replay) -> list[dict[str, Any]]:
     steps, world = result.payload_bytes.shape
-    gradient_bytes = sum(t[0, 0].numel() * t.element_size() for t in grads.values())
+    gradient_bytes = sum(math.prod(t.shape[2:]) * t.element_size() for t in grads.values())
     rows = []
     for step in range(steps):
         received = math.sqrt(sum(float(t[step].double().square().sum()) for t in result.mean.values()))

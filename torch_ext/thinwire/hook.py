@@ -91,14 +91,14 @@ class HookState:
     def state_dict(self) -> dict[str, Any]:
         """This rank's state: tensors keyed by parameter name, independent of buckets. Between steps; save it on every rank, as it differs
         between ranks."""
-        if self._kept is not None:
-            return _copied(self._kept)
         shapes = self._shapes
         if shapes is None:
             raise ArgumentError(
                 "this HookState was made without named_parameters, so its state has no names by which another process could find it; "
                 "use attach(), or HookState(..., named_parameters=model.named_parameters())"
             )
+        if self._kept is not None:
+            return _copied(self._kept)
         state = self._engine.state()
         state["parameters"] = {name: shaped(arrays, shapes[name]) for name, arrays in state["parameters"].items()}
         return {"format": _FORMAT, **state}
@@ -150,7 +150,7 @@ class HookState:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._config = Config.parse(state["config"])
         self._shapes = state["shapes"]
-        self._kept = state["kept"] or {"format": _FORMAT, "step": 0, "world": 1, "rank": 0, "config": state["config"], "parameters": {}}
+        self._kept = state["kept"] or {"step": 0}  # made without names and never used: there is no state to give
         self._engine = None
 
     def __repr__(self) -> str:
