@@ -59,15 +59,6 @@ TEST(WireHeader, RoundTrips) {
   }
 }
 
-TEST(WireHeader, FlagsAreAddedInPlace) {
-  auto payload = payload_of(valid(64), 64);
-  wire::add_flags(host_bytes(payload.data(), payload.size(), DType::u8), kFlagJoined);
-  wire::add_flags(host_bytes(payload.data(), payload.size(), DType::u8), 0);
-  EXPECT_EQ(read(payload).flags, std::uint32_t(kFlagJoined));
-  wire::add_flags(host_bytes(payload.data(), payload.size(), DType::u8), kFlagNonfinite);
-  EXPECT_EQ(read(payload).flags, std::uint32_t(kFlagJoined | kFlagNonfinite));
-}
-
 TEST(WireHeader, RefusesEachWrongFieldByName) {
   const std::vector<std::pair<const char*, std::function<void(Header&)>>> changes = {
       {"magic", [](Header& h) { h.magic ^= 1; }},      {"version", [](Header& h) { h.version = 2; }},
@@ -97,7 +88,6 @@ TEST(WireHeader, RefusesAnythingTooShort) {
     EXPECT_THROW(read(cut), Error) << size;
     std::vector<std::byte> room(size);
     EXPECT_THROW(wire::write_header(valid(64), host_bytes(room.data(), size, DType::u8)), Error);
-    EXPECT_THROW(wire::add_flags(host_bytes(room.data(), size, DType::u8), 1), Error);
   }
 }
 

@@ -33,14 +33,6 @@ void write_header(const Header& header, Bytes payload) {
   std::memcpy(payload.data, &header, sizeof(Header));
 }
 
-void add_flags(Bytes payload, std::uint32_t flags) {
-  THINWIRE_EXPECTS(payload.size >= sizeof(Header), "a payload needs " + std::to_string(sizeof(Header)) + " bytes for its header");
-  std::uint32_t word;
-  std::memcpy(&word, payload.data + offsetof(Header, flags), sizeof word);
-  word |= flags;
-  std::memcpy(payload.data + offsetof(Header, flags), &word, sizeof word);
-}
-
 Header read_header(ConstBytes payload, CodecId codec, std::uint64_t plan, std::uint32_t segments, std::uint64_t step) {
   if (payload.size < sizeof(Header)) corrupt("length in bytes", payload.size, sizeof(Header));
   Header header;

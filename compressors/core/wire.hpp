@@ -30,9 +30,6 @@ enum CodecId : std::uint8_t { kCodecNone = 0, kCodecTopK = 1 };
 /// Writes `header` at the start of `payload` (host, at least 64 bytes).
 void write_header(const Header& header, Bytes payload);
 
-/// ORs Flag bits that were found after the header was written (an owner's sums) into a payload on the host.
-void add_flags(Bytes payload, std::uint32_t flags);
-
 /// Reads and checks the header against what the receiver knows. @throws Error{corrupt_payload} naming the field, its value and what was
 /// expected.
 Header read_header(ConstBytes payload, CodecId codec, std::uint64_t plan, std::uint32_t segments, std::uint64_t step);
