@@ -220,14 +220,38 @@ void pack(const Block& b, Emitted& emitted) {
   pack_as<L, form, dtype, Emit::fp16>(b, emitted);
 }
 
+/// |x| bits of kWidth elements from i on; 0 for messages that overflow.
+template <class L, Form form, DType dtype>
+[[gnu::always_inline]] inline void magnitudes_at(const Block& s, std::size_t i, const typename L::V& factor, const typename L::V& rate,
+                                                 std::uint32_t* out) noexcept {
+  using V = typename L::V;
+  const V infinity = L::set(bits_float(0x7f800000u));
+  V residual{}, u{}, x;
+  if constexpr (feedback::has_residual(form)) residual = L::load(s.residual + i);
+  if constexpr (feedback::has_momentum(form)) u = L::load(s.momentum + i);
+  V g = L::template load_grad<dtype>(s.grad, i) * factor;
+  g = L::zero_where(L::not_less(L::abs(g), infinity), g);
+  feedback::message<form>(g, rate, residual, u, x);
+  const V a = L::abs(x);
+  L::store(reinterpret_cast<float*>(out), L::zero_where(L::not_less(a, infinity), a));
+}
+
 /// Reads the sampled cache lines of gradient and state, writes 4 bytes per sampled element. Bit-exact.
 template <class L, Form form, DType dtype>
 std::size_t sample(const Block& s, std::uint64_t step, std::uint32_t* magnitudes) {
-  using V = typename L::V;
-  if (s.live != nullptr || sample_size(s.count) == s.count)
-    return kernels_scalar().sample[std::size_t(form)][std::size_t(dtype)](s, step, magnitudes);
+  if (s.live != nullptr) return kernels_scalar().sample[std::size_t(form)][std::size_t(dtype)](s, step, magnitudes);
+  const auto factor = L::set(s.factor), rate = L::set(s.rate);
+  if (sample_size(s.count) == s.count) {  // all of it, in order
+    const std::size_t whole = s.count / L::kWidth * L::kWidth;
+    for (std::size_t i = 0; i < whole; i += L::kWidth) magnitudes_at<L, form, dtype>(s, i, factor, rate, magnitudes + i);
+    Block tail = s;
+    tail.grad = static_cast<const std::byte*>(s.grad) + whole * size_of(dtype);
+    if constexpr (feedback::has_residual(form)) tail.residual += whole;
+    if constexpr (feedback::has_momentum(form)) tail.momentum += whole;
+    tail.count -= std::uint32_t(whole);
+    return whole + kernels_scalar().sample[std::size_t(form)][std::size_t(dtype)](tail, step, magnitudes + whole);
+  }
   SampleGroups groups(s.count, step);
-  const V factor = L::set(s.factor), rate = L::set(s.rate), infinity = L::set(bits_float(0x7f800000u));
   constexpr std::uint64_t kAhead = 64;  // groups whose lines are on their way to L2: no hardware prefetcher knows the hash
   std::size_t ring[kAhead];
   const auto ask = [&](std::uint64_t j) {
@@ -240,16 +264,8 @@ std::size_t sample(const Block& s, std::uint64_t step, std::uint32_t* magnitudes
   for (std::uint64_t j = 0; j < groups.taken(); ++j) {
     const std::size_t first = ring[j % kAhead];
     if (j + kAhead < groups.taken()) ask(j + kAhead);
-    for (std::size_t i = 0; i < kSampleGroup; i += L::kWidth) {
-      V residual{}, u{}, x;
-      if constexpr (feedback::has_residual(form)) residual = L::load(s.residual + first + i);
-      if constexpr (feedback::has_momentum(form)) u = L::load(s.momentum + first + i);
-      V g = L::template load_grad<dtype>(s.grad, first + i) * factor;
-      g = L::zero_where(L::not_less(L::abs(g), infinity), g);
-      feedback::message<form>(g, rate, residual, u, x);
-      const V a = L::abs(x);
-      L::store(reinterpret_cast<float*>(magnitudes + j * kSampleGroup + i), L::zero_where(L::not_less(a, infinity), a));
-    }
+    for (std::size_t i = 0; i < kSampleGroup; i += L::kWidth)
+      magnitudes_at<L, form, dtype>(s, first + i, factor, rate, magnitudes + j * kSampleGroup + i);
   }
   return sample_size(s.count);
 }
