@@ -20,6 +20,25 @@ function(thinwire_library name)
   install(TARGETS thinwire_${name} EXPORT thinwire-targets)
 endfunction()
 
+# thinwire_emulated_library(<name> SOURCES … [LINK …]): thinwire::emulated_<name>, for tests: kernels are compiled as C++ and run by tests/cuda_emulator.
+function(thinwire_emulated_library name)
+  cmake_parse_arguments(ARG "" "" "SOURCES;LINK" ${ARGN})
+  set(kernels ${ARG_SOURCES})
+  list(FILTER kernels INCLUDE REGEX "\\.cu$")
+  list(FILTER ARG_SOURCES EXCLUDE REGEX "\\.cu$")
+  foreach(kernel ${kernels})  # a file of its own: its language is CUDA wherever it is named by itself
+    set(twin ${CMAKE_CURRENT_BINARY_DIR}/emulated/${kernel}.cpp)
+    file(CONFIGURE OUTPUT ${twin} CONTENT "#include \"${CMAKE_CURRENT_SOURCE_DIR}/${kernel}\"\n")
+    list(APPEND ARG_SOURCES ${twin})
+  endforeach()
+  add_library(thinwire_emulated_${name} STATIC EXCLUDE_FROM_ALL ${ARG_SOURCES} ${PROJECT_SOURCE_DIR}/tests/cuda_emulator/emulator.cpp)
+  add_library(thinwire::emulated_${name} ALIAS thinwire_emulated_${name})
+  set_target_properties(thinwire_emulated_${name} PROPERTIES POSITION_INDEPENDENT_CODE ON)
+  target_include_directories(thinwire_emulated_${name} BEFORE PUBLIC ${PROJECT_SOURCE_DIR}/tests/cuda_emulator ${PROJECT_SOURCE_DIR} ${PROJECT_BINARY_DIR}/include)
+  target_compile_options(thinwire_emulated_${name} PRIVATE -Wno-unknown-pragmas)
+  target_link_libraries(thinwire_emulated_${name} PUBLIC ${ARG_LINK} PRIVATE thinwire_flags)
+endfunction()
+
 # thinwire_program(<name> SOURCES … LINK …): a program of the build tree.
 function(thinwire_program name)
   cmake_parse_arguments(ARG "" "" "SOURCES;LINK" ${ARGN})

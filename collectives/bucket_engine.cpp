@@ -223,7 +223,7 @@ void BucketEngine::settle(const BucketPlan& bucket, std::uint64_t step, ConstByt
   if (finite) {
     settle_dense(recursion_, stateful.plan(step), {stateful.states, nullptr}, Stream::host());
   } else if (!own_wire.empty()) {
-    codec_->take_back(recursion_, bucket.plan(step), own_wire, {bucket.states, nullptr}, Stream::host());
+    codec_->take_back(recursion_, bucket.plan(step), own_wire, {bucket.states, nullptr}, nullptr, Stream::host());
   }
 }
 

@@ -149,7 +149,7 @@ struct NoCodec final : Codec {
   void empty(const Plan&, Bytes, std::uint32_t, Stream) const override {}
   void encode(int, const Plan&, ConstBytes, ConstBytes, const StateView&, Bytes, Bytes, Stream) const override {}
   void decode(const Plan&, std::span<const ConstBytes>, float, Bytes, Bytes, std::uint32_t*, Stream) const override {}
-  void take_back(const Recursion&, const Plan&, ConstBytes, const StateView&, Stream) const override {}
+  void take_back(const Recursion&, const Plan&, ConstBytes, const StateView&, const std::uint32_t*, Stream) const override {}
 };
 
 // Both ways of the same messages, simulated rank by rank without a transport.

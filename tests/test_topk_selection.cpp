@@ -9,8 +9,8 @@ namespace thinwire {
 namespace {
 
 template <class T>
-class TopKSelection : public OnIsa<T> {};
-TYPED_TEST_SUITE(TopKSelection, Isas, IsaName);
+class TopKSelection : public OnBackend<T> {};
+TYPED_TEST_SUITE(TopKSelection, Backends, BackendName);
 
 TopKOptions with(bool exact, DType wire = DType::fp32) {
   TopKOptions o;
@@ -46,7 +46,7 @@ TYPED_TEST(TopKSelection, ExactIsTheSortedReference) {
   const std::vector<std::size_t> counts = {1, 2, 15, 16, 17, 33, 1000, 4097, 65537, 200001};
   for (const DType wire : kWires) {
     for (const double density : {1e-6, 0.001, 0.03, 0.4, 1.0}) {
-      TopKRig rig(TypeParam::kIsa, with(true, wire), no_feedback(), counts, density);
+      TopKRig rig(TypeParam::kBackend, with(true, wire), no_feedback(), counts, density);
       const auto grad = gradients(rig.numel, 11, true);
       rig.stream(grad);
       const auto entries = rig.entries();
@@ -61,7 +61,7 @@ TYPED_TEST(TopKSelection, ExactIsTheSortedReference) {
 
 TYPED_TEST(TopKSelection, TiesGoToTheLowestIndex) {
   for (const auto& recursion : {no_feedback(), ef14(), dgc()}) {
-    TopKRig rig(TypeParam::kIsa, with(true), recursion, {100000}, 0.01);
+    TopKRig rig(TypeParam::kBackend, with(true), recursion, {100000}, 0.01);
     std::vector<float> grad(rig.numel, -0.5f);
     rig.stream(grad);
     auto entries = rig.entries();
@@ -75,7 +75,7 @@ TYPED_TEST(TopKSelection, AllZeroAllEqualOneHotDenormal) {
     for (const DType wire : kWires) {
       for (const std::size_t n : {50u, 5000u, 100000u}) {
         const auto run = [&](const std::vector<float>& values) {
-          TopKRig rig(TypeParam::kIsa, with(exact, wire), ef14(), {n}, 0.02);
+          TopKRig rig(TypeParam::kBackend, with(exact, wire), ef14(), {n}, 0.02);
           std::vector<float> grad(rig.numel, 0);
           std::copy(values.begin(), values.end(), grad.begin() + 1);
           rig.stream(grad);
@@ -110,7 +110,7 @@ TYPED_TEST(TopKSelection, NothingThatRoundsToZeroIsSent) {
   for (const bool exact : {false, true}) {
     for (const DType wire : {DType::bf16, DType::fp16}) {
       const auto half = float(oracle::magnitudes(wire)[1] / 2);
-      TopKRig rig(TypeParam::kIsa, with(exact, wire), ef14(), {64}, 1.0);
+      TopKRig rig(TypeParam::kBackend, with(exact, wire), ef14(), {64}, 1.0);
       std::vector<float> grad(rig.numel, 0);
       grad[5] = half;
       grad[40] = std::nextafter(half, 1.0f);
@@ -127,7 +127,7 @@ TYPED_TEST(TopKSelection, ExactDoesNotDependOnItsSample) {
   for (const auto& recursion : {no_feedback(), ef14(), dgc(0.5f), dgc(0.5f, true)}) {
     for (const DType wire : {DType::fp32, DType::bf16}) {
       for (const int shape : {0, 1, 2}) {
-        TopKRig rig(TypeParam::kIsa, with(true, wire), recursion, {n}, 0.001);
+        TopKRig rig(TypeParam::kBackend, with(true, wire), recursion, {n}, 0.001);
         std::vector<float> grad(rig.numel, 0);
         std::mt19937 random(3);
         for (std::size_t i = 0; i < n; ++i) {
@@ -176,7 +176,7 @@ TYPED_TEST(TopKSelection, SampledCountsAreWithinTheirBounds) {
   const std::size_t n = 300000, m = n / 32 / 16 * 16;
   for (const double density : {0.005, 0.02, 0.1}) {
     for (const int law : {0, 1}) {
-      TopKRig rig(TypeParam::kIsa, with(false), no_feedback(), {n}, density);
+      TopKRig rig(TypeParam::kBackend, with(false), no_feedback(), {n}, density);
       std::mt19937 random(unsigned(7 + law));
       std::normal_distribution<float> normal;
       std::exponential_distribution<float> exponential;
@@ -200,7 +200,7 @@ TYPED_TEST(TopKSelection, SampledCountsAreWithinTheirBounds) {
 
 TYPED_TEST(TopKSelection, SmallSegmentsAreTheirOwnSample) {
   for (const std::size_t n : {1u, 16u, 100u, 4096u}) {
-    TopKRig rig(TypeParam::kIsa, with(false), no_feedback(), {n}, 0.05);
+    TopKRig rig(TypeParam::kBackend, with(false), no_feedback(), {n}, 0.05);
     rig.memory[0] = 1e9f;  // a threshold carried from elsewhere cannot mislead it
     std::mt19937 random(2);
     std::normal_distribution<float> normal;
@@ -216,7 +216,7 @@ TYPED_TEST(TopKSelection, SmallSegmentsAreTheirOwnSample) {
 TYPED_TEST(TopKSelection, ACarriedThresholdIsBoundedByTheSample) {
   const std::size_t n = 300000;
   for (const float carried : {NAN, -1.0f, 0.0f, 1e-30f, 1e30f, INFINITY}) {
-    TopKRig rig(TypeParam::kIsa, with(false), no_feedback(), {n}, 0.02);
+    TopKRig rig(TypeParam::kBackend, with(false), no_feedback(), {n}, 0.02);
     rig.memory[0] = carried;
     rig.stream(gradients(rig.numel, 6, false));
     const double k = 6000, r = k / 32;  // within two deviations of the sample, and four of the sample's own
@@ -227,7 +227,7 @@ TYPED_TEST(TopKSelection, ACarriedThresholdIsBoundedByTheSample) {
 
 TYPED_TEST(TopKSelection, WhatDoesNotFitStaysAndIsSentLater) {
   const std::size_t n = 100000;
-  TopKRig rig(TypeParam::kIsa, with(false), ef14(), {n}, 0.01);
+  TopKRig rig(TypeParam::kBackend, with(false), ef14(), {n}, 0.01);
   std::vector<float> grad(rig.numel, 1.0f);
   std::set<std::size_t> seen;
   for (rig.step = 0; rig.step < 80; ++rig.step) {
@@ -246,7 +246,7 @@ TYPED_TEST(TopKSelection, WhatDoesNotFitStaysAndIsSentLater) {
 TYPED_TEST(TopKSelection, EveryCoordinateIsSentInTime) {
   const std::size_t n = 5000, k = 150;
   for (const auto& recursion : {ef14(), dgc(0.5f)}) {
-    TopKRig rig(TypeParam::kIsa, with(true), recursion, {n}, 0.03);
+    TopKRig rig(TypeParam::kBackend, with(true), recursion, {n}, 0.03);
     std::vector<float> grad(rig.numel);
     for (std::size_t i = 0; i < grad.size(); ++i) grad[i] = i % 2 != 0 ? 1.0f : -1.0f;
     std::set<std::size_t> seen;
@@ -262,7 +262,7 @@ TYPED_TEST(TopKSelection, EveryCoordinateIsSentInTime) {
 
 TYPED_TEST(TopKSelection, DensityOneSendsEverything) {
   for (const bool exact : {false, true}) {
-    TopKRig rig(TypeParam::kIsa, with(exact), dgc(0.5f), {300000}, 1.0);
+    TopKRig rig(TypeParam::kBackend, with(exact), dgc(0.5f), {300000}, 1.0);
     auto grad = gradients(rig.numel, 2, false);
     for (auto& x : grad) x = x == 0 ? 1 : x;
     rig.stream(grad);
@@ -272,7 +272,7 @@ TYPED_TEST(TopKSelection, DensityOneSendsEverything) {
 }
 
 TYPED_TEST(TopKSelection, KCountsAsWritten) {
-  TopKRig rig(TypeParam::kIsa, with(true), ef14(), {1000}, 0.1);
+  TopKRig rig(TypeParam::kBackend, with(true), ef14(), {1000}, 0.1);
   const std::pair<double, std::size_t> expected[] = {{0.1, 100}, {0.3, 300}, {0.0001, 1}, {0.001, 1}, {0.0011, 2}, {1.0, 1000}, {0.7, 700}};
   for (const auto& [density, k] : expected) {
     rig.segments[0].setting.density = density;

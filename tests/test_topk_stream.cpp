@@ -6,8 +6,8 @@ namespace thinwire {
 namespace {
 
 template <class T>
-class TopKStream : public OnIsa<T> {};
-TYPED_TEST_SUITE(TopKStream, Isas, IsaName);
+class TopKStream : public OnBackend<T> {};
+TYPED_TEST_SUITE(TopKStream, Backends, BackendName);
 
 std::vector<TopKOptions> all_options() {
   std::vector<TopKOptions> out;
@@ -37,7 +37,7 @@ void expect_same_bits(const std::vector<float>& got, const std::vector<float>& w
 template <class T>
 void fused_is_unfused(const Recursion& recursion, const TopKOptions& options, DType dtype, double density, bool wild,
                       const std::vector<std::size_t>& counts) {
-  TopKRig fused(T::kIsa, options, recursion, counts, density), unfused(Isa::scalar, options, recursion, counts, density);
+  TopKRig fused(T::kBackend, options, recursion, counts, density), unfused(Isa::scalar, options, recursion, counts, density);
   for (auto* rig : {&fused, &unfused}) {
     for (std::size_t s = 0; s < counts.size(); ++s) rig->factors[s] = s % 3 == 2 ? 0.3f : 1.0f;
   }
@@ -130,7 +130,7 @@ TYPED_TEST(TopKStream, ConservesEveryCoordinateToTheBit) {
   for (const auto& recursion : {ef14(), dgc(0.5f), dgc(0.5f, false, false), dgc(0.5f, true), dgc(0.5f, true, false)}) {
     for (const auto& options : all_options()) {
       for (const DType dtype : kWires) {
-        TopKRig rig(TypeParam::kIsa, options, recursion, counts, 0.05);
+        TopKRig rig(TypeParam::kBackend, options, recursion, counts, 0.05);
         std::mt19937 random(5);
         std::vector<std::vector<double>> fed, sent, momentum;
         for (const auto n : counts) fed.emplace_back(n, 0.0), sent.emplace_back(n, 0.0), momentum.emplace_back(n, 0.0);
@@ -175,7 +175,7 @@ TYPED_TEST(TopKStream, DeadElementsHaveNoState) {
   const std::vector<std::size_t> counts = {70, 66000};
   for (const auto& recursion : {no_feedback(), ef14(), dgc()}) {
     for (const auto& options : all_options()) {
-      TopKRig rig(TypeParam::kIsa, options, recursion, counts, 0.1);
+      TopKRig rig(TypeParam::kBackend, options, recursion, counts, 0.1);
       std::vector<std::vector<std::uint64_t>> live;
       std::mt19937_64 random(9);
       for (std::size_t s = 0; s < counts.size(); ++s) {
@@ -207,7 +207,7 @@ TYPED_TEST(TopKStream, NonfiniteGradientsRaiseTheFlagAndEnterNoState) {
   options.exact = true;
   for (const float bad : {NAN, INFINITY, -INFINITY}) {
     for (const auto& recursion : {ef14(), dgc(), dgc(0.5f, true)}) {
-      TopKRig clean(TypeParam::kIsa, options, recursion, {100}, 0.05), poisoned(TypeParam::kIsa, options, recursion, {100}, 0.05);
+      TopKRig clean(TypeParam::kBackend, options, recursion, {100}, 0.05), poisoned(TypeParam::kBackend, options, recursion, {100}, 0.05);
       auto grad = gradients(clean.numel, 1, false);
       grad[51] = 0;
       clean.stream(grad);
@@ -226,7 +226,7 @@ TYPED_TEST(TopKStream, AnOverflowingAccumulatorSitsTheStepOut) {
   for (const bool exact : {false, true}) {
     TopKOptions options;
     options.exact = exact;
-    TopKRig rig(TypeParam::kIsa, options, dgc(0.5f), {64}, 0.1);
+    TopKRig rig(TypeParam::kBackend, options, dgc(0.5f), {64}, 0.1);
     rig.residual[0][20] = 3e38f;
     rig.u[0][20] = 1.0f;
     std::vector<float> grad(rig.numel, 0.5f);
@@ -241,7 +241,7 @@ TYPED_TEST(TopKStream, AnOverflowingAccumulatorSitsTheStepOut) {
 }
 
 TYPED_TEST(TopKStream, FlagsGoIntoTheHeaderAndBack) {
-  TopKRig rig(TypeParam::kIsa, {}, dgc(), {}, 0.1);
+  TopKRig rig(TypeParam::kBackend, {}, dgc(), {}, 0.1);
   rig.stream(oracle::to_bytes({}, DType::fp32), DType::fp32, kFlagJoined);
   EXPECT_EQ(rig.flags, unsigned(kFlagJoined));
   EXPECT_EQ(rig.payload.size(), 64u);
@@ -256,7 +256,7 @@ TYPED_TEST(TopKStream, TakeBackReturnsWhatWasSent) {
       for (const auto index : {TopKOptions::Index::u32, TopKOptions::Index::u16, TopKOptions::Index::bitmap}) {
         TopKOptions with = options;
         with.index = index;
-        TopKRig rig(TypeParam::kIsa, with, recursion, {33, 70000}, 0.02), keeps(Isa::scalar, with, recursion, {33, 70000}, 0.02);
+        TopKRig rig(TypeParam::kBackend, with, recursion, {33, 70000}, 0.02), keeps(Isa::scalar, with, recursion, {33, 70000}, 0.02);
         std::vector<float> grad(rig.numel);
         std::mt19937 random(4);
         for (auto& x : grad) x = float(int(random() % 511) - 255) / 16;  // dyadic: the bits come back
@@ -271,7 +271,7 @@ TYPED_TEST(TopKStream, TakeBackReturnsWhatWasSent) {
       }
     }
   }
-  TopKRig none(TypeParam::kIsa, {}, no_feedback(), {100}, 0.1);
+  TopKRig none(TypeParam::kBackend, {}, no_feedback(), {100}, 0.1);
   none.stream(gradients(none.numel, 1, false));
   none.take_back();  // nothing to return to
 }
@@ -279,7 +279,7 @@ TYPED_TEST(TopKStream, TakeBackReturnsWhatWasSent) {
 // Without feedback nothing stays, and a codec that is handed nothing but a message does the same.
 TYPED_TEST(TopKStream, NoFeedbackSendsRoundedGradients) {
   for (const auto& options : all_options()) {
-    TopKRig rig(TypeParam::kIsa, options, no_feedback(), {5000}, 0.03);
+    TopKRig rig(TypeParam::kBackend, options, no_feedback(), {5000}, 0.03);
     const auto grad = gradients(rig.numel, 8, false);
     rig.stream(grad);
     const auto entries = rig.entries()[0];

@@ -9,8 +9,8 @@ namespace thinwire {
 namespace {
 
 template <class T>
-class TopKWire : public OnIsa<T> {};
-TYPED_TEST_SUITE(TopKWire, Isas, IsaName);
+class TopKWire : public OnBackend<T> {};
+TYPED_TEST_SUITE(TopKWire, Backends, BackendName);
 
 using Index = TopKOptions::Index;
 
@@ -56,8 +56,8 @@ const float kGradients[3][2][8] = {{{1, -2, 3, -4, .5f, .25f, -.125f, 8}, {-1, 2
 
 TYPED_TEST(TopKWire, DgcVectors) {
   for (const auto& expected : vectors()) {
-    TopKRig rank0(TypeParam::kIsa, with(true), expected.recursion, {8}, 0.25),
-        rank1(TypeParam::kIsa, with(true), expected.recursion, {8}, 0.25);
+    TopKRig rank0(TypeParam::kBackend, with(true), expected.recursion, {8}, 0.25),
+        rank1(TypeParam::kBackend, with(true), expected.recursion, {8}, 0.25);
     TopKRig* ranks[] = {&rank0, &rank1};
     for (std::size_t t = 0; t < 3; ++t) {
       for (std::size_t r = 0; r < 2; ++r) {
@@ -89,7 +89,7 @@ TYPED_TEST(TopKWire, LayoutIsTheDocumentedOne) {
       for (const bool exact : {false, true}) {
         const std::vector<std::size_t> counts = {0, 1, 31, 32, 33, 65535, 65536, 65537, 200001};
         for (const double density : {0.0001, 0.01, 0.1, 0.5}) {
-          TopKRig rig(TypeParam::kIsa, with(exact, wire, index), no_feedback(), counts, density);
+          TopKRig rig(TypeParam::kBackend, with(exact, wire, index), no_feedback(), counts, density);
           std::size_t bytes = 64 + 4 * counts.size();
           for (const auto n : counts) {
             const auto l = oracle::layout(n, density, rig.options);
@@ -110,7 +110,7 @@ TYPED_TEST(TopKWire, DecodeSumsInRankOrder) {
   for (const auto index : {Index::u32, Index::u16, Index::bitmap}) {
     for (const DType wire : kWires) {
       for (const std::size_t world : {1u, 2u, 3u, 7u}) {
-        TopKRig rig(TypeParam::kIsa, with(false, wire, index), no_feedback(), counts, 0.07);
+        TopKRig rig(TypeParam::kBackend, with(false, wire, index), no_feedback(), counts, 0.07);
         std::vector<std::vector<std::byte>> payloads;
         std::vector<float> sum(rig.numel, kGap);
         for (const auto& segment : rig.segments) std::fill_n(sum.begin() + std::ptrdiff_t(segment.first), segment.count, 0.0f);
@@ -154,7 +154,7 @@ TYPED_TEST(TopKWire, DecodeSumsInRankOrder) {
 
 TYPED_TEST(TopKWire, LargeOutputsGoTheSameWay) {
   const std::size_t n = (std::size_t(1) << 20) + 77;  // over the bound from which stores go past the caches
-  TopKRig rig(TypeParam::kIsa, with(false), no_feedback(), {n}, 0.01);
+  TopKRig rig(TypeParam::kBackend, with(false), no_feedback(), {n}, 0.01);
   rig.stream(gradients(rig.numel, 5, false));
   std::vector<float> sum(rig.numel, 0.0f);
   sum.front() = sum.back() = kGap;
@@ -164,7 +164,7 @@ TYPED_TEST(TopKWire, LargeOutputsGoTheSameWay) {
 }
 
 TYPED_TEST(TopKWire, ANonfiniteSumOrAnOverflowingRoundingRaisesTheFlag) {
-  TopKRig rig(TypeParam::kIsa, with(true), no_feedback(), {100}, 0.01);
+  TopKRig rig(TypeParam::kBackend, with(true), no_feedback(), {100}, 0.01);
   std::vector<float> grad(rig.numel, 0.0f);
   grad[50] = 3e38f;
   rig.stream(grad);
@@ -184,7 +184,7 @@ TYPED_TEST(TopKWire, ANonfiniteSumOrAnOverflowingRoundingRaisesTheFlag) {
 }
 
 TYPED_TEST(TopKWire, EmptyPayloadsDecodeToNothingAndCarryTheirFlags) {
-  TopKRig rig(TypeParam::kIsa, with(false), dgc(), {100, 70000}, 0.02);
+  TopKRig rig(TypeParam::kBackend, with(false), dgc(), {100, 70000}, 0.02);
   rig.prepare();
   rig.codec->empty(rig.plan(), rig.bytes(rig.payload), kFlagJoined, Stream::host());
   for (const auto& entries : rig.entries()) EXPECT_TRUE(entries.empty());
@@ -219,7 +219,7 @@ TYPED_TEST(TopKWire, CorruptPayloadsAreNamed) {
     for (const char* word : words) EXPECT_NE(text.find(word), std::string::npos) << '"' << text << "\" lacks \"" << word << '"';
   };
   {
-    TopKRig rig(TypeParam::kIsa, with(true, DType::fp32, Index::u32), no_feedback(), {100}, 0.1);
+    TopKRig rig(TypeParam::kBackend, with(true, DType::fp32, Index::u32), no_feedback(), {100}, 0.1);
     rig.stream(gradients(rig.numel, 1, false));
     const auto good = rig.payload;
     EXPECT_EQ(refusal(rig, good, good.size()), "");
@@ -238,7 +238,7 @@ TYPED_TEST(TopKWire, CorruptPayloadsAreNamed) {
     expect(refusal(rig, bad, bad.size()), {"value 2", "finite"});
   }
   {
-    TopKRig rig(TypeParam::kIsa, with(true, DType::bf16, Index::u16), no_feedback(), {65546}, 0.0005);
+    TopKRig rig(TypeParam::kBackend, with(true, DType::bf16, Index::u16), no_feedback(), {65546}, 0.0005);
     std::vector<float> grad(rig.numel, 0.0f);
     for (std::size_t i = 0; i < 33; ++i) grad[1 + (i < 30 ? 100 * i : 65536 + i - 30)] = 1.0f + float(i);
     rig.stream(grad);
@@ -257,7 +257,7 @@ TYPED_TEST(TopKWire, CorruptPayloadsAreNamed) {
     expect(refusal(rig, bad, bad.size()), {"ascend"});
   }
   {
-    TopKRig rig(TypeParam::kIsa, with(true, DType::fp16, Index::bitmap), no_feedback(), {40}, 0.1);
+    TopKRig rig(TypeParam::kBackend, with(true, DType::fp16, Index::bitmap), no_feedback(), {40}, 0.1);
     rig.stream(gradients(rig.numel, 1, false));
     auto bad = rig.payload;
     bad[68 + 5] = std::byte{1};
@@ -266,7 +266,7 @@ TYPED_TEST(TopKWire, CorruptPayloadsAreNamed) {
     expect(refusal(rig, bad, bad.size()), {"kept is 5"});
   }
   {
-    TopKRig rig(TypeParam::kIsa, with(true), no_feedback(), {40}, 0.1);
+    TopKRig rig(TypeParam::kBackend, with(true), no_feedback(), {40}, 0.1);
     rig.stream(gradients(rig.numel, 1, false));
     const auto old = rig.payload;
     rig.step = 1;
@@ -281,7 +281,7 @@ TYPED_TEST(TopKWire, MutatedPayloadsNeverFault) {
   std::size_t refused = 0, accepted = 0;
   for (const auto index : {Index::u32, Index::u16, Index::bitmap}) {
     for (const DType wire : kWires) {
-      TopKRig rig(TypeParam::kIsa, with(false, wire, index), no_feedback(), {5, 3000, 66000}, 0.02);
+      TopKRig rig(TypeParam::kBackend, with(false, wire, index), no_feedback(), {5, 3000, 66000}, 0.02);
       rig.stream(gradients(rig.numel, 1, false));
       for (int round = 0; round < 60; ++round) {
         auto bad = rig.payload;
@@ -299,7 +299,7 @@ TYPED_TEST(TopKWire, MutatedPayloadsNeverFault) {
 }
 
 TYPED_TEST(TopKWire, RefusedCallsChangeNothing) {
-  TopKRig rig(TypeParam::kIsa, with(false), dgc(), {100, 200}, 0.1);
+  TopKRig rig(TypeParam::kBackend, with(false), dgc(), {100, 200}, 0.1);
   const auto grad = gradients(rig.numel, 1, false);
   rig.prepare();
   const auto code = [&](auto&& call) {
@@ -339,7 +339,7 @@ TYPED_TEST(TopKWire, HalfPrecisionIsNearestEvenEverywhere) {
     const float beyond[] = {65519.996f, 65520, 65536, 1e6f, 3.3895314e38f, 3.3961776e38f, 3.4028235e38f};
     for (const float x : beyond) values.push_back(x), values.push_back(-x);
     for (const auto& recursion : {no_feedback(), ef14()}) {
-      TopKRig rig(TypeParam::kIsa, with(false, wire), recursion, {values.size()}, 1.0);
+      TopKRig rig(TypeParam::kBackend, with(false, wire), recursion, {values.size()}, 1.0);
       std::vector<float> grad(rig.numel);
       std::copy(values.begin(), values.end(), grad.begin() + 1);
       rig.stream(grad);

@@ -11,11 +11,30 @@
 #include <vector>
 
 #include "compressors/core/codec.hpp"
+#include "compressors/core/device.hpp"
 #include "compressors/core/isa.hpp"
 #include "compressors/topk/topk.hpp"
+#include "compressors/topk/topk_cuda.hpp"
+#include "tests/device_codec.hpp"
 #include "tests/topk_oracle.hpp"
 
 namespace thinwire {
+
+/// Where a codec runs: on the CPU by one of its ISAs, or on a GPU behind copies.
+struct Backend {
+  Isa isa = Isa::scalar;
+  bool cuda = false;
+
+  constexpr Backend(Isa on) : isa(on) {}
+  static constexpr Backend gpu() {
+    Backend out(Isa::scalar);
+    out.cuda = true;
+    return out;
+  }
+  std::unique_ptr<const Codec> make(const TopKOptions& options) const {
+    return cuda ? on_device(make_topk_cuda(options)) : make_topk(options, isa);
+  }
+};
 
 inline constexpr float kGap = 7.25f;  // what lies between segments, and must stay
 
@@ -35,8 +54,8 @@ struct TopKRig {
   std::uint64_t step = 0;
   std::uint32_t flags = 0;
 
-  TopKRig(Isa isa, const TopKOptions& o, const Recursion& r, const std::vector<std::size_t>& counts, double density)
-      : options(o), recursion(r), codec(make_topk(o, isa)) {
+  TopKRig(Backend backend, const TopKOptions& o, const Recursion& r, const std::vector<std::size_t>& counts, double density)
+      : options(o), recursion(r), codec(backend.make(o)) {
     for (std::size_t s = 0; s < counts.size(); ++s) {
       Segment segment;
       segment.parameter = std::uint32_t(s + 3);
@@ -100,7 +119,7 @@ struct TopKRig {
     return out;
   }
   void take_back() {
-    codec->take_back(recursion, plan(), {payload.data(), payload.size(), DType::u8, Place::host, 0}, state(), Stream::host());
+    codec->take_back(recursion, plan(), {payload.data(), payload.size(), DType::u8, Place::host, 0}, state(), nullptr, Stream::host());
   }
 };
 
@@ -155,27 +174,31 @@ inline std::vector<float> gradients(std::size_t n, unsigned seed, bool wild) {
 }
 
 template <class Traits>
-class OnIsa : public testing::Test {
+class OnBackend : public testing::Test {
  protected:
-  static constexpr Isa kIsa = Traits::kIsa;
   void SetUp() override {
-    if (!cpu_supports(kIsa)) GTEST_SKIP() << "this CPU does not support " << to_string(kIsa);
+    constexpr Backend on = Traits::kBackend;
+    if (on.cuda && device_count() == 0) GTEST_SKIP() << "there is no GPU, or this build has no CUDA";
+    if (!on.cuda && !cpu_supports(on.isa)) GTEST_SKIP() << "this CPU does not support " << to_string(on.isa);
   }
 };
 struct Scalar {
-  static constexpr Isa kIsa = Isa::scalar;
+  static constexpr Backend kBackend = Isa::scalar;
 };
 struct Avx2 {
-  static constexpr Isa kIsa = Isa::avx2;
+  static constexpr Backend kBackend = Isa::avx2;
 };
 struct Avx512 {
-  static constexpr Isa kIsa = Isa::avx512;
+  static constexpr Backend kBackend = Isa::avx512;
 };
-using Isas = testing::Types<Scalar, Avx2, Avx512>;
-struct IsaName {
+struct Cuda {
+  static constexpr Backend kBackend = Backend::gpu();
+};
+using Backends = testing::Types<Scalar, Avx2, Avx512, Cuda>;
+struct BackendName {
   template <class T>
   static std::string GetName(int) {
-    return to_string(T::kIsa);
+    return T::kBackend.cuda ? "cuda" : to_string(T::kBackend.isa);
   }
 };
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string>
 
 #include "compressors/core/plan.hpp"
 #include "compressors/core/recursion.hpp"
@@ -23,6 +24,7 @@ enum class Combine : std::uint8_t {
 struct WireLayout {
   std::size_t part_capacity = 0;  ///< bytes of the payload of one part, header included: equal on all ranks, a multiple of 4
   std::size_t workspace = 0;      ///< bytes of scratch that stream, encode and decode may use
+  std::size_t per_payload = 0;    ///< decode may use as many bytes of it per payload, if that is more
 };
 
 /// What a pass tells beside its payload, for statistics: one per segment each, or null where nobody asks.
@@ -74,9 +76,16 @@ class Codec {
                       Stream stream) const = 0;
 
   /// residual += decode(own payload): what a bucket with a bad verdict sent was not applied. Nothing happens for a recursion without
-  /// residual.
+  /// residual, or where `verdict` is given and lacks kFlagNonfinite.
   virtual void take_back(const Recursion& recursion, const Plan& plan, ConstBytes own_wire, const StateView& state,
-                         Stream stream) const = 0;
+                         const std::uint32_t* verdict, Stream stream) const = 0;
+
+  /// On a GPU kernels read a plan from a table in device memory (Plan::table), made once per layout, setting and state: `tabulate` writes
+  /// its `table_bytes` on the host, 16-byte aligned, for the caller to copy. Flags, counts and grad factors are device memory then too. A
+  /// corrupt payload is no exception there: it makes a bad verdict and is left in Plan::report, for `describe` to put into words.
+  virtual std::size_t table_bytes(const Plan&) const { return 0; }
+  virtual void tabulate(const Recursion&, const Plan&, std::span<const SegmentState>, std::byte*) const {}
+  virtual std::string describe(const Plan&, const DeviceReport&) const { return {}; }
 };
 
 }  // namespace thinwire

@@ -6,7 +6,16 @@
 #include <cstdint>
 #include <span>
 
+#include "compressors/core/span.hpp"
+
 namespace thinwire {
+
+/// Mapped host memory in which kernels leave what they found wrong; the host reads it at its next call, without waiting for the GPU.
+struct DeviceReport {
+  std::uint64_t corrupt = 0;            ///< the first unsound payload, as its codec describes it; 0: none. Written last
+  std::uint64_t given = 0, wanted = 0;  ///< what was found there, and what would have been sound
+  std::uint64_t claimed = 0;            ///< whoever changes it may write the rest
+};
 
 /// What the ratio policy decides per segment and step. Codecs read the member that is theirs.
 struct Setting {
@@ -30,6 +39,9 @@ struct Plan {
       part_end;               ///< segments [part_end[r-1], part_end[r]) go to rank r; one part for a gather, one per rank for two_phase
   std::uint64_t step = 0;     ///< synchronised steps before this one
   std::uint64_t context = 0;  ///< a hash of what else sender and receiver must agree on: the rest of the bucket
+
+  ConstBytes table = {};           ///< on a GPU: what Codec::tabulate says of this plan, in device memory
+  DeviceReport* report = nullptr;  ///< on a GPU: where decoding reports
 };
 
 }  // namespace thinwire

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "compressors/core/clones.hpp"
+#include "compressors/feedback/clip.hpp"
 #include "compressors/feedback/squared_norm.hpp"
 
 namespace thinwire {
@@ -125,13 +126,8 @@ void squared_norms(const Plan& plan, ConstBytes grad, double* norms, Stream) {
 
 void clip_factors(const Recursion& recursion, const Plan& plan, std::span<const double> norms, float unscale, int world,
                   std::size_t total_numel, float* factors) {
-  for (std::size_t s = 0; s < plan.segments.size(); ++s) {
-    factors[s] = unscale;
-    if (recursion.clip_norm <= 0) continue;
-    const double limit = double(recursion.clip_norm) * std::sqrt(double(world) * double(plan.segments[s].count) / double(total_numel));
-    const double norm = double(unscale) * std::sqrt(norms[s]);
-    if (norm > limit) factors[s] = float(double(unscale) * (limit / norm));
-  }
+  for (std::size_t s = 0; s < plan.segments.size(); ++s)
+    factors[s] = feedback::clip_factor(recursion.clip_norm, norms[s], plan.segments[s].count, unscale, world, total_numel);
 }
 
 }  // namespace thinwire

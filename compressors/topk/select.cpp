@@ -25,8 +25,7 @@ float sampled_threshold(const SegmentPass& pass, std::size_t k, float carried, c
   const bool steady = carried > 0 && m != pass.segment.count;
   std::uint32_t *sample = workspace.magnitudes, *scratch = workspace.scratch;
   if (carried > 0) {
-    // The wanted ranks are among the few elements from a little below the carried threshold on, unless messages have shrunk since.
-    constexpr float kNear = 0.8f;
+    // The wanted ranks are among those few, unless messages have shrunk since.
     const std::size_t near = keep_at_least(sample, m, float_bits(kNear * carried), scratch);
     if (near >= ranks.low) {
       m = near;

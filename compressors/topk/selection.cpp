@@ -4,7 +4,6 @@
 #include <array>
 #include <cmath>
 #include <functional>
-#include <limits>
 
 #include "compressors/core/clones.hpp"
 #include "compressors/core/dtype.hpp"
@@ -137,11 +136,6 @@ bool lies_between(float carried, const std::uint32_t* bits, std::size_t count, c
     at_least += bits[i] >= threshold;
   }
   return above < ranks.low && at_least >= ranks.high;
-}
-
-float next_threshold(float threshold, std::size_t hits, std::size_t k) noexcept {
-  const float excess = std::sqrt(std::sqrt(float(hits) / float(k)));  // a quarter of the way in the exponent: follows drifts, ignores noise
-  return std::min(threshold * std::min(std::max(excess, 0.5f), 2.0f), std::numeric_limits<float>::max());
 }
 
 }  // namespace thinwire::topk

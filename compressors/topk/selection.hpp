@@ -27,7 +27,4 @@ std::size_t candidate_rank(std::size_t count, std::size_t sampled, std::size_t k
 /// two counts instead of a selection.
 bool lies_between(float carried, const std::uint32_t* bits, std::size_t count, const SampleRanks& ranks) noexcept;
 
-/// The threshold to carry to the next step after `hits` of k were found.
-float next_threshold(float threshold, std::size_t hits, std::size_t k) noexcept;
-
 }  // namespace thinwire::topk

@@ -7,6 +7,7 @@
 #include "compressors/core/error.hpp"
 #include "compressors/core/wire.hpp"
 #include "compressors/topk/topk_codec.hpp"
+#include "compressors/topk/topk_payload.hpp"
 
 namespace thinwire {
 namespace topk {
@@ -73,11 +74,10 @@ class TopK final : public Codec {
   std::size_t target(const Segment& segment) const noexcept override { return segment_wire(segment, options_).k; }
 
   WireLayout layout(const Plan& plan) const override {
-    THINWIRE_EXPECTS(plan.part_end.size() <= 1,
-                     "topk: payloads are gathered whole, the plan has " + std::to_string(plan.part_end.size()) + " parts");
+    check_parts(plan);
     std::size_t bytes = entries_offset(plan.segments.size());
     for (const Segment& segment : plan.segments) bytes += segment_wire(segment, options_).bytes();
-    return {bytes, carve(plan, options_, nullptr, nullptr) + kAlignment};
+    return {bytes, carve(plan, options_, nullptr, nullptr) + kAlignment, 0};
   }
 
   void stream(const Recursion& recursion, const Plan& plan, ConstBytes grad, const StateView& state, Bytes workspace, Bytes wire,
@@ -94,46 +94,28 @@ class TopK final : public Codec {
 
   void encode(int round, const Plan& plan, ConstBytes message, ConstBytes, const StateView& state, Bytes workspace, Bytes wire,
               Stream) const override {
-    THINWIRE_EXPECTS(round == 0, "topk has one round, round " + std::to_string(round) + " was asked for");
-    THINWIRE_EXPECTS(message.dtype == DType::fp32, std::string("a message is fp32, this one is ") + to_string(message.dtype));
+    check_message(round, message);
     run(Recursion{}, plan, message, {state.segments, nullptr}, workspace, wire, nullptr, {});
   }
 
   void decode(const Plan& plan, std::span<const ConstBytes> wires, float factor, Bytes workspace, Bytes out, std::uint32_t* flags,
               Stream) const override;
-  void take_back(const Recursion& recursion, const Plan& plan, ConstBytes own_wire, const StateView& state, Stream) const override;
+  void take_back(const Recursion& recursion, const Plan& plan, ConstBytes own_wire, const StateView& state, const std::uint32_t* verdict,
+                 Stream) const override;
 
  private:
   static constexpr std::size_t kAlignment = 64;
 
-  static void check_payload_size(std::size_t given, std::size_t bytes) {
-    THINWIRE_EXPECTS(given == bytes, "topk: the payload has " + std::to_string(given) + " bytes, this plan's has " + std::to_string(bytes));
-  }
-  static void check_bounds(const Plan& plan, std::size_t elements) {
-    for (const Segment& segment : plan.segments) {
-      THINWIRE_EXPECTS(segment.count <= elements && segment.first <= elements - segment.count,
-                       "topk: parameter " + std::to_string(segment.parameter) + " has elements [" + std::to_string(segment.first) + ", " +
-                           std::to_string(segment.first + segment.count) + ") of a flat buffer of " + std::to_string(elements));
-    }
-  }
   Workspace carve_aligned(const Plan& plan, Bytes workspace) const {
     const std::size_t bytes = carve(plan, options_, nullptr, nullptr) + kAlignment;
-    THINWIRE_EXPECTS(workspace.size >= bytes,
-                     "topk: the workspace has " + std::to_string(workspace.size) + " bytes, this plan needs " + std::to_string(bytes));
+    check_workspace(workspace.size, bytes);
     Workspace out;
     carve(plan, options_, workspace.data + (kAlignment - reinterpret_cast<std::uintptr_t>(workspace.data) % kAlignment) % kAlignment, &out);
     return out;
   }
   std::uint64_t fingerprint(const Plan& plan) const noexcept { return wire::plan_fingerprint(plan, options_salt(options_)); }
   void write_header(const Plan& plan, Bytes wire, std::uint32_t flags) const {
-    wire::Header header;
-    header.codec = wire::kCodecTopK;
-    header.flags = flags;
-    header.segments = std::uint32_t(plan.segments.size());
-    header.bytes = wire.size;
-    header.plan = fingerprint(plan);
-    header.step = plan.step;
-    wire::write_header(header, wire);
+    wire::write_header(payload_header(plan, options_, wire.size, flags), wire);
   }
   /// Checks a payload from end to end; the flags of its header.
   std::uint32_t check(const Plan& plan, ConstBytes wire, std::size_t rank) const;
@@ -147,14 +129,10 @@ class TopK final : public Codec {
 void TopK::run(const Recursion& recursion, const Plan& plan, ConstBytes grad, const StateView& state, Bytes workspace, Bytes wire,
                std::uint32_t* flags, const PassCounts& counts) const {
   check_payload_size(wire.size, layout(plan).part_capacity);
-  THINWIRE_EXPECTS(grad.dtype != DType::u8, "topk: gradients are fp32, bf16 or fp16");
+  check_input(plan, grad);
   const Workspace scratch = carve_aligned(plan, workspace);
   const Form form = feedback::form_of(recursion);
-  THINWIRE_EXPECTS(
-      state.segments.size() == plan.segments.size() || (state.segments.empty() && form == Form::none),
-      "topk: state for " + std::to_string(state.segments.size()) + " segments, the plan has " + std::to_string(plan.segments.size()));
-
-  check_bounds(plan, grad.count());
+  check_state(plan, recursion, state.segments.size());
 
   std::uint32_t found = flags != nullptr ? *flags : 0;
   std::byte* at = wire.data + entries_offset(plan.segments.size());
@@ -201,8 +179,7 @@ std::uint32_t TopK::check(const Plan& plan, ConstBytes wire, std::size_t rank) c
   std::size_t at = entries_offset(plan.segments.size());
   std::size_t bytes = at;
   for (const Segment& segment : plan.segments) bytes += segment_wire(segment, options_).bytes();
-  if (wire.size != bytes)
-    fail(Errc::corrupt_payload, whose() + " has " + std::to_string(wire.size) + " bytes, this plan's has " + std::to_string(bytes));
+  check_wire_size(rank, wire.size, bytes);
   for (std::size_t s = 0; s < plan.segments.size(); ++s) {
     const SegmentWire layout = segment_wire(plan.segments[s], options_);
     std::uint32_t kept;
@@ -222,11 +199,10 @@ void TopK::decode(const Plan& plan, std::span<const ConstBytes> wires, float fac
                   Stream) const {
   THINWIRE_EXPECTS(wires.size() <= kMaxPayloads,
                    "topk: " + std::to_string(wires.size()) + " payloads, at most " + std::to_string(kMaxPayloads) + " are decoded at once");
-  THINWIRE_EXPECTS(out.dtype != DType::u8, "topk: the output is fp32, bf16 or fp16");
+  check_output(plan, out);
   const Workspace scratch = carve_aligned(plan, workspace);
   std::uint32_t found = 0;
   for (std::size_t r = 0; r < wires.size(); ++r) found |= check(plan, wires[r], r);
-  check_bounds(plan, out.count());
 
   std::memset(scratch.tile, 0, 4 * kTile);
   std::size_t at = entries_offset(plan.segments.size());
@@ -252,7 +228,9 @@ void TopK::decode(const Plan& plan, std::span<const ConstBytes> wires, float fac
   if (flags != nullptr) *flags |= found;
 }
 
-void TopK::take_back(const Recursion& recursion, const Plan& plan, ConstBytes own_wire, const StateView& state, Stream) const {
+void TopK::take_back(const Recursion& recursion, const Plan& plan, ConstBytes own_wire, const StateView& state,
+                     const std::uint32_t* verdict, Stream) const {
+  if (verdict != nullptr && (*verdict & kFlagNonfinite) == 0) return;
   check(plan, own_wire, 0);
   const Form form = feedback::form_of(recursion);
   if (!feedback::has_residual(form)) return;

@@ -29,9 +29,6 @@ inline constexpr std::size_t kTile = 8192;  // elements; divides kBlock: 32 KiB 
 inline constexpr std::size_t kMaxPayloads = 16384;
 inline constexpr std::size_t kStreamingBytes = std::size_t(4) << 20;  // outputs at least this large go past the caches
 
-/// Candidates that exact selection keeps before it cuts; more than that and it reads the whole message again.
-constexpr std::size_t candidate_capacity(std::size_t count, std::size_t k) noexcept { return count < 2 * k + 4096 ? count : 2 * k + 4096; }
-
 /// @returns the bytes needed; places the parts from `base` on (64-byte aligned) unless it is null.
 std::size_t carve(const Plan& plan, const TopKOptions& options, std::byte* base, Workspace* out);
 

@@ -8,6 +8,7 @@
 #include "compressors/core/dtype.hpp"
 #include "compressors/core/isa.hpp"
 #include "compressors/feedback/form.hpp"
+#include "compressors/topk/topk_math.hpp"
 #include "compressors/topk/topk_wire.hpp"
 
 namespace thinwire::topk {
@@ -15,7 +16,6 @@ namespace thinwire::topk {
 using feedback::Form;
 
 inline constexpr int kDTypes = 3;                 // gradients: fp32, bf16, fp16
-inline constexpr std::size_t kSampleGroup = 16;   // consecutive elements: one cache line of fp32
 inline constexpr std::size_t kStagingSlack = 64;  // entries that a left-pack may overwrite past the last one
 
 /// A block of at most kBlock elements (the sampling kernels: a whole segment). Pointers are to its first element.
@@ -82,42 +82,27 @@ const Kernels& kernels_avx2() noexcept;
 const Kernels& kernels_avx512() noexcept;
 RangeKernel range_kernel(Form form, DType grad) noexcept;
 
-/// Elements in the sample of a segment: all of them, or whole groups of kSampleGroup.
-constexpr std::size_t sample_size(std::size_t count) noexcept {
-  std::size_t m = count / 32;
-  m = m < 4096 ? 4096 : m > (std::size_t(1) << 18) ? std::size_t(1) << 18 : m;
-  return count <= m ? count : m / kSampleGroup * kSampleGroup;
-}
-
-/// Where the groups of a sample start, one after the other. They are stratified, group j at floor(j · groups / taken), and hashed within
-/// their stratum: a fixed stride would always meet the same columns of a matrix.
+/// The groups of a sample one after the other, without a division each.
 class SampleGroups {
  public:
-  SampleGroups(std::size_t count, std::uint64_t step) noexcept
-      : taken_(sample_size(count) / kSampleGroup),
-        stride_(count / kSampleGroup / taken_),
-        remainder_(count / kSampleGroup % taken_),
-        hash_((step + 1) * 0xd1b54a32d192ed03ull) {}
+  SampleGroups(std::size_t count, std::uint64_t step) noexcept : strata_(count, step) {}
 
-  std::uint64_t taken() const noexcept { return taken_; }
+  std::uint64_t taken() const noexcept { return strata_.taken; }
   /// First element of the next group.
   std::size_t next() noexcept {
-    hash_ += 0x9e3779b97f4a7c15ull;
-    std::uint64_t h = (hash_ ^ (hash_ >> 32)) * 0xd6e8feb86659fd93ull;
-    h = (h ^ (h >> 32)) >> 32;
-    const std::uint64_t group = stratum_ + ((h * stride_) >> 32);
-    stratum_ += stride_;
-    carry_ += remainder_;
-    if (carry_ >= taken_) {
-      carry_ -= taken_;
+    const std::uint64_t group = stratum_ + strata_.jitter(next_++);
+    stratum_ += strata_.stride;
+    carry_ += strata_.remainder;
+    if (carry_ >= strata_.taken) {
+      carry_ -= strata_.taken;
       ++stratum_;
     }
     return std::size_t(group) * kSampleGroup;
   }
 
  private:
-  std::uint64_t taken_, stride_, remainder_, hash_;
-  std::uint64_t stratum_ = 0, carry_ = 0;
+  SampleStrata strata_;
+  std::uint64_t next_ = 0, stratum_ = 0, carry_ = 0;
 };
 
 template <DType dtype>

@@ -34,7 +34,7 @@ void decode(const Codec& codec, const Plan& plan, const std::vector<std::byte>& 
   recursion.kind = Recursion::Kind::error_feedback;
   std::vector<SegmentState> states(plan.segments.size());
   for (std::size_t s = 0; s < states.size(); ++s) states[s].array = {out.data() + plan.segments[s].first, nullptr};
-  codec.take_back(recursion, plan, wires[0], {states, nullptr}, Stream::host());
+  codec.take_back(recursion, plan, wires[0], {states, nullptr}, nullptr, Stream::host());
 }
 
 }  // namespace

@@ -1,0 +1,78 @@
+#pragma once
+// Device memory and what moves it, seen from the host. In a build without CUDA every call throws Error{unsupported}, but for device_count,
+// which is 0.
+
+#include <cstddef>
+#include <memory>
+#include <string>
+
+#include "compressors/core/plan.hpp"
+#include "compressors/core/span.hpp"
+#include "compressors/core/stream.hpp"
+
+namespace thinwire {
+
+/// GPUs that this process can use; 0 also where there is no driver.
+int device_count() noexcept;
+/// "NVIDIA H200, compute capability 9.0, driver 13.0, runtime 13.0".
+std::string describe_device(int device);
+
+/// Bytes in device memory, 256-byte aligned. Growing loses the contents and synchronises with the device.
+class DeviceBuffer {
+ public:
+  DeviceBuffer() = default;
+  DeviceBuffer(std::size_t bytes, int device) { reserve(bytes, device); }
+  /// @throws Error{device} naming the bytes that the device could not give.
+  bool reserve(std::size_t bytes, int device);
+  std::byte* data() const noexcept { return data_.get(); }
+  std::size_t size() const noexcept { return size_; }
+  Bytes bytes(DType dtype = DType::u8) const noexcept { return {data(), size_, dtype, Place::cuda, device_}; }
+
+ private:
+  struct Free {
+    int device;
+    void operator()(std::byte* p) const noexcept;
+  };
+  std::unique_ptr<std::byte, Free> data_{nullptr, Free{0}};
+  std::size_t size_ = 0;
+  int device_ = 0;
+};
+
+/// Page-locked host memory that the device reads and writes at the same address.
+class MappedBuffer {
+ public:
+  MappedBuffer() = default;
+  /// Zeroed. @throws Error{device}.
+  explicit MappedBuffer(std::size_t bytes);
+  std::byte* data() const noexcept { return data_.get(); }
+  std::size_t size() const noexcept { return size_; }
+
+ private:
+  struct Free {
+    void operator()(std::byte* p) const noexcept;
+  };
+  std::unique_ptr<std::byte, Free> data_;
+  std::size_t size_ = 0;
+};
+
+// Enqueued on the stream; a copy from or to pageable host memory may wait for it. @throws Error{device} naming the call.
+void device_copy(void* to, const void* from, std::size_t bytes, Stream stream);
+void device_clear(Bytes bytes, Stream stream);
+/// Waits until the stream is done. @throws Error{device} with what its kernels met.
+void device_wait(Stream stream);
+
+/// A stream of its own, ordered against no other.
+class DeviceStream {
+ public:
+  explicit DeviceStream(int device);
+  ~DeviceStream();
+  DeviceStream(const DeviceStream&) = delete;
+  DeviceStream& operator=(const DeviceStream&) = delete;
+  Stream get() const noexcept { return Stream::cuda(stream_, device_); }
+
+ private:
+  CUstream_st* stream_ = nullptr;
+  int device_;
+};
+
+}  // namespace thinwire

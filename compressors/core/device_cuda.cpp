@@ -1,0 +1,102 @@
+// Device memory by the CUDA runtime.
+
+#include <cuda_runtime.h>
+
+#include <cstring>
+
+#include "compressors/core/device.hpp"
+#include "compressors/core/error.hpp"
+
+namespace thinwire {
+namespace {
+
+void check(cudaError_t error, const std::string& call) {
+  if (error == cudaSuccess) return;
+  fail(Errc::device, call + ": " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
+}
+
+std::string version(int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); }
+
+/// The device is the thread's current one for as long as this lives.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
+  }
+  ~OnDevice() { cudaSetDevice(before_); }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
+}  // namespace
+
+int device_count() noexcept {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
+  cudaGetLastError();  // no driver is no error of a later call
+  return 0;
+}
+
+std::string describe_device(int device) {
+  cudaDeviceProp properties;
+  int driver = 0, runtime = 0;
+  check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties(" + std::to_string(device) + ")");
+  check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  check(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion");
+  return std::string(properties.name) + ", compute capability " + std::to_string(properties.major) + "." +
+         std::to_string(properties.minor) + ", driver " + version(driver) + ", runtime " + version(runtime);
+}
+
+void DeviceBuffer::Free::operator()(std::byte* p) const noexcept {
+  int before = 0;
+  const bool known = cudaGetDevice(&before) == cudaSuccess && cudaSetDevice(device) == cudaSuccess;
+  cudaFree(p);
+  if (known) cudaSetDevice(before);
+}
+
+bool DeviceBuffer::reserve(std::size_t bytes, int device) {
+  if (bytes <= size_ && device == device_) return false;
+  const OnDevice on(device);
+  data_.reset();
+  size_ = 0;
+  void* p = nullptr;
+  check(cudaMalloc(&p, bytes), "no memory for " + std::to_string(bytes) + " bytes on GPU " + std::to_string(device));
+  data_ = std::unique_ptr<std::byte, Free>(static_cast<std::byte*>(p), Free{device});
+  size_ = bytes;
+  device_ = device;
+  return true;
+}
+
+void MappedBuffer::Free::operator()(std::byte* p) const noexcept { cudaFreeHost(p); }
+
+MappedBuffer::MappedBuffer(std::size_t bytes) {
+  void* p = nullptr;
+  check(cudaHostAlloc(&p, bytes, cudaHostAllocMapped | cudaHostAllocPortable), "cudaHostAlloc of " + std::to_string(bytes) + " bytes");
+  std::memset(p, 0, bytes);
+  data_.reset(static_cast<std::byte*>(p));
+  size_ = bytes;
+}
+
+void device_copy(void* to, const void* from, std::size_t bytes, Stream stream) {
+  if (bytes != 0)
+    check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream.get()), "cudaMemcpyAsync of " + std::to_string(bytes) + " bytes");
+}
+
+void device_clear(Bytes bytes, Stream stream) {
+  if (bytes.size != 0)
+    check(cudaMemsetAsync(bytes.data, 0, bytes.size, stream.get()), "cudaMemsetAsync of " + std::to_string(bytes.size) + " bytes");
+}
+
+void device_wait(Stream stream) { check(cudaStreamSynchronize(stream.get()), "cudaStreamSynchronize"); }
+
+DeviceStream::DeviceStream(int device) : device_(device) {
+  const OnDevice on(device);
+  check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+}
+DeviceStream::~DeviceStream() { cudaStreamDestroy(stream_); }
+
+}  // namespace thinwire

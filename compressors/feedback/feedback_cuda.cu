@@ -1,0 +1,187 @@
+// Norms, clip factors and the dense step on a GPU.
+
+#include <limits>
+
+#include "compressors/core/cuda_device.cuh"
+#include "compressors/core/dtype.hpp"
+#include "compressors/feedback/clip.hpp"
+#include "compressors/feedback/feedback_cuda.hpp"
+#include "compressors/feedback/feedback_math.hpp"
+
+namespace thinwire::feedback {
+namespace {
+
+using namespace thinwire::cuda;
+
+__device__ inline float load_element(const std::byte* base, DType dtype, std::size_t i) {
+  if (dtype == DType::fp32) return reinterpret_cast<const float*>(base)[i];
+  const std::uint16_t half = reinterpret_cast<const std::uint16_t*>(base)[i];
+  return dtype == DType::bf16 ? bf16_to_float(half) : fp16_to_float(half);
+}
+__device__ inline const DeviceRange& range_of(const DeviceRanges& ranges, std::uint32_t s) {
+  return *reinterpret_cast<const DeviceRange*>(ranges.base + s * ranges.stride);
+}
+
+/// A chunk and what of it exists.
+struct Chunk {
+  std::uint32_t segment;
+  std::uint64_t start;  ///< element of the segment
+  std::uint32_t count;
+
+  __device__ Chunk(const DeviceRanges& ranges, std::uint32_t id) : segment(ranges.chunk_segment[id]) {
+    const DeviceRange& range = range_of(ranges, segment);
+    start = std::uint64_t(id - range.first_chunk) * kDeviceChunk;
+    count = std::uint32_t(range.count - start < kDeviceChunk ? range.count - start : kDeviceChunk);
+  }
+};
+
+/// Adds kPartials values in halves: i with i + 32, then with i + 16, … By kPartials threads of a block; every thread of it calls.
+template <class T>
+__device__ T add_in_halves(T* partial, unsigned i) {
+  for (unsigned width = kPartials / 2; width != 0; width /= 2) {
+    __syncthreads();
+    if (i < width) partial[i] += partial[i + width];
+  }
+  __syncthreads();
+  return partial[0];
+}
+
+// The order of the sums is the one of squared_norms: a thread is a partial.
+__global__ void block_sum_kernel(DeviceRanges ranges, const std::byte* grad, DType dtype, double* sums) {
+  __shared__ float partial[kPartials];
+  const Chunk chunk(ranges, blockIdx.x);
+  const std::size_t first = range_of(ranges, chunk.segment).first + chunk.start;
+  float own = 0;
+  for (std::uint32_t i = threadIdx.x; i < chunk.count; i += kPartials) {
+    const float raw = load_element(grad, dtype, first + i), x = is_finite(raw) ? raw : 0.0f;
+    own += x * x;
+  }
+  partial[threadIdx.x] = own;
+  double sum = add_in_halves(partial, threadIdx.x);
+  if (threadIdx.x != 0) return;
+  if (!(sum <= double(std::numeric_limits<float>::max()))) {  // squares of finite values beyond fp32's range: in double they fit
+    sum = 0;
+    for (std::uint32_t i = 0; i < chunk.count; ++i) {
+      const float raw = load_element(grad, dtype, first + i);
+      const double x = is_finite(raw) ? raw : 0.0f;
+      sum += x * x;
+    }
+  }
+  sums[blockIdx.x] = sum;
+}
+
+__global__ void norm_kernel(DeviceRanges ranges, const double* sums, double* norms) {
+  __shared__ double partial[kPartials];
+  const DeviceRange& range = range_of(ranges, blockIdx.x);
+  const std::size_t blocks = device_chunks(range.count);
+  double own = 0;
+  for (std::size_t b = threadIdx.x; b < blocks; b += kPartials) own += sums[range.first_chunk + b];
+  partial[threadIdx.x] = own;
+  const double sum = add_in_halves(partial, threadIdx.x);
+  if (threadIdx.x == 0) norms[blockIdx.x] = sum;
+}
+
+__global__ void clip_kernel(Recursion recursion, DeviceRanges ranges, const double* norms, const float* loss_scale, int world,
+                            std::size_t total_numel, float* factors) {
+  const std::size_t s = std::size_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (s >= ranges.segments) return;
+  const float unscale = loss_scale != nullptr ? 1.0f / *loss_scale : 1.0f;
+  factors[s] = clip_factor(recursion.clip_norm, norms != nullptr ? norms[s] : 0.0, range_of(ranges, std::uint32_t(s)).count, unscale, world,
+                           total_numel);
+}
+
+template <Form form>
+__global__ void __launch_bounds__(kThreads) dense_kernel(float rate, DeviceRanges ranges, const std::byte* grad, DType dtype,
+                                                         const float* factors, float* messages, std::uint32_t* flags) {
+  const Chunk chunk(ranges, blockIdx.x);
+  const auto& dense = reinterpret_cast<const DeviceDense&>(range_of(ranges, chunk.segment));
+  const float factor = factors != nullptr ? factors[chunk.segment] : 1.0f;
+  bool bad = false;
+  for (std::uint32_t j = threadIdx.x; j < chunk.count; j += kThreads) {
+    const std::size_t i = chunk.start + j;
+    float g, x, u = 0;
+    if (!news(load_element(grad, dtype, dense.range.first + i) * factor, g)) bad = true;
+    const float held = dense.residual != nullptr ? dense.residual[i] : 0.0f;
+    if constexpr (has_momentum(form)) u = dense.momentum[i];
+    if (form == Form::error_feedback && dense.residual == nullptr) {
+      x = g;
+    } else {
+      message<form>(g, rate, held, u, x);
+    }
+    if (is_finite(x)) {
+      if constexpr (has_momentum(form)) dense.momentum[i] = u;
+    } else {  // the accumulated message overflowed: the element keeps its state and sends what it held
+      x = held;
+      bad = true;
+    }
+    if (dense.residual != nullptr) dense.residual[i] = x;
+    messages[dense.packed + i] = x;
+  }
+  if (bad) atomicOr(flags, std::uint32_t(kFlagNonfinite));
+}
+
+__global__ void __launch_bounds__(kThreads)
+    copy_kernel(DeviceRanges ranges, const std::byte* grad, DType dtype, std::byte* messages, std::uint32_t* flags) {
+  const Chunk chunk(ranges, blockIdx.x);
+  const auto& dense = reinterpret_cast<const DeviceDense&>(range_of(ranges, chunk.segment));
+  bool bad = false;
+  for (std::uint32_t j = threadIdx.x; j < chunk.count; j += kThreads) {
+    const std::size_t from = dense.range.first + chunk.start + j, to = dense.packed + chunk.start + j;
+    if (dtype == DType::fp32) {
+      reinterpret_cast<float*>(messages)[to] = reinterpret_cast<const float*>(grad)[from];
+    } else {
+      reinterpret_cast<std::uint16_t*>(messages)[to] = reinterpret_cast<const std::uint16_t*>(grad)[from];
+    }
+    bad |= !is_finite(load_element(grad, dtype, from));
+  }
+  if (bad) atomicOr(flags, std::uint32_t(kFlagNonfinite));
+}
+
+__global__ void __launch_bounds__(kThreads) settle_kernel(DeviceRanges ranges, const std::uint32_t* verdict) {
+  if ((*verdict & kFlagNonfinite) != 0) return;
+  const Chunk chunk(ranges, blockIdx.x);
+  const auto& dense = reinterpret_cast<const DeviceDense&>(range_of(ranges, chunk.segment));
+  if (dense.residual == nullptr) return;
+  for (std::uint32_t j = threadIdx.x; j < chunk.count; j += kThreads) dense.residual[chunk.start + j] = 0;
+}
+
+}  // namespace
+
+void launch_squared_norms(const DeviceRanges& ranges, ConstBytes grad, double* block_sums, double* norms, Stream stream) {
+  launch("norm of blocks", block_sum_kernel, ranges.chunks, unsigned(kPartials), stream, ranges, grad.data, grad.dtype, block_sums);
+  launch("norm", norm_kernel, ranges.segments, unsigned(kPartials), stream, ranges, block_sums, norms);
+}
+
+void launch_clip_factors(const Recursion& recursion, const DeviceRanges& ranges, const double* norms, const float* loss_scale, int world,
+                         std::size_t total_numel, float* factors, Stream stream) {
+  launch("clip factors", clip_kernel, (ranges.segments + kThreads - 1) / kThreads, kThreads, stream, recursion, ranges, norms, loss_scale,
+         world, total_numel, factors);
+}
+
+void launch_dense_message(const Recursion& recursion, const DeviceRanges& ranges, ConstBytes grad, const float* factors, float* messages,
+                          std::uint32_t* flags, Stream stream) {
+  const auto run = [&](auto kernel) {
+    launch("dense message", kernel, ranges.chunks, kThreads, stream, rate_of(recursion), ranges, grad.data, grad.dtype, factors, messages,
+           flags);
+  };
+  switch (form_of(recursion)) {
+    case Form::none:
+      return run(dense_kernel<Form::none>);
+    case Form::error_feedback:
+      return run(dense_kernel<Form::error_feedback>);
+    case Form::momentum:
+      return run(dense_kernel<Form::momentum>);
+    case Form::nesterov:
+      return run(dense_kernel<Form::nesterov>);
+  }
+}
+
+void launch_copy_message(const DeviceRanges& ranges, ConstBytes grad, std::byte* messages, std::uint32_t* flags, Stream stream) {
+  launch("copied message", copy_kernel, ranges.chunks, kThreads, stream, ranges, grad.data, grad.dtype, messages, flags);
+}
+
+void launch_settle_dense(const DeviceRanges& ranges, const std::uint32_t* verdict, Stream stream) {
+  launch("settle dense", settle_kernel, ranges.chunks, kThreads, stream, ranges, verdict);
+}
+
+}  // namespace thinwire::feedback

@@ -1,0 +1,62 @@
+#pragma once
+// Formulas of top-k that decide a bit, each written once for the CPU and CUDA twins.
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+
+#include "compressors/core/dtype.hpp"
+
+namespace thinwire::topk {
+
+inline constexpr std::size_t kSampleGroup = 16;  // consecutive elements: one cache line of fp32
+
+/// Elements in the sample of a segment: all of them, or whole groups of kSampleGroup.
+THINWIRE_HD constexpr std::size_t sample_size(std::size_t count) noexcept {
+  std::size_t m = count / 32;
+  m = m < 4096 ? 4096 : m > (std::size_t(1) << 18) ? std::size_t(1) << 18 : m;
+  return count <= m ? count : m / kSampleGroup * kSampleGroup;
+}
+
+/// Where the groups of a sample start. They are stratified, group j at floor(j · groups / taken), and hashed within their stratum: a fixed
+/// stride would always meet the same columns of a matrix.
+struct SampleStrata {
+  std::uint64_t taken, stride, remainder, seed;
+
+  THINWIRE_HD constexpr SampleStrata(std::size_t count, std::uint64_t step) noexcept
+      : taken(sample_size(count) / kSampleGroup),
+        stride(count / kSampleGroup / taken),
+        remainder(count / kSampleGroup % taken),
+        seed((step + 1) * 0xd1b54a32d192ed03ull) {}
+
+  /// Group j's place within its stratum.
+  THINWIRE_HD constexpr std::uint64_t jitter(std::uint64_t j) const noexcept {
+    const std::uint64_t hash = seed + (j + 1) * 0x9e3779b97f4a7c15ull;
+    std::uint64_t h = (hash ^ (hash >> 32)) * 0xd6e8feb86659fd93ull;
+    h = (h ^ (h >> 32)) >> 32;
+    return (h * stride) >> 32;
+  }
+  /// First element of group j.
+  THINWIRE_HD constexpr std::size_t first_of(std::uint64_t j) const noexcept {
+    return std::size_t(j * stride + j * remainder / taken + jitter(j)) * kSampleGroup;
+  }
+};
+
+/// Candidates that exact selection keeps before it cuts; more than that and it reads the whole message again.
+constexpr std::size_t candidate_capacity(std::size_t count, std::size_t k) noexcept { return count < 2 * k + 4096 ? count : 2 * k + 4096; }
+
+/// Where the elements lie among which a steady threshold's ranks are sought: from a little below the carried threshold on.
+inline constexpr float kNear = 0.8f;
+
+/// The threshold to carry to the next step after `hits` of k were found: a quarter of the way in the exponent follows drifts and ignores
+/// noise.
+THINWIRE_HD inline float next_threshold(float threshold, std::size_t hits, std::size_t k) noexcept {
+  const float excess = std::sqrt(std::sqrt(float(hits) / float(k)));
+  const float bounded = excess < 0.5f ? 0.5f : excess > 2.0f ? 2.0f : excess;
+  const float next = threshold * bounded;
+  return next < std::numeric_limits<float>::max() ? next : std::numeric_limits<float>::max();
+}
+
+}  // namespace thinwire::topk
