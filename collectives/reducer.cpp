@@ -152,9 +152,20 @@ std::shared_ptr<const BucketPlan> GradientReducer::Impl::find_plan(std::span<con
   return plan;
 }
 
+void GradientReducer::Impl::check_place(Bytes grad, Stream stream) const {
+  const auto name = [](Place place, int device) {
+    return place == Place::host ? std::string("host memory") : "GPU " + std::to_string(device);
+  };
+  const Place place = options_.device < 0 ? Place::host : Place::cuda;
+  const std::string own = name(place, options_.device);
+  if (grad.place != place || (place == Place::cuda && grad.device != options_.device))
+    fail(Errc::invalid_argument, "the bucket is in " + name(grad.place, grad.device) + ", this reducer works in " + own);
+  if (stream.place() != place || (place == Place::cuda && stream.device() != options_.device))
+    fail(Errc::invalid_argument, "the stream is of " + name(stream.place(), stream.device()) + ", this reducer works in " + own);
+}
+
 std::uint64_t GradientReducer::Impl::reduce(std::span<const std::uint32_t> ids, Bytes grad, Stream stream, const ReduceOptions& options) {
-  if (stream.place() != Place::host || grad.place != Place::host)
-    fail(Errc::unsupported, "this build reduces host memory only; the bucket is on a GPU");
+  check_place(grad, stream);
   if (grad.dtype == DType::u8) fail(Errc::invalid_argument, "a bucket's dtype is fp32, bf16 or fp16; this one is u8");
   if (!(options.loss_scale > 0) || !is_finite(options.loss_scale))
     fail(Errc::invalid_argument, "loss_scale=" + std::to_string(options.loss_scale) + " is not a positive number");
@@ -183,6 +194,7 @@ std::uint64_t GradientReducer::Impl::reduce(std::span<const std::uint32_t> ids, 
     throw;
   }
   job.grad = grad;
+  job.stream = stream;
   job.options = options;
   job.step = step_;
   job.last = complete_step_if_all_seen();
@@ -214,19 +226,12 @@ void GradientReducer::Impl::run(Job& job) {
     traffic_at_reset_.payload_bytes += now.payload_bytes - traffic_.payload_bytes;
     traffic_at_reset_.wire_bytes += now.wire_bytes - traffic_.wire_bytes;
   }
-  if (job.bucket != nullptr) engine_->run(job.bucket, job.grad, job.step, job.options);
+  if (job.bucket != nullptr) engine_->run(job.bucket, job.grad, job.step, job.options, job.stream);
   if (job.bucket == nullptr) engine_->passed(job.options.dense_bytes, !job.exchange || job.exchange());
-  BucketEngine::StepEnd end;
-  if (job.last) {
-    end = engine_->finish_step(job.step);
-    if (end.restart) zero_state();
-  }
+  if (job.last) engine_->finish_step(job.step);
   const std::lock_guard lock(counters_);
   traffic_ = communicator_->traffic();
-  if (job.last) {
-    ++steps_done_;
-    if (!end.finite) ++nonfinite_steps_;
-  }
+  if (job.last) ++steps_done_;
 }
 
 std::exception_ptr GradientReducer::Impl::explain(const Job& job, std::exception_ptr error) {

@@ -33,8 +33,8 @@ struct ParameterStats {
   std::string reason;                       ///< why not; empty if compressed
   double density = 1;                       ///< configured now
   std::uint64_t kept = 0;                   ///< entries sent at the last step
-  double residual_norm = 0, grad_norm = 0;  ///< L2, of this rank; grad_norm of the last step's local gradient (codec=none: of the last step
-                                            ///< divisible by 16), in unscaled units
+  double residual_norm = 0, grad_norm = 0;  ///< L2, of this rank; grad_norm of the last step's local gradient (codec=none, and on a GPU: of
+                                            ///< the last step divisible by 16), in unscaled units
 };
 
 struct Stats {
@@ -86,6 +86,9 @@ struct ReduceOptions {
 struct ReducerOptions {
   /// The unit of a non-finite verdict is the step (an optimizer under a grad scaler skips all of it), not the bucket.
   bool step_verdict = false;
+  /// The GPU in whose memory buckets and state are, or -1: the host's. On a GPU every call enqueues on the stream it is given, in the
+  /// calling thread, and returns; one stream, or streams that wait for each other, for all buckets.
+  int device = -1;
   /// Keep the calling thread: no queue thread even where the transport would allow one.
   bool inline_queue = false;
   /// Called with this rank's own payload of every bucket (phase 1), on the queue's thread. For replay and tests.

@@ -61,6 +61,8 @@ class GradientReducer::Impl {
   bool complete_step_if_all_seen();
   /// Whether exchange=auto makes this parameter dense at its setting.
   bool dense_by_rule(const ParameterSlot& slot, DType dtype) const;
+  /// @throws invalid_argument where bucket and stream are not both in the reducer's place.
+  void check_place(Bytes grad, Stream stream) const;
   std::shared_ptr<const BucketPlan> find_plan(std::span<const std::uint32_t> ids, DType dtype);
   void run(Job& job);
   std::exception_ptr explain(const Job& job, std::exception_ptr error);
@@ -78,7 +80,6 @@ class GradientReducer::Impl {
   std::span<const ReducerState> check_states(std::span<const ReducerState> states) const;
   /// Fills `out` (kMaxStateArrays + 1 of them) with what parameter `id` keeps; returns how many.
   std::size_t arrays_of(std::uint32_t id, std::span<Array> out) const;
-  void zero_state() noexcept;
 
   const std::shared_ptr<Communicator> parent_;
   std::unique_ptr<Communicator> communicator_;  ///< its own duplicate of parent_: collectives of two threads never meet on one
@@ -109,7 +110,7 @@ class GradientReducer::Impl {
 
   // What the queue's thread counts; read after drain() or under this mutex.
   mutable std::mutex counters_;
-  std::uint64_t steps_done_ = 0, nonfinite_steps_ = 0;
+  std::uint64_t steps_done_ = 0;
   Traffic traffic_, traffic_at_reset_;
 
   bool fingerprints_checked_ = false;  ///< queue's thread, or between steps

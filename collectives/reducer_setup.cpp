@@ -51,7 +51,7 @@ GradientReducer::Impl::Impl(std::shared_ptr<Communicator> communicator, const Co
     : parent_(std::move(communicator)),
       config_(config),
       options_(std::move(options)),
-      codec_(make_codec(config)),
+      codec_(options_.device < 0 ? make_codec(config) : make_device_codec(config)),
       recursion_(make_recursion(config)),
       policy_(make_policy(config)) {
   THINWIRE_EXPECTS(parent_ != nullptr, "a reducer needs a communicator");
@@ -69,9 +69,9 @@ GradientReducer::Impl::Impl(std::shared_ptr<Communicator> communicator, const Co
   pass_reasons_.resize(slots_.size());
 
   communicator_ = split_within(*parent_, std::chrono::milliseconds(std::int64_t(std::ceil(config.timeout_seconds() * 1000))));
-  engine_ =
-      std::make_unique<BucketEngine>(*communicator_, codec_.get(), recursion_, options_, slots_.size(), total_numel_, config.check_every());
-  const bool threaded = communicator_->any_thread() && !options_.inline_queue;
+  const EngineParts parts{*communicator_, codec_.get(), recursion_, options_, arena_, slots_.size(), total_numel_, config.check_every()};
+  engine_ = options_.device < 0 ? make_host_engine(parts) : make_device_engine(parts, options_.device);
+  const bool threaded = communicator_->any_thread() && !options_.inline_queue && options_.device < 0;
   queue_ = std::make_unique<WorkQueue>(
       threaded, [this](Job& job) { run(job); },
       [this](const Job& job, std::exception_ptr error) { return explain(job, std::move(error)); });
@@ -98,7 +98,7 @@ void GradientReducer::Impl::lay_out_state() {
     offsets[p][kMaxStateArrays] = counts[kMaxStateArrays];
     counts[kMaxStateArrays] += slot.memory_count;
   }
-  arena_ = Arena(counts);
+  arena_ = options_.device < 0 ? Arena(counts) : Arena(counts, options_.device);
   for (std::size_t p = 0; p < slots_.size(); ++p) {
     ParameterSlot& slot = slots_[p];
     const std::size_t arrays = slot.compressible ? full : codec_ != nullptr ? dense : 0;

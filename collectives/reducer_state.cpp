@@ -19,26 +19,24 @@ std::size_t GradientReducer::Impl::arrays_of(std::uint32_t id, std::span<Array> 
   return n;
 }
 
-void GradientReducer::Impl::zero_state() noexcept {
-  for (std::size_t j = 0; j < arena_.arrays(); ++j)
-    if (arena_.count(j) != 0) std::memset(arena_.array(j), 0, arena_.count(j) * sizeof(float));
-}
-
 void GradientReducer::Impl::reset() {
   const std::lock_guard lock(submit_);
   between_steps("reset()");
   queue_->drain();
-  zero_state();
+  engine_->wait();
+  engine_->check();
+  arena_.clear();
   engine_->set_started(!options_.step_verdict);
+  engine_->set_nonfinite_steps(0);
   engine_->forget_bytes();
   const std::lock_guard counters(counters_);
-  nonfinite_steps_ = 0;
   traffic_at_reset_ = traffic_;
 }
 
 Stats GradientReducer::Impl::stats() const {
   const std::lock_guard lock(submit_);
   queue_->settle();
+  engine_->wait();
   const std::lock_guard counters(counters_);
   Stats out;
   out.step = steps_done_;
@@ -46,7 +44,8 @@ Stats GradientReducer::Impl::stats() const {
   out.wire_bytes = traffic_.wire_bytes - traffic_at_reset_.wire_bytes;
   out.dense_bytes = engine_->dense_bytes();
   out.factor = out.wire_bytes > 0 ? out.dense_bytes / out.wire_bytes : 1.0;
-  out.nonfinite_steps = nonfinite_steps_;
+  out.nonfinite_steps = engine_->nonfinite_steps();
+  std::vector<float> residual;
   for (std::size_t p = 0; p < slots_.size(); ++p) {
     const ParameterSlot& slot = slots_[p];
     ParameterStats& s = out.parameters.emplace_back();
@@ -61,9 +60,11 @@ Stats GradientReducer::Impl::stats() const {
     s.density = s.compressed ? slot.setting.density : 1.0;
     s.kept = pass_reasons_[p].empty() ? engine_->kept()[p] : 0;
     s.grad_norm = std::sqrt(engine_->grad_norms()[p]);
-    if (const float* residual = slot.compressible ? residual_of(recursion_, slot.state) : nullptr) {
+    if (const float* at = slot.compressible ? residual_of(recursion_, slot.state) : nullptr) {
       double sum = 0;
-      for (std::size_t i = 0; i < slot.numel; ++i) sum += double(residual[i]) * residual[i];
+      residual.resize(slot.numel);
+      arena_.read(at, residual);
+      for (const float x : residual) sum += double(x) * x;
       s.residual_norm = std::sqrt(sum);
     }
   }
@@ -74,21 +75,23 @@ ReducerState GradientReducer::Impl::state() const {
   const std::lock_guard lock(submit_);
   between_steps("state()");
   queue_->drain();
+  engine_->wait();
+  engine_->check();
   ReducerState out;
   out.step = step_;
   out.world = communicator_->size();
   out.rank = communicator_->rank();
   out.config = config_.str();
   out.started = engine_->started();
-  {
-    const std::lock_guard counters(counters_);
-    out.nonfinite_steps = nonfinite_steps_;
-  }
+  out.nonfinite_steps = engine_->nonfinite_steps();
   std::array<Array, kMaxStateArrays + 1> arrays;
   for (std::uint32_t p = 0; p < slots_.size(); ++p) {
     auto& named = out.parameters[slots_[p].parameter.name];
-    for (std::size_t a = 0, n = arrays_of(p, arrays); a < n; ++a)
-      named[std::string(arrays[a].name)].assign(arrays[a].data, arrays[a].data + arrays[a].count);
+    for (std::size_t a = 0, n = arrays_of(p, arrays); a < n; ++a) {
+      std::vector<float>& values = named[std::string(arrays[a].name)];
+      values.resize(arrays[a].count);
+      arena_.read(arrays[a].data, values);
+    }
   }
   return out;
 }
@@ -169,6 +172,8 @@ void GradientReducer::Impl::load_state(std::span<const ReducerState> states, con
   const std::lock_guard lock(submit_);
   between_steps("load_state()");
   queue_->drain();
+  engine_->wait();
+  engine_->check();
 
   // First everything is checked, on all ranks, then everything is written. On the caller's communicator: peers that do not load are at the
   // reducer's own, where a message of another size would be taken for a payload.
@@ -194,23 +199,24 @@ void GradientReducer::Impl::load_state(std::span<const ReducerState> states, con
     for (std::size_t a = 0; a < n; ++a) {
       const std::string key(arrays[a].name);
       if (sources.size() == 1) {  // to the bit, signs of zeros too
-        const std::vector<float>& own = front.parameters.at(slots_[p].parameter.name).at(key);
-        std::copy(own.begin(), own.end(), arrays[a].data);
+        arena_.write(front.parameters.at(slots_[p].parameter.name).at(key), arrays[a].data);
         continue;
       }
+      std::vector<float> mean(arrays[a].count);
       for (std::size_t i = 0; i < arrays[a].count; ++i) {
         double sum = 0;
         for (const ReducerState& source : sources) sum += source.parameters.at(slots_[p].parameter.name).at(key)[i];
-        arrays[a].data[i] = float(sum / double(sources.size()));
+        mean[i] = float(sum / double(sources.size()));
       }
+      arena_.write(mean, arrays[a].data);
     }
   }
   step_ = front.step;
   std::fill(seen_.begin(), seen_.end(), step_);
   engine_->set_started(front.started || !options_.step_verdict);
+  engine_->set_nonfinite_steps(front.nonfinite_steps);
   const std::lock_guard counters(counters_);
   steps_done_ = front.step;
-  nonfinite_steps_ = front.nonfinite_steps;
 }
 
 }  // namespace thinwire

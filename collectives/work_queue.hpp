@@ -20,6 +20,7 @@ namespace thinwire {
 struct Job {
   std::shared_ptr<const BucketPlan> bucket;  ///< null: a pass
   Bytes grad;
+  Stream stream = Stream::host();
   ReduceOptions options;
   std::uint64_t step = 0;
   bool last = false;               ///< the step's last bucket

@@ -12,6 +12,7 @@
 #include "compressors/core/error.hpp"
 #include "compressors/ratio/warmup.hpp"
 #include "compressors/topk/topk.hpp"
+#include "compressors/topk/topk_cuda.hpp"
 
 namespace thinwire {
 
@@ -159,17 +160,24 @@ TopKOptions::Index index_of(const Spec& codec) {
   return word == "u32" ? Index::u32 : word == "u16" ? Index::u16 : word == "bitmap" ? Index::bitmap : Index::automatic;
 }
 
+TopKOptions topk_options(const Spec& codec) {
+  return {.density = codec.number("density"), .wire = wire_type(codec), .exact = codec.text("select") == "exact", .index = index_of(codec)};
+}
+
 }  // namespace
 
 std::unique_ptr<const Codec> make_codec(const Config& config, Isa isa) {
   const Spec& codec = config.codec();
   if (codec.name == "none") return nullptr;
-  if (codec.name == "topk") {
-    const TopKOptions options = {
-        .density = codec.number("density"), .wire = wire_type(codec), .exact = codec.text("select") == "exact", .index = index_of(codec)};
-    return make_topk(options, isa);
-  }
+  if (codec.name == "topk") return make_topk(topk_options(codec), isa);
   fail(Errc::internal, "codec=" + codec.name + " is in the grammar, but nothing makes it");
+}
+
+std::unique_ptr<const Codec> make_device_codec(const Config& config) {
+  const Spec& codec = config.codec();
+  if (codec.name == "none") return nullptr;
+  if (codec.name == "topk") return make_topk_cuda(topk_options(codec));
+  fail(Errc::internal, "codec=" + codec.name + " is in the grammar, but nothing makes it for a GPU");
 }
 
 Recursion make_recursion(const Config& config) {

@@ -20,12 +20,23 @@
 
 #include "collectives/communicator.hpp"
 #include "collectives/reducer.hpp"
+#include "collectives/staged.hpp"
+#include "compressors/core/device.hpp"
 #include "compressors/core/error.hpp"
 
 namespace thinwire::test {
 
 using Vec = std::vector<float>;
 using Ids = std::vector<std::uint32_t>;
+
+/// THINWIRE_TEST_DEVICE=N runs every Scenario in the memory of GPU N; -1: on the host.
+inline int test_device() {
+  static const int device = [] {
+    const char* text = std::getenv("THINWIRE_TEST_DEVICE");
+    return text != nullptr ? std::atoi(text) : -1;
+  }();
+  return device;
+}
 
 /// Ends the process, with a word, if it is not destroyed in time: a hang is a failure with a name, not a stuck test run.
 class Deadline {
@@ -65,7 +76,7 @@ inline void run_ranks(int world, const std::function<void(std::shared_ptr<Commun
   std::vector<std::thread> threads;
   for (std::size_t r = 0; r < ranks.size(); ++r) {
     threads.emplace_back([&, r] {
-      std::shared_ptr<Communicator> own = std::move(ranks[r]);
+      std::shared_ptr<Communicator> own = make_staged(std::move(ranks[r]));  // it takes both places
       try {
         body(std::move(own));
       } catch (...) { errors[r] = std::current_exception(); }
@@ -97,11 +108,23 @@ class GradBuffer {
   }
   Bytes view() { return host_bytes(bytes_.data(), count_, dtype_); }
 
+  /// A twin on the GPU, which fetch() reads back.
+  Bytes on_device(int device, Stream stream) {
+    device_.reserve(bytes_.size(), device);
+    device_copy(device_.data(), bytes_.data(), bytes_.size(), stream);
+    return {device_.data(), count_ * size_of(dtype_), dtype_, Place::cuda, device};
+  }
+  void fetch(Stream stream) {
+    device_copy(bytes_.data(), device_.data(), bytes_.size(), stream);
+    device_wait(stream);
+  }
+
  private:
   void put(std::size_t i, std::uint16_t h) { std::memcpy(bytes_.data() + 2 * i, &h, 2); }
   DType dtype_;
   std::vector<std::byte> bytes_;
   std::size_t count_;
+  DeviceBuffer device_;
 };
 
 inline std::size_t numel_of(const Parameter& p) {
@@ -125,6 +148,7 @@ struct Scenario {
   std::vector<ReducerState> start = {};  ///< loaded before the first step: one per rank, or all of another world's
   std::function<void(GradientReducer&, int step, int rank)> before_step = nullptr, after_step = nullptr;
   bool keep_payloads = false;
+  int device = test_device();
 };
 
 /// What came of it.
@@ -150,6 +174,9 @@ inline Outcome play(const Scenario& s) {
   run_ranks(s.world, [&](std::shared_ptr<Communicator> communicator) {
     const int rank = communicator->rank();
     ReducerOptions reducer_options = s.reducer;
+    reducer_options.device = s.device;
+    const auto gpu = s.device < 0 ? nullptr : std::make_unique<DeviceStream>(s.device);
+    const Stream stream = gpu != nullptr ? gpu->get() : Stream::host();
     if (s.keep_payloads) {
       reducer_options.record_payload = [&out, rank, first_step](std::uint64_t step, ConstBytes payload) {
         out.payloads[step - first_step][std::size_t(rank)].emplace_back(payload.data, payload.data + payload.size);
@@ -178,9 +205,12 @@ inline Outcome play(const Scenario& s) {
           ASSERT_EQ(g.size(), numel_of(s.parameters[p]));
           for (const float x : g) grad.set(at++, x);
         }
-        works.push_back(reducer.reduce(bucket, grad.view(), Stream::host(), s.options ? s.options(step, rank) : ReduceOptions{}));
+        const Bytes data = gpu != nullptr ? grad.on_device(s.device, stream) : grad.view();
+        works.push_back(reducer.reduce(bucket, data, stream, s.options ? s.options(step, rank) : ReduceOptions{}));
       }
       for (Work& work : works) work.wait();
+      for (GradBuffer& grad : grads)
+        if (gpu != nullptr) grad.fetch(stream);
       for (std::size_t b = 0; b < buckets.size(); ++b) {
         std::size_t at = 0;
         for (const std::uint32_t p : buckets[b]) {

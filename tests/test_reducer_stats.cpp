@@ -82,7 +82,8 @@ TEST(ReducerStats, NormsAndKept) {
     const Stats& stats = out.stats[std::size_t(r)];
     for (const std::uint32_t p : {0u, 1u}) {
       double squares = 0;
-      for (const float g : s.grad(3, r, p)) squares += double(g / 4) * double(g / 4);
+      const int step = test_device() < 0 ? 3 : 0;  // on a GPU norms are taken every 16th step
+      for (const float g : s.grad(step, r, p)) squares += double(g / 4) * double(g / 4);
       EXPECT_DOUBLE_EQ(stats.parameters[p].grad_norm, std::sqrt(squares));
     }
     double squares = 0;

@@ -2,7 +2,9 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <string>
 #include <utility>
@@ -56,6 +58,48 @@ Arena::Arena(std::span<const std::size_t> counts) : counts_(counts.begin(), coun
   for (std::size_t j = 0; j < counts_.size(); ++j) arrays_[j] = reinterpret_cast<float*>(base + offsets[j]);
 }
 
+Arena::Arena(std::span<const std::size_t> counts, int device) : counts_(counts.begin(), counts.end()) {
+  constexpr std::size_t kLine = 256;
+  std::size_t end = 0;
+  for (const std::size_t count : counts_) end += round_up(count * sizeof(float), kLine);
+  stream_ = std::make_unique<DeviceStream>(device);
+  device_.reserve(std::max(end, kLine), device);
+  std::byte* at = device_.data();
+  for (const std::size_t count : counts_) {
+    arrays_.push_back(reinterpret_cast<float*>(at));
+    at += round_up(count * sizeof(float), kLine);
+  }
+  clear();
+}
+
+void Arena::read(const float* from, std::span<float> to) const {
+  if (stream_ == nullptr) {
+    std::copy_n(from, to.size(), to.begin());
+  } else {
+    device_copy(to.data(), from, to.size_bytes(), stream_->get());
+    device_wait(stream_->get());
+  }
+}
+
+void Arena::write(std::span<const float> from, float* to) {
+  if (stream_ == nullptr) {
+    std::copy_n(from.begin(), from.size(), to);
+  } else {
+    device_copy(to, from.data(), from.size_bytes(), stream_->get());
+    device_wait(stream_->get());
+  }
+}
+
+void Arena::clear() {
+  if (stream_ != nullptr) {
+    device_clear(device_.bytes(), stream_->get());
+    device_wait(stream_->get());
+    return;
+  }
+  for (std::size_t j = 0; j < arrays_.size(); ++j)
+    if (counts_[j] != 0) std::memset(arrays_[j], 0, counts_[j] * sizeof(float));
+}
+
 Arena::~Arena() {
   if (mapping_ != nullptr) munmap(mapping_, mapped_);
 }
@@ -67,6 +111,8 @@ Arena& Arena::operator=(Arena&& other) noexcept {
   std::swap(mapped_, other.mapped_);
   std::swap(arrays_, other.arrays_);
   std::swap(counts_, other.counts_);
+  std::swap(device_, other.device_);
+  std::swap(stream_, other.stream_);
   return *this;
 }
 

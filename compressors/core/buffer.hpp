@@ -6,6 +6,7 @@
 #include <span>
 #include <vector>
 
+#include "compressors/core/device.hpp"
 #include "compressors/core/span.hpp"
 
 namespace thinwire {
@@ -52,12 +53,15 @@ class StepScratch {
   std::size_t used_ = 0;
 };
 
-/// Float arrays of one reducer on one huge-page mapping, zeroed. Array j starts at its 2 MiB-rounded place + j × (1 MiB + 1344 B): streams
-/// whose distance is a power of two run at half speed (measured on Zen 3; docs/tuning.md), and three mallocs of 128 MiB lie exactly so.
+/// Float arrays of one reducer, zeroed: on a GPU in one allocation, on the host on one huge-page mapping. Array j starts at its 2
+/// MiB-rounded place + j × (1 MiB + 1344 B): streams whose distance is a power of two run at half speed (measured on Zen 3;
+/// docs/tuning.md), and three mallocs of 128 MiB lie exactly so.
 class Arena {
  public:
   Arena() = default;
   explicit Arena(std::span<const std::size_t> counts);
+  /// The same in device memory. @throws Error{device} naming the bytes that the device could not give.
+  Arena(std::span<const std::size_t> counts, int device);
   ~Arena();
   Arena(Arena&&) noexcept;
   Arena& operator=(Arena&&) noexcept;
@@ -66,9 +70,16 @@ class Arena {
   std::size_t count(std::size_t j) const noexcept { return counts_[j]; }
   std::size_t arrays() const noexcept { return arrays_.size(); }
 
+  // Between steps, when nothing else uses the arrays. They return when it is done.
+  void read(const float* from, std::span<float> to) const;
+  void write(std::span<const float> from, float* to);
+  void clear();
+
  private:
   void* mapping_ = nullptr;
   std::size_t mapped_ = 0;
+  DeviceBuffer device_;
+  std::unique_ptr<DeviceStream> stream_;  ///< null: on the host
   std::vector<float*> arrays_;
   std::vector<std::size_t> counts_;
 };

@@ -16,6 +16,8 @@ namespace thinwire {
 
 /// The configured codec, or null for codec=none. `isa` chooses the CPU twin; all give the same bits.
 std::unique_ptr<const Codec> make_codec(const Config& config, Isa isa = active_isa());
+/// The same for device memory. @throws Error{unsupported} in a build without CUDA.
+std::unique_ptr<const Codec> make_device_codec(const Config& config);
 Recursion make_recursion(const Config& config);
 /// Never null: policy=none gives every parameter the codec's own setting.
 std::unique_ptr<const RatioPolicy> make_policy(const Config& config);

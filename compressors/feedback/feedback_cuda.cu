@@ -81,13 +81,11 @@ __global__ void norm_kernel(DeviceRanges ranges, const double* sums, double* nor
   if (threadIdx.x == 0) norms[blockIdx.x] = sum;
 }
 
-__global__ void clip_kernel(Recursion recursion, DeviceRanges ranges, const double* norms, const float* loss_scale, int world,
+__global__ void clip_kernel(Recursion recursion, DeviceRanges ranges, const double* norms, float unscale, int world,
                             std::size_t total_numel, float* factors) {
   const std::size_t s = std::size_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (s >= ranges.segments) return;
-  const float unscale = loss_scale != nullptr ? 1.0f / *loss_scale : 1.0f;
-  factors[s] = clip_factor(recursion.clip_norm, norms != nullptr ? norms[s] : 0.0, range_of(ranges, std::uint32_t(s)).count, unscale, world,
-                           total_numel);
+  factors[s] = clip_factor(recursion.clip_norm, norms[s], range_of(ranges, std::uint32_t(s)).count, unscale, world, total_numel);
 }
 
 template <Form form>
@@ -95,7 +93,7 @@ __global__ void __launch_bounds__(kThreads) dense_kernel(float rate, DeviceRange
                                                          const float* factors, float* messages, std::uint32_t* flags) {
   const Chunk chunk(ranges, blockIdx.x);
   const auto& dense = reinterpret_cast<const DeviceDense&>(range_of(ranges, chunk.segment));
-  const float factor = factors != nullptr ? factors[chunk.segment] : 1.0f;
+  const float factor = factors != nullptr ? factors[dense.factor] : 1.0f;
   bool bad = false;
   for (std::uint32_t j = threadIdx.x; j < chunk.count; j += kThreads) {
     const std::size_t i = chunk.start + j;
@@ -152,9 +150,9 @@ void launch_squared_norms(const DeviceRanges& ranges, ConstBytes grad, double* b
   launch("norm", norm_kernel, ranges.segments, unsigned(kPartials), stream, ranges, block_sums, norms);
 }
 
-void launch_clip_factors(const Recursion& recursion, const DeviceRanges& ranges, const double* norms, const float* loss_scale, int world,
+void launch_clip_factors(const Recursion& recursion, const DeviceRanges& ranges, const double* norms, float unscale, int world,
                          std::size_t total_numel, float* factors, Stream stream) {
-  launch("clip factors", clip_kernel, (ranges.segments + kThreads - 1) / kThreads, kThreads, stream, recursion, ranges, norms, loss_scale,
+  launch("clip factors", clip_kernel, (ranges.segments + kThreads - 1) / kThreads, kThreads, stream, recursion, ranges, norms, unscale,
          world, total_numel, factors);
 }
 

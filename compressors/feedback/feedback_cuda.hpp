@@ -32,13 +32,14 @@ constexpr std::size_t device_chunks(std::size_t count) noexcept { return (count 
 /// norms[s] as squared_norms gives them, to the bit. Two kernels; `block_sums`: one double per chunk.
 void launch_squared_norms(const DeviceRanges& ranges, ConstBytes grad, double* block_sums, double* norms, Stream stream);
 
-/// factors[s] as clip_factors gives them. One kernel. `loss_scale`: null for 1; `norms` may be null where nothing is clipped.
-void launch_clip_factors(const Recursion& recursion, const DeviceRanges& ranges, const double* norms, const float* loss_scale, int world,
+/// factors[s] as clip_factors gives them. One kernel.
+void launch_clip_factors(const Recursion& recursion, const DeviceRanges& ranges, const double* norms, float unscale, int world,
                          std::size_t total_numel, float* factors, Stream stream);
 
-/// A segment that stays dense.
+/// A segment that stays dense, or a part of one.
 struct DeviceDense {
   DeviceRange range;
+  std::uint32_t factor = 0;  ///< which factor is its
   std::uint64_t packed = 0;  ///< its first element among the packed messages
   float *momentum = nullptr, *residual = nullptr;
 };

@@ -1,4 +1,4 @@
-#include "collectives/bucket_engine.hpp"
+#include "collectives/host_engine.hpp"
 
 #include <algorithm>
 #include <cstring>
@@ -16,36 +16,32 @@ constexpr std::uint64_t kPlainNormsEvery = 16;
 
 }  // namespace
 
-BucketEngine::BucketEngine(Communicator& communicator, const Codec* codec, const Recursion& recursion, const ReducerOptions& options,
-                           std::size_t parameters, std::size_t total_numel, std::uint64_t check_every)
-    : communicator_(communicator),
-      codec_(codec),
-      recursion_(recursion),
-      options_(options),
-      total_numel_(total_numel),
-      check_every_(check_every),
-      wires_(std::size_t(communicator.size())),
-      raw_(std::size_t(communicator.size())),
-      factors_(parameters),
-      norms_(parameters),
-      kept_(parameters),
-      bucket_kept_(parameters),
-      grad_norms_(parameters),
-      started_(!options.step_verdict),
-      hashes_(std::size_t(communicator.size())) {}
+HostEngine::HostEngine(const EngineParts& parts)
+    : communicator_(parts.communicator),
+      codec_(parts.codec),
+      recursion_(parts.recursion),
+      options_(parts.options),
+      total_numel_(parts.total_numel),
+      check_every_(parts.check_every),
+      arena_(parts.arena),
+      wires_(std::size_t(parts.communicator.size())),
+      raw_(std::size_t(parts.communicator.size())),
+      factors_(parts.parameters),
+      norms_(parts.parameters),
+      kept_(parts.parameters),
+      bucket_kept_(parts.parameters),
+      grad_norms_(parts.parameters),
+      started_(!parts.options.step_verdict),
+      hashes_(std::size_t(parts.communicator.size())) {}
 
-double BucketEngine::ring_bytes(std::size_t bytes) const noexcept {
-  const double world = communicator_.size();
-  return 2 * (world - 1) / world * double(bytes);
-}
-
-void BucketEngine::passed(std::size_t dense_bytes, bool finite) noexcept {
-  dense_bytes_ += ring_bytes(dense_bytes);
+void HostEngine::passed(std::size_t dense_bytes, bool finite) {
+  count_dense(dense_bytes, communicator_.size());
   step_finite_ &= finite;
 }
 
-void BucketEngine::run(const std::shared_ptr<const BucketPlan>& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options) {
-  dense_bytes_ += ring_bytes(grad.size);
+void HostEngine::run(const std::shared_ptr<const BucketPlan>& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options,
+                     Stream) {
+  count_dense(grad.size, communicator_.size());
   for (const std::uint32_t id : bucket->ids) kept_[id] = 0;
 
   std::uint32_t flags = 0;
@@ -78,7 +74,7 @@ void BucketEngine::run(const std::shared_ptr<const BucketPlan>& bucket, Bytes gr
   if (check_every_ != 0) output_hash_ = wire::hash_bytes(grad.data, grad.size, output_hash_);
 }
 
-std::uint32_t BucketEngine::run_plain(Bytes grad) {
+std::uint32_t HostEngine::run_plain(Bytes grad) {
   const float factor = 1.0f / float(communicator_.size());
   std::uint32_t flags = 0, ignored = 0;
   const bool narrow = grad.dtype != DType::fp32;
@@ -88,18 +84,18 @@ std::uint32_t BucketEngine::run_plain(Bytes grad) {
   return flags;
 }
 
-const float* BucketEngine::factors_of(const Plan& plan, float unscale) {
+const float* HostEngine::factors_of(const Plan& plan, float unscale) {
   clip_factors(recursion_, plan, std::span(norms_).first(plan.segments.size()), unscale, communicator_.size(), total_numel_,
                factors_.data());
   return factors_.data();
 }
 
-void BucketEngine::note_norms(const Plan& plan, float unscale) {
+void HostEngine::note_norms(const Plan& plan, float unscale) {
   for (std::size_t s = 0; s < plan.segments.size(); ++s)
     grad_norms_[plan.segments[s].parameter] = norms_[s] * double(unscale) * double(unscale);
 }
 
-const float* BucketEngine::passenger_factors(const Passengers& group, Bytes grad, std::uint64_t step, float unscale) {
+const float* HostEngine::passenger_factors(const Passengers& group, Bytes grad, std::uint64_t step, float unscale) {
   const Plan plan = group.plan(step);
   squared_norms(plan, grad, norms_.data(), Stream::host());
   note_norms(plan, unscale);
@@ -107,14 +103,14 @@ const float* BucketEngine::passenger_factors(const Passengers& group, Bytes grad
   return group.stateful ? factors_of(plan, unscale) : nullptr;
 }
 
-void BucketEngine::write_message(const Passengers& part, const float* factors, Bytes grad, std::uint64_t step, Bytes message,
-                                 std::uint32_t* flags) {
+void HostEngine::write_message(const Passengers& part, const float* factors, Bytes grad, std::uint64_t step, Bytes message,
+                               std::uint32_t* flags) {
   message.dtype = part.dtype;
   dense_message(recursion_, part.plan(step), grad, {part.states, factors}, message, flags, Stream::host());
 }
 
-void BucketEngine::write_raw(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options, Bytes messages,
-                             std::uint32_t* flags) {
+void HostEngine::write_raw(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options, Bytes messages,
+                           std::uint32_t* flags) {
   if (options.joined) {
     std::memset(messages.data, 0, messages.size);
     return;
@@ -127,8 +123,8 @@ void BucketEngine::write_raw(const BucketPlan& bucket, Bytes grad, std::uint64_t
   }
 }
 
-void BucketEngine::write_for_owners(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options, Bytes send,
-                                    std::uint32_t* flags) {
+void HostEngine::write_for_owners(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options, Bytes send,
+                                  std::uint32_t* flags) {
   if (options.joined) {
     std::memset(send.data, 0, send.size);
     return;
@@ -144,7 +140,7 @@ void BucketEngine::write_for_owners(const BucketPlan& bucket, Bytes grad, std::u
   clear_padding(bucket, send);
 }
 
-std::uint32_t BucketEngine::run_whole_dense(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options) {
+std::uint32_t HostEngine::run_whole_dense(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options) {
   Bytes all = messages_.take((bucket.count + 1) * sizeof(float));
   all.dtype = DType::fp32;
   const Bytes messages = all.sub(0, bucket.count * sizeof(float));
@@ -159,7 +155,7 @@ std::uint32_t BucketEngine::run_whole_dense(const BucketPlan& bucket, Bytes grad
   return flags;
 }
 
-std::uint32_t BucketEngine::run_compressed(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options) {
+std::uint32_t HostEngine::run_compressed(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options) {
   const int world = communicator_.size(), rank = communicator_.rank();
   const std::size_t share = bucket.contribution, capacity = bucket.layout.part_capacity;
   const Plan plan = bucket.plan(step);
@@ -217,7 +213,7 @@ std::uint32_t BucketEngine::run_compressed(const BucketPlan& bucket, Bytes grad,
   return flags;
 }
 
-void BucketEngine::settle(const BucketPlan& bucket, std::uint64_t step, ConstBytes own_wire, bool joined, bool finite) {
+void HostEngine::settle(const BucketPlan& bucket, std::uint64_t step, ConstBytes own_wire, bool joined, bool finite) {
   if (codec_ == nullptr || joined) return;
   const Passengers& stateful = bucket.passengers[0];
   if (finite) {
@@ -227,7 +223,7 @@ void BucketEngine::settle(const BucketPlan& bucket, std::uint64_t step, ConstByt
   }
 }
 
-void BucketEngine::keep_pending(const std::shared_ptr<const BucketPlan>& bucket, bool joined) {
+void HostEngine::keep_pending(const std::shared_ptr<const BucketPlan>& bucket, bool joined) {
   if (pending_count_ == pending_.size()) pending_.emplace_back();
   Pending& pending = pending_[pending_count_++];
   pending.bucket = bucket;
@@ -236,8 +232,7 @@ void BucketEngine::keep_pending(const std::shared_ptr<const BucketPlan>& bucket,
   if (!own_wire_.empty()) std::memcpy(payload.data, own_wire_.data, own_wire_.size);
 }
 
-BucketEngine::StepEnd BucketEngine::finish_step(std::uint64_t step) {
-  StepEnd end{step_finite_, false};
+void HostEngine::finish_step(std::uint64_t step) {
   for (std::size_t i = 0; i < pending_count_; ++i) {
     Pending& pending = pending_[i];
     const std::size_t bytes = pending.bucket->whole_dense || codec_ == nullptr ? 0 : pending.bucket->layout.part_capacity;
@@ -248,7 +243,8 @@ BucketEngine::StepEnd BucketEngine::finish_step(std::uint64_t step) {
   pending_count_ = 0;
   for (StepScratch* scratch : {&gathered_, &messages_, &workspace_}) scratch->end_step();
   if (step_finite_) started_ = true;
-  end.restart = !started_;
+  if (!step_finite_) ++nonfinite_steps_;
+  if (!started_) arena_.clear();
   step_finite_ = true;
 
   if (check_every_ != 0 && (step + 1) % check_every_ == 0) {
@@ -263,7 +259,8 @@ BucketEngine::StepEnd BucketEngine::finish_step(std::uint64_t step) {
                                " and rank " + std::to_string(r) + "; the replicas have drifted apart");
     }
   }
-  return end;
 }
+
+std::unique_ptr<BucketEngine> make_host_engine(const EngineParts& parts) { return std::make_unique<HostEngine>(parts); }
 
 }  // namespace thinwire

@@ -1,0 +1,382 @@
+// The engine of device memory: the same steps as the host's, each enqueued. What the host's engine decides by a flag, kernels decide by a
+// word in device memory.
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "collectives/bucket_engine.hpp"
+#include "collectives/device_plan.hpp"
+#include "collectives/passengers_cuda.hpp"
+#include "compressors/core/device.hpp"
+#include "compressors/core/error.hpp"
+#include "compressors/core/wire.hpp"
+
+namespace thinwire {
+namespace {
+
+// Norms are for the statistics alone where nothing is clipped, and cost a pass over the gradient.
+constexpr std::uint64_t kNormsEvery = 16;
+
+/// StepScratch in device memory.
+class DeviceScratch {
+ public:
+  explicit DeviceScratch(int device) : device_(device) {}
+  Bytes take(std::size_t bytes) {
+    used_ = std::max(used_, bytes);
+    buffer_.reserve(std::max<std::size_t>(bytes, 1), device_);
+    return {buffer_.data(), bytes, DType::u8, Place::cuda, device_};
+  }
+  std::byte* data() const { return buffer_.data(); }
+  void end_step() {
+    constexpr std::size_t kWorthIt = std::size_t(1) << 20;
+    if (used_ != 0 && buffer_.size() > 2 * used_ + kWorthIt) buffer_ = DeviceBuffer(used_, device_);
+    used_ = 0;
+  }
+
+ private:
+  int device_;
+  DeviceBuffer buffer_;
+  std::size_t used_ = 0;
+};
+
+class DeviceEngine final : public BucketEngine {
+ public:
+  DeviceEngine(const EngineParts& parts, int device)
+      : parts_(parts),
+        device_(device),
+        own_stream_(device),
+        last_stream_(own_stream_.get()),
+        gathered_(device),
+        messages_(device),
+        workspace_(device),
+        memory_(sizeof(DeviceCounters) + 64, device),
+        kept_(parts.parameters),
+        grad_norms_(parts.parameters),
+        wires_(std::size_t(parts.communicator.size())) {
+    counters_ = reinterpret_cast<DeviceCounters*>(memory_.data());
+    step_verdict_ = reinterpret_cast<std::uint32_t*>(memory_.data() + round_up(sizeof(DeviceCounters), 16));
+    observed_.started = !parts.options.step_verdict;
+    write_counters();
+  }
+
+  void run(const std::shared_ptr<const BucketPlan>& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options,
+           Stream stream) override;
+  void passed(std::size_t dense_bytes, bool finite) override;
+  void finish_step(std::uint64_t step) override;
+  void wait() override;
+  void check() override;
+
+  void set_started(bool started) override {
+    observed_.started = started;
+    write_counters();
+  }
+  bool started() const override { return observed_.started != 0; }
+  std::uint64_t nonfinite_steps() const override { return observed_.nonfinite_steps; }
+  void set_nonfinite_steps(std::uint64_t steps) override {
+    observed_.nonfinite_steps = steps;
+    write_counters();
+  }
+  std::span<const std::uint32_t> kept() const override { return kept_; }
+  std::span<const double> grad_norms() const override { return grad_norms_; }
+
+ private:
+  /// What waits for the step's verdict: a bucket's own payload.
+  struct Pending {
+    explicit Pending(int device) : payload(device) {}
+    std::shared_ptr<DevicePlan> plan;
+    DeviceScratch payload;
+    std::size_t bytes = 0;
+    bool joined = false;
+  };
+
+  int world() const { return parts_.communicator.size(); }
+  bool clips() const { return parts_.recursion.clip_norm > 0; }
+  std::shared_ptr<DevicePlan> plan_of(const std::shared_ptr<const BucketPlan>& bucket, Stream stream);
+  /// Norms where somebody needs them, and the factors of a group whose messages are in true units; null: all 1.
+  const float* factors_of(DevicePlan& plan, int group, Bytes grad, std::uint64_t step, float unscale, Stream stream);
+  void write_messages(DevicePlan& plan, const feedback::DeviceRanges (&where)[2], Bytes grad, std::uint64_t step,
+                      const ReduceOptions& options, std::byte* const (&to)[2], Stream stream);
+  void run_plain(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Stream stream);
+  void run_whole_dense(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Stream stream);
+  ConstBytes run_compressed(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Stream stream);
+  void settle(DevicePlan& plan, std::uint64_t step, ConstBytes own_wire, bool joined, const std::uint32_t* verdict, Stream stream);
+  void write_counters();
+
+  EngineParts parts_;
+  int device_;
+  DeviceStream own_stream_;
+  Stream last_stream_;
+  DeviceScratch gathered_, messages_, workspace_;
+  DeviceBuffer memory_;
+  DeviceCounters* counters_;
+  std::uint32_t* step_verdict_;
+  DeviceCounters observed_;  ///< at the last wait()
+  std::vector<std::shared_ptr<DevicePlan>> plans_;
+  std::uint64_t uses_ = 0;
+  std::vector<std::uint32_t> kept_;
+  std::vector<double> grad_norms_;
+  std::vector<ConstBytes> wires_;
+  std::vector<Pending> pending_;
+  std::size_t pending_count_ = 0;
+  std::uint64_t output_hash_ = 0;
+};
+
+void DeviceEngine::write_counters() {
+  device_copy(counters_, &observed_, sizeof observed_, last_stream_);
+  device_wait(last_stream_);
+}
+
+void DeviceEngine::check() {
+  for (const auto& plan : plans_) {
+    if (plan->report->corrupt == 0) continue;
+    fail(Errc::corrupt_payload, parts_.codec->describe(plan->bucket->plan(0), *plan->report) + " (bucket " + plan->bucket->name +
+                                    "; found on the GPU, so this is a later call)");
+  }
+}
+
+std::shared_ptr<DevicePlan> DeviceEngine::plan_of(const std::shared_ptr<const BucketPlan>& bucket, Stream stream) {
+  for (const auto& plan : plans_) {
+    if (plan->bucket != bucket) continue;
+    plan->last_used = ++uses_;
+    return plan;
+  }
+  // A new layout or setting: what only this engine still knows has been replaced.
+  device_wait(stream);
+  std::erase_if(plans_, [](const auto& plan) { return plan->bucket.use_count() == 1 && plan.use_count() == 1; });
+  auto plan = std::make_shared<DevicePlan>(bucket, parts_.codec, parts_.recursion, world(), parts_.communicator.rank(), device_, stream);
+  plan->last_used = ++uses_;
+  return plans_.emplace_back(std::move(plan));
+}
+
+void DeviceEngine::run(const std::shared_ptr<const BucketPlan>& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options,
+                       Stream stream) {
+  check();
+  count_dense(grad.size, world());
+  last_stream_ = stream;
+  const std::shared_ptr<DevicePlan> shared = plan_of(bucket, stream);
+  DevicePlan& plan = *shared;
+  if (clips() || step % kNormsEvery == 0) plan.unscale = 1.0f / options.loss_scale;
+  device_clear({reinterpret_cast<std::byte*>(plan.flags), 4, DType::u8, Place::cuda, device_}, stream);
+  ConstBytes own_wire;
+  if (parts_.codec == nullptr) {
+    run_plain(plan, grad, step, options, stream);
+  } else if (bucket->whole_dense) {
+    run_whole_dense(plan, grad, step, options, stream);
+  } else {
+    own_wire = run_compressed(plan, grad, step, options, stream);
+  }
+  launch_verdict(grad, plan.flags, &counters_->step_flags, stream);
+  if (!parts_.options.step_verdict) {
+    settle(plan, step, own_wire, options.joined, plan.flags, stream);
+  } else {
+    if (pending_count_ == pending_.size()) pending_.emplace_back(device_);
+    Pending& pending = pending_[pending_count_++];
+    pending.plan = shared;
+    pending.joined = options.joined;
+    pending.bytes = own_wire.size;
+    if (own_wire.size != 0) device_copy(pending.payload.take(own_wire.size).data, own_wire.data, own_wire.size, stream);
+  }
+  if (parts_.check_every != 0) {  // the one thing that reads gradients back, for those who ask for it
+    std::vector<std::byte> mean(grad.size);
+    device_copy(mean.data(), grad.data, grad.size, stream);
+    device_wait(stream);
+    output_hash_ = wire::hash_bytes(mean.data(), mean.size(), output_hash_);
+  }
+}
+
+void DeviceEngine::run_plain(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Stream stream) {
+  factors_of(plan, 0, grad, step, 1.0f / options.loss_scale, stream);
+  const float factor = 1.0f / float(world());
+  const bool narrow = grad.dtype != DType::fp32;
+  if (options.joined) device_clear(grad, stream);
+  // A transport's fp16 sum could overflow where the mean does not. What the division meets shows in the mean.
+  if (narrow) launch_scale(grad, factor, step_verdict_, stream);
+  parts_.communicator.all_reduce(grad, stream);
+  launch_scale(grad, narrow ? 1.0f : factor, plan.flags, stream);
+}
+
+const float* DeviceEngine::factors_of(DevicePlan& plan, int group, Bytes grad, std::uint64_t step, float unscale, Stream stream) {
+  const feedback::DeviceRanges& ranges = plan.whole[group];
+  if (ranges.segments == 0) return nullptr;
+  const bool stateful = group != 1 && parts_.codec != nullptr;
+  if ((clips() && stateful) || step % kNormsEvery == 0)
+    feedback::launch_squared_norms(ranges, grad, plan.block_sums, plan.norms[group], stream);
+  if (!stateful || (!clips() && unscale == 1.0f)) return nullptr;
+  feedback::launch_clip_factors(parts_.recursion, ranges, plan.norms[group], unscale, world(), parts_.total_numel, plan.factors[group],
+                                stream);
+  return plan.factors[group];
+}
+
+void DeviceEngine::write_messages(DevicePlan& plan, const feedback::DeviceRanges (&where)[2], Bytes grad, std::uint64_t step,
+                                  const ReduceOptions& options, std::byte* const (&to)[2], Stream stream) {
+  const float* factors = factors_of(plan, 0, grad, step, 1.0f / options.loss_scale, stream);
+  factors_of(plan, 1, grad, step, 1.0f, stream);
+  feedback::launch_dense_message(parts_.recursion, where[0], grad, factors, reinterpret_cast<float*>(to[0]), plan.flags, stream);
+  feedback::launch_copy_message(where[1], grad, to[1], plan.flags, stream);
+}
+
+void DeviceEngine::run_whole_dense(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Stream stream) {
+  const std::size_t count = plan.bucket->count;
+  Bytes all = messages_.take((count + 1) * sizeof(float));
+  all.dtype = DType::fp32;
+  if (options.joined) {
+    device_clear(all, stream);
+  } else {
+    write_messages(plan, {plan.whole[0], plan.whole[1]}, grad, step, options, {all.data, all.data}, stream);
+  }
+  launch_count_flag(plan.flags, all.as<float>() + count, stream);
+  parts_.communicator.all_reduce(all, stream);
+  launch_read_flag(all.as<float>() + count, plan.flags, stream);
+  const float factor = 1.0f / float(world()) * options.loss_scale;
+  launch_sum(plan.whole[0], {all.data, 0, 1, DType::fp32}, factor, grad, plan.flags, stream);
+}
+
+ConstBytes DeviceEngine::run_compressed(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Stream stream) {
+  const BucketPlan& bucket = *plan.bucket;
+  Communicator& communicator = parts_.communicator;
+  const auto ranks = std::size_t(world()), rank = std::size_t(communicator.rank());
+  const std::size_t share = bucket.contribution, capacity = bucket.layout.part_capacity;
+  const Plan view = plan.plan(step);
+  const float mean = 1.0f / float(world()), factors[2] = {mean * options.loss_scale, mean};
+  const Passengers& stateful = bucket.passengers[0];
+
+  const std::size_t received = bucket.owners ? bucket.recv_bytes.front() * ranks : 0;
+  const Bytes memory = gathered_.take(std::max(share * ranks, received)), gathered = memory.sub(0, share * ranks);
+  const Bytes own = gathered.sub(share * rank, share), own_wire = own.sub(0, capacity), beside = own.sub(capacity, share - capacity);
+
+  // 1. What stays dense.
+  if (bucket.owners) {
+    const Bytes send = messages_.take(bucket.sent_bytes());
+    device_clear(send, stream);  // what pads the shares, and all of a joined rank's
+    if (!options.joined) write_messages(plan, plan.sent, grad, step, options, {send.data, send.data}, stream);
+    communicator.all_to_all_v(send, bucket.send_bytes, memory.sub(0, received), bucket.recv_bytes, stream);
+    std::size_t in = 0, out = 0;
+    for (std::size_t g = 0; g < 2; ++g) {
+      const Passengers& group = bucket.shares[rank].parts[g];
+      const std::size_t bytes = group.count * size_of(bucket.dtype);
+      Bytes finished = send.sub(out, bytes);
+      finished.dtype = bucket.dtype;
+      launch_sum(plan.owned[g], {memory.data + in, bucket.recv_bytes.front(), world(), group.dtype}, factors[g], finished, plan.flags,
+                 stream);
+      in += group.bytes();
+      out += bytes;
+    }
+    device_clear(beside, stream);
+    device_copy(beside.data, send.data, out, stream);
+  } else {
+    device_clear(beside, stream);
+    if (!options.joined)
+      write_messages(plan, {plan.whole[0], plan.whole[1]}, grad, step, options, {beside.data, beside.data + stateful.bytes()}, stream);
+  }
+
+  // 2. The payload, whose header tells what all of this found.
+  const Bytes workspace = workspace_.take(std::max(bucket.layout.workspace, bucket.layout.per_payload * ranks));
+  if (options.joined) {
+    parts_.codec->empty(view, own_wire, kFlagJoined, stream);
+  } else {
+    const StateView state{bucket.states, factors_of(plan, 2, grad, step, 1.0f / options.loss_scale, stream)};
+    parts_.codec->stream(parts_.recursion, view, grad, state, workspace, own_wire, plan.flags, {plan.kept, nullptr}, stream);
+  }
+  if (parts_.options.record_payload) {
+    std::vector<std::byte> payload(capacity);
+    device_copy(payload.data(), own_wire.data, capacity, stream);
+    device_wait(stream);
+    parts_.options.record_payload(step, {payload.data(), capacity, DType::u8, Place::host, 0});
+  }
+
+  // 3. One gather carries all of it.
+  communicator.all_gather(own, gathered, stream);
+  for (std::size_t r = 0; r < ranks; ++r) wires_[r] = gathered.sub(share * r, capacity);
+  parts_.codec->decode(view, wires_, factors[0], workspace, grad, plan.flags, stream);
+  if (bucket.owners) {
+    launch_place(plan.finished, gathered.data, grad, stream);
+  } else {
+    std::size_t at = capacity;
+    for (std::size_t g = 0; g < 2; ++g) {
+      launch_sum(plan.whole[g], {gathered.data + at, share, world(), bucket.passengers[g].dtype}, factors[g], grad, plan.flags, stream);
+      at += bucket.passengers[g].bytes();
+    }
+  }
+  return own_wire;
+}
+
+void DeviceEngine::settle(DevicePlan& plan, std::uint64_t step, ConstBytes own_wire, bool joined, const std::uint32_t* verdict,
+                          Stream stream) {
+  if (parts_.codec == nullptr || joined) return;
+  feedback::launch_settle_dense(plan.whole[0], verdict, stream);
+  if (!own_wire.empty())
+    parts_.codec->take_back(parts_.recursion, plan.plan(step), own_wire, {plan.bucket->states, nullptr}, verdict, stream);
+}
+
+void DeviceEngine::passed(std::size_t dense_bytes, bool finite) {
+  static constexpr std::uint32_t kBad = kFlagNonfinite;
+  count_dense(dense_bytes, world());
+  if (!finite) device_copy(&counters_->step_flags, &kBad, sizeof kBad, last_stream_);
+}
+
+void DeviceEngine::finish_step(std::uint64_t step) {
+  const Stream stream = last_stream_;
+  launch_end_step(counters_, step_verdict_, stream);
+  for (std::size_t i = 0; i < pending_count_; ++i) {
+    Pending& pending = pending_[i];
+    settle(*pending.plan, step, {pending.payload.data(), pending.bytes, DType::u8, Place::cuda, device_}, pending.joined, step_verdict_,
+           stream);
+    pending.plan.reset();
+    pending.payload.end_step();
+  }
+  pending_count_ = 0;
+  if (parts_.options.step_verdict) {
+    for (std::size_t j = 0; j < parts_.arena.arrays(); ++j)
+      launch_clear_unless_started(counters_, parts_.arena.array(j), parts_.arena.count(j), stream);
+  }
+  for (DeviceScratch* scratch : {&gathered_, &messages_, &workspace_}) scratch->end_step();
+
+  if (parts_.check_every == 0 || (step + 1) % parts_.check_every != 0) return;
+  Communicator& communicator = parts_.communicator;
+  const auto rank = std::size_t(communicator.rank());
+  std::vector<std::uint64_t> hashes(std::size_t(communicator.size()));
+  hashes[rank] = output_hash_;
+  const Bytes own = gathered_.take(8 * hashes.size());
+  device_copy(own.data, hashes.data(), own.size, stream);
+  communicator.all_gather(own.sub(rank * 8, 8), own, stream);
+  device_copy(hashes.data(), own.data, own.size, stream);
+  device_wait(stream);
+  output_hash_ = 0;
+  for (std::size_t r = 0; r < hashes.size(); ++r) {
+    if (hashes[r] == hashes[rank]) continue;
+    fail(Errc::internal, "check_every: the means up to step " + std::to_string(step) + " differ between rank " + std::to_string(rank) +
+                             " and rank " + std::to_string(r) + "; the replicas have drifted apart");
+  }
+}
+
+void DeviceEngine::wait() {
+  device_copy(&observed_, counters_, sizeof observed_, last_stream_);
+  device_wait(last_stream_);
+  // The bucket that was reduced last says how it went with a parameter.
+  std::sort(plans_.begin(), plans_.end(), [](const auto& a, const auto& b) { return a->last_used < b->last_used; });
+  for (const auto& plan : plans_) {
+    const BucketPlan& bucket = *plan->bucket;
+    for (const std::uint32_t id : bucket.ids) kept_[id] = 0;
+    std::vector<std::uint32_t> kept(bucket.segments.size());
+    device_copy(kept.data(), plan->kept, 4 * kept.size(), last_stream_);
+    device_wait(last_stream_);
+    for (std::size_t s = 0; s < kept.size(); ++s) kept_[bucket.segments[s].parameter] = kept[s];
+    const std::vector<Segment>* const groups[3] = {&bucket.passengers[0].segments, &bucket.passengers[1].segments, &bucket.segments};
+    for (int g = 0; g < 3; ++g) {
+      std::vector<double> norms(groups[g]->size());
+      device_copy(norms.data(), plan->norms[g], 8 * norms.size(), last_stream_);
+      device_wait(last_stream_);
+      for (std::size_t s = 0; s < norms.size(); ++s)
+        grad_norms_[(*groups[g])[s].parameter] = norms[s] * double(plan->unscale) * double(plan->unscale);
+    }
+  }
+}
+
+}  // namespace
+
+std::unique_ptr<BucketEngine> make_device_engine(const EngineParts& parts, int device) {
+  return std::make_unique<DeviceEngine>(parts, device);
+}
+
+}  // namespace thinwire

@@ -1,0 +1,84 @@
+#pragma once
+// The engine of host memory.
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "collectives/bucket_engine.hpp"
+#include "collectives/bucket_plan.hpp"
+#include "collectives/communicator.hpp"
+#include "collectives/reducer.hpp"
+#include "compressors/core/buffer.hpp"
+#include "compressors/core/codec.hpp"
+#include "compressors/core/recursion.hpp"
+
+namespace thinwire {
+
+class HostEngine final : public BucketEngine {
+ public:
+  explicit HostEngine(const EngineParts& parts);
+
+  void run(const std::shared_ptr<const BucketPlan>& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options,
+           Stream stream) override;
+  void passed(std::size_t dense_bytes, bool finite) override;
+  void finish_step(std::uint64_t step) override;
+  void wait() override {}
+  void check() override {}
+  void set_started(bool started) override { started_ = started; }
+  bool started() const override { return started_; }
+  std::uint64_t nonfinite_steps() const override { return nonfinite_steps_; }
+  void set_nonfinite_steps(std::uint64_t steps) override { nonfinite_steps_ = steps; }
+  std::span<const std::uint32_t> kept() const override { return kept_; }
+  std::span<const double> grad_norms() const override { return grad_norms_; }
+
+ private:
+  /// What waits for the step's verdict: each bucket's own payload.
+  struct Pending {
+    std::shared_ptr<const BucketPlan> bucket;
+    StepScratch payload;
+    bool joined = false;
+  };
+
+  std::uint32_t run_compressed(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options);
+  std::uint32_t run_whole_dense(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options);
+  std::uint32_t run_plain(Bytes grad);
+  /// Clip factors from norms_.
+  const float* factors_of(const Plan& plan, float unscale);
+  void note_norms(const Plan& plan, float unscale);
+  const float* passenger_factors(const Passengers& group, Bytes grad, std::uint64_t step, float unscale);
+  void write_message(const Passengers& part, const float* factors, Bytes grad, std::uint64_t step, Bytes message, std::uint32_t* flags);
+  void write_raw(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options, Bytes messages,
+                 std::uint32_t* flags);
+  void write_for_owners(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options, Bytes send,
+                        std::uint32_t* flags);
+  void settle(const BucketPlan& bucket, std::uint64_t step, ConstBytes own_wire, bool joined, bool finite);
+  void keep_pending(const std::shared_ptr<const BucketPlan>& bucket, bool joined);
+
+  Communicator& communicator_;
+  const Codec* codec_;
+  Recursion recursion_;
+  const ReducerOptions& options_;
+  std::size_t total_numel_;
+  std::uint64_t check_every_;
+  Arena& arena_;
+
+  StepScratch gathered_, messages_, workspace_;
+  std::vector<ConstBytes> wires_, raw_;
+  std::vector<float> factors_;
+  std::vector<double> norms_;
+  std::vector<std::uint32_t> kept_, bucket_kept_;
+  std::vector<double> grad_norms_;
+  std::vector<Pending> pending_;
+  std::size_t pending_count_ = 0;
+  ConstBytes own_wire_;
+
+  bool step_finite_ = true;
+  bool started_ = true;
+  std::uint64_t output_hash_ = 0;
+  std::vector<std::uint64_t> hashes_;
+  std::uint64_t nonfinite_steps_ = 0;
+};
+
+}  // namespace thinwire

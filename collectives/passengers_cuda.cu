@@ -1,0 +1,135 @@
+#include "collectives/passengers_cuda.hpp"
+
+#include <algorithm>
+
+#include "compressors/core/cuda_device.cuh"
+#include "compressors/core/dtype.hpp"
+
+namespace thinwire {
+namespace {
+
+using namespace thinwire::cuda;
+using feedback::DeviceDense;
+using feedback::DeviceRanges;
+using feedback::kDeviceChunk;
+
+__device__ inline float load(const std::byte* base, DType dtype, std::size_t i) {
+  if (dtype == DType::fp32) return reinterpret_cast<const float*>(base)[i];
+  const std::uint16_t half = reinterpret_cast<const std::uint16_t*>(base)[i];
+  return dtype == DType::bf16 ? bf16_to_float(half) : fp16_to_float(half);
+}
+/// @returns whether what is stored is finite.
+__device__ inline bool store(std::byte* base, DType dtype, std::size_t i, float x) {
+  if (dtype == DType::fp32) {
+    reinterpret_cast<float*>(base)[i] = x;
+    return is_finite(x);
+  }
+  const std::uint16_t half = dtype == DType::bf16 ? float_to_bf16(x) : float_to_fp16(x);
+  reinterpret_cast<std::uint16_t*>(base)[i] = half;
+  const std::uint32_t exponent = dtype == DType::bf16 ? 0x7f80u : 0x7c00u;
+  return (half & exponent) != exponent;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    sum_kernel(DeviceRanges ranges, RankMessages messages, float factor, std::byte* out, DType dtype, std::uint32_t* flags) {
+  const auto& dense = *reinterpret_cast<const DeviceDense*>(ranges.base + ranges.chunk_segment[blockIdx.x] * ranges.stride);
+  const std::uint64_t start = std::uint64_t(blockIdx.x - dense.range.first_chunk) * kDeviceChunk;
+  const std::uint64_t end = start + kDeviceChunk < dense.range.count ? start + kDeviceChunk : dense.range.count;
+  bool bad = false;
+  for (std::uint64_t i = start + threadIdx.x; i < end; i += kThreads) {
+    float sum = 0;
+    for (int r = 0; r < messages.world; ++r)
+      sum += load(messages.first + std::size_t(r) * messages.stride, messages.dtype, dense.packed + i);
+    bad |= !store(out, dtype, dense.range.first + i, sum * factor);
+  }
+  if (bad) atomicOr(flags, std::uint32_t(kFlagNonfinite));
+}
+
+__global__ void __launch_bounds__(kThreads)
+    scale_kernel(std::byte* data, DType dtype, std::size_t count, float factor, std::uint32_t* flags) {
+  bool bad = false;
+  for (std::size_t i = std::size_t(blockIdx.x) * kThreads + threadIdx.x; i < count; i += std::size_t(gridDim.x) * kThreads)
+    bad |= !store(data, dtype, i, (0.0f + load(data, dtype, i)) * factor);
+  if (bad) atomicOr(flags, std::uint32_t(kFlagNonfinite));
+}
+
+__global__ void __launch_bounds__(kThreads) place_kernel(DeviceRanges ranges, const std::byte* packed, std::byte* out, DType dtype) {
+  const auto& dense = *reinterpret_cast<const DeviceDense*>(ranges.base + ranges.chunk_segment[blockIdx.x] * ranges.stride);
+  const std::uint64_t start = std::uint64_t(blockIdx.x - dense.range.first_chunk) * kDeviceChunk;
+  const std::uint64_t end = start + kDeviceChunk < dense.range.count ? start + kDeviceChunk : dense.range.count;
+  for (std::uint64_t i = start + threadIdx.x; i < end; i += kThreads) {
+    if (dtype == DType::fp32) {
+      reinterpret_cast<std::uint32_t*>(out)[dense.range.first + i] = reinterpret_cast<const std::uint32_t*>(packed)[dense.packed + i];
+    } else {
+      reinterpret_cast<std::uint16_t*>(out)[dense.range.first + i] = reinterpret_cast<const std::uint16_t*>(packed)[dense.packed + i];
+    }
+  }
+}
+
+__global__ void count_flag_kernel(const std::uint32_t* flags, float* count) { *count = (*flags & kFlagNonfinite) != 0 ? 1.0f : 0.0f; }
+__global__ void read_flag_kernel(const float* count, std::uint32_t* flags) {
+  if (*count != 0.0f) *flags |= kFlagNonfinite;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    verdict_kernel(std::byte* grad, DType dtype, std::size_t count, const std::uint32_t* flags, std::uint32_t* step_flags) {
+  if ((*flags & kFlagNonfinite) == 0) return;
+  if (blockIdx.x == 0 && threadIdx.x == 0) atomicOr(step_flags, std::uint32_t(kFlagNonfinite));
+  for (std::size_t i = std::size_t(blockIdx.x) * kThreads + threadIdx.x; i < count; i += std::size_t(gridDim.x) * kThreads) {
+    if (dtype == DType::fp32) {
+      reinterpret_cast<std::uint32_t*>(grad)[i] = nan_bits(DType::fp32);
+    } else {
+      reinterpret_cast<std::uint16_t*>(grad)[i] = std::uint16_t(nan_bits(dtype));
+    }
+  }
+}
+
+__global__ void end_step_kernel(DeviceCounters* counters, std::uint32_t* verdict) {
+  *verdict = counters->step_flags;
+  if ((counters->step_flags & kFlagNonfinite) != 0) {
+    ++counters->nonfinite_steps;
+  } else {
+    counters->started = 1;
+  }
+  counters->step_flags = 0;
+}
+
+__global__ void __launch_bounds__(kThreads) clear_kernel(const DeviceCounters* counters, float* state, std::size_t count) {
+  if (counters->started != 0) return;
+  for (std::size_t i = std::size_t(blockIdx.x) * kThreads + threadIdx.x; i < count; i += std::size_t(gridDim.x) * kThreads) state[i] = 0;
+}
+
+/// Blocks of a loop over `count` elements, each several.
+std::size_t blocks_for(std::size_t count) {
+  return count == 0 ? 0 : std::min<std::size_t>((count + 8 * kThreads - 1) / (8 * kThreads), 4096);
+}
+
+}  // namespace
+
+void launch_sum(const DeviceRanges& ranges, const RankMessages& messages, float factor, Bytes out, std::uint32_t* flags, Stream stream) {
+  launch("sum in rank order", sum_kernel, ranges.chunks, kThreads, stream, ranges, messages, factor, out.data, out.dtype, flags);
+}
+void launch_scale(Bytes data, float factor, std::uint32_t* flags, Stream stream) {
+  launch("scale", scale_kernel, blocks_for(data.count()), kThreads, stream, data.data, data.dtype, data.count(), factor, flags);
+}
+void launch_place(const DeviceRanges& ranges, const std::byte* packed, Bytes out, Stream stream) {
+  launch("place", place_kernel, ranges.chunks, kThreads, stream, ranges, packed, out.data, out.dtype);
+}
+void launch_count_flag(const std::uint32_t* flags, float* count, Stream stream) {
+  launch("count flag", count_flag_kernel, 1, 1, stream, flags, count);
+}
+void launch_read_flag(const float* count, std::uint32_t* flags, Stream stream) {
+  launch("read flag", read_flag_kernel, 1, 1, stream, count, flags);
+}
+void launch_verdict(Bytes grad, const std::uint32_t* flags, std::uint32_t* step_flags, Stream stream) {
+  launch("verdict", verdict_kernel, std::max<std::size_t>(blocks_for(grad.count()), 1), kThreads, stream, grad.data, grad.dtype,
+         grad.count(), flags, step_flags);
+}
+void launch_end_step(DeviceCounters* counters, std::uint32_t* verdict, Stream stream) {
+  launch("end of step", end_step_kernel, 1, 1, stream, counters, verdict);
+}
+void launch_clear_unless_started(const DeviceCounters* counters, float* state, std::size_t count, Stream stream) {
+  launch("clear state", clear_kernel, blocks_for(count), kThreads, stream, counters, state, count);
+}
+
+}  // namespace thinwire

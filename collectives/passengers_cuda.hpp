@@ -1,0 +1,48 @@
+#pragma once
+// What passengers.hpp does, on a GPU, seen from the host: sums in rank order, and what a verdict does. Plain C++; passengers_cuda.cu
+// implements it. Every call enqueues one kernel on the stream and @throws Error{device} where it cannot be launched.
+
+#include <cstddef>
+#include <cstdint>
+
+#include "compressors/core/span.hpp"
+#include "compressors/core/stream.hpp"
+#include "compressors/feedback/feedback_cuda.hpp"
+
+namespace thinwire {
+
+/// Messages of all ranks, packed alike, `stride` bytes apart.
+struct RankMessages {
+  const std::byte* first = nullptr;
+  std::size_t stride = 0;
+  int world = 1;
+  DType dtype = DType::fp32;
+};
+
+/// out[range] = factor × Σ_r message r, in rank order, rounded once; kFlagNonfinite into *flags where a result is not finite. `ranges`:
+/// DeviceDense, whose `packed` says where a segment lies in a message.
+void launch_sum(const feedback::DeviceRanges& ranges, const RankMessages& messages, float factor, Bytes out, std::uint32_t* flags,
+                Stream stream);
+/// data *= factor, in place.
+void launch_scale(Bytes data, float factor, std::uint32_t* flags, Stream stream);
+/// out[range] = packed[range], in out's dtype.
+void launch_place(const feedback::DeviceRanges& ranges, const std::byte* packed, Bytes out, Stream stream);
+
+/// *count = 1 where *flags has kFlagNonfinite, else 0; and back: kFlagNonfinite where *count is not 0.
+void launch_count_flag(const std::uint32_t* flags, float* count, Stream stream);
+void launch_read_flag(const float* count, std::uint32_t* flags, Stream stream);
+
+/// Every element becomes NaN where *flags has kFlagNonfinite, which then joins *step_flags.
+void launch_verdict(Bytes grad, const std::uint32_t* flags, std::uint32_t* step_flags, Stream stream);
+
+/// What a device engine counts in device memory.
+struct DeviceCounters {
+  std::uint32_t step_flags = 0;  ///< of the buckets of the step so far
+  std::uint32_t started = 1;     ///< a finite step has been seen
+  std::uint64_t nonfinite_steps = 0;
+};
+/// The end of a step: counts it, and zeroes `state` (floats) where no finite step has been seen.
+void launch_end_step(DeviceCounters* counters, std::uint32_t* verdict, Stream stream);
+void launch_clear_unless_started(const DeviceCounters* counters, float* state, std::size_t count, Stream stream);
+
+}  // namespace thinwire
