@@ -71,11 +71,16 @@ void Communicator::all_to_all(ConstBytes send, Bytes recv, Stream stream) {
   THINWIRE_EXPECTS(send.size % world == 0,
                    "all_to_all: " + std::to_string(send.size) + " bytes cannot be cut into " + std::to_string(world) + " equal slots");
   slots_.assign(world, send.size / world);
-  all_to_all_v(send, slots_, recv, slots_, stream);
+  exchange(send, slots_, recv, slots_, true, stream);
 }
 
 void Communicator::all_to_all_v(ConstBytes send, std::span<const std::size_t> send_bytes, Bytes recv,
                                 std::span<const std::size_t> recv_bytes, Stream stream) {
+  exchange(send, send_bytes, recv, recv_bytes, false, stream);
+}
+
+void Communicator::exchange(ConstBytes send, std::span<const std::size_t> send_bytes, Bytes recv, std::span<const std::size_t> recv_bytes,
+                            bool equal, Stream stream) {
   const auto world = std::size_t(size()), me = std::size_t(rank());
   check("all_to_all", send, stream);
   check("all_to_all", recv, stream);
@@ -91,7 +96,11 @@ void Communicator::all_to_all_v(ConstBytes send, std::span<const std::size_t> se
   THINWIRE_EXPECTS(send_bytes[me] == recv_bytes[me], "all_to_all: this rank sends itself " + std::to_string(send_bytes[me]) +
                                                          " bytes and expects " + std::to_string(recv_bytes[me]));
   expect_no_overlap("all_to_all", send, recv);
-  do_all_to_all(send, send_bytes, recv, recv_bytes, stream);
+  if (equal) {
+    do_equal_all_to_all(send, recv, send_bytes, stream);
+  } else {
+    do_all_to_all(send, send_bytes, recv, recv_bytes, stream);
+  }
   count(send.size, double(world - 1) / double(world));
 }
 

@@ -77,11 +77,17 @@ class Communicator {
   virtual void do_all_gather(ConstBytes send, Bytes recv, Stream stream) = 0;
   virtual void do_all_to_all(ConstBytes send, std::span<const std::size_t> send_bytes, Bytes recv, std::span<const std::size_t> recv_bytes,
                              Stream stream) = 0;
+  /// all_to_all's own: every slot of every rank has the same size.
+  virtual void do_equal_all_to_all(ConstBytes send, Bytes recv, std::span<const std::size_t> slots, Stream stream) {
+    do_all_to_all(send, slots, recv, slots, stream);
+  }
   virtual void do_all_reduce(Bytes data, Stream stream) = 0;
   virtual void do_broadcast(Bytes data, int root, Stream stream) = 0;
   virtual void do_barrier() = 0;
 
   void check(const char* call, ConstBytes span, Stream stream) const;
+  void exchange(ConstBytes send, std::span<const std::size_t> send_bytes, Bytes recv, std::span<const std::size_t> recv_bytes, bool equal,
+                Stream stream);
 
   std::chrono::milliseconds timeout_{600000};
   Traffic traffic_;

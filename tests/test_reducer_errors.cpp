@@ -43,7 +43,7 @@ TEST(ReducerErrors, BadReducesAreRefusedAndChangeNothing) {
       });
     Bytes elsewhere = host_bytes(bc.data(), 7);
     elsewhere.place = Place::cuda;
-    expect_error(Errc::unsupported, {"GPU"}, [&] { bad.reducer.reduce(Ids{1, 2}, elsewhere); });
+    expect_error(Errc::invalid_argument, {"GPU 0", "host memory"}, [&] { bad.reducer.reduce(Ids{1, 2}, elsewhere); });
     expect_error(Errc::invalid_argument, {"'a'", "twice"}, [&] { bad.reducer.pass(Ids{2, 0}, "why", nullptr); });
     EXPECT_EQ(bc, Vec(7, 2.0f));
     bad.reduce({1, 2}, bc);
