@@ -13,9 +13,12 @@
 #include <array>
 #include <cstring>
 
+#include "collectives/nccl/version.hpp"
+#include "compressors/core/device.hpp"
 #include "compressors/core/error.hpp"
 #include "compressors/core/isa.hpp"
 #include "compressors/core/registry.hpp"
+#include "thinwire/build.hpp"
 #include "torch_ext/src/estimate.hpp"
 #include "torch_ext/src/hook.hpp"
 #include "torch_ext/src/replay.hpp"
@@ -175,7 +178,8 @@ std::shared_ptr<Engine> make_engine(const c10::intrusive_ptr<c10d::Store>& store
   const py::gil_scoped_release no_gil;
   const auto timeout = std::chrono::milliseconds(std::max<std::int64_t>(1, std::int64_t(config.timeout_seconds() * 1000)));
   auto own = c10::make_intrusive<c10d::PrefixStore>(prefix, store);
-  auto communicator = std::make_shared<C10dCommunicator>(std::move(own), rank, size, make_gloo, timeout);
+  options.make_device_group = [own, rank, size, timeout](int device) { return make_device_group(*own, rank, size, device, timeout); };
+  auto communicator = std::make_shared<C10dCommunicator>(own, rank, size, make_gloo, timeout);
   return std::make_shared<Engine>(std::move(communicator), config, std::move(parameters), options);
 }
 
@@ -316,6 +320,19 @@ py::dict isa_info() {
   return info;
 }
 
+/// What this build and this process know of GPUs; None where a part is not there.
+py::dict device_info() {
+  const auto text = [](const std::string& value) -> py::object { return value.empty() ? py::object(py::none()) : py::str(value); };
+  py::dict info;
+  py::list devices;
+  for (int device = 0; device < device_count(); ++device) devices.append(describe_device(device));
+  info["cuda_built"] = text(kCudaVersion);
+  info["nccl_built"] = text(nccl_compiled());
+  info["devices"] = std::move(devices);
+  info["refusal"] = device_refusal();
+  return info;
+}
+
 void bind_config(py::module_& m) {
   py::class_<Config> config(m, "Config",
                             "A configuration: immutable, hashable, comparable. str() prints every slot with every default filled in.");
@@ -401,6 +418,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("estimate", &estimate_list, py::arg("config"), py::arg("numel"), py::arg("world"));
   m.def("grammar_help", &grammar::help);
   m.def("isa_info", &isa_info);
+  m.def("device_info", &device_info);
 }
 
 }  // namespace thinwire::torch_ext

@@ -74,6 +74,7 @@ Engine::Engine(std::shared_ptr<C10dCommunicator> communicator, Config config, st
       fail(Errc::invalid_argument,
            "parameter \"" + name + "\" is \"" + described[ids_.at(impl)].name + "\" under another name; name tied parameters once");
     }
+    place(name, tensor);
     identities_.emplace_back(tensor.getIntrusivePtr());
     described.push_back(describe(name, tensor));
   }
@@ -90,10 +91,30 @@ Engine::~Engine() {
   close(std::chrono::milliseconds(0));
 }
 
+void Engine::place(const std::string& name, const at::Tensor& parameter) {
+  const c10::Device device = parameter.device();
+  if (!device_) {
+    if (!device.is_cpu() && !device.is_cuda())
+      fail(Errc::unsupported, "parameter \"" + name + "\" is on " + device.str() + "; gradients are reduced on the CPU or on CUDA's GPUs");
+    if (device.is_cuda() && !device_refusal().empty())
+      fail(Errc::unsupported, "parameter \"" + name + "\" is on " + device.str() + ": " + device_refusal());
+    device_ = device;
+  } else if (device != *device_) {
+    fail(Errc::unsupported, "parameter \"" + name + "\" is on " + device.str() + ", others on " + device_->str() +
+                                ": one hook reduces the gradients of one device");
+  }
+}
+
 void Engine::build(std::vector<Parameter> parameters) {
   ReducerOptions options;
   options.step_verdict = options_.loss_scale.defined();
-  auto reducer = std::make_unique<GradientReducer>(communicator_, config_, std::move(parameters), std::move(options));
+  std::shared_ptr<Communicator> group = communicator_;
+  if (device_->is_cuda()) {
+    options.device = device_->index();
+    side_ = std::make_unique<SideStream>(options.device);
+    group = options_.make_device_group(options.device);
+  }
+  auto reducer = std::make_unique<GradientReducer>(std::move(group), config_, std::move(parameters), std::move(options));
   const std::lock_guard lock(mutex_);
   reducer_ = std::move(reducer);
 }
@@ -116,8 +137,10 @@ void Engine::learn(const std::vector<at::Tensor>& parameters) {
     if (!ids_.emplace(tensor.unsafeGetTensorImpl(), std::uint32_t(learnt_.size())).second) {
       fail(Errc::invalid_argument, "a parameter of shape " + shape_of(tensor) + " came twice in the first step");
     }
+    const std::string name = "parameter " + std::to_string(learnt_.size());
+    place(name, tensor);
     identities_.emplace_back(tensor.getIntrusivePtr());
-    learnt_.push_back(describe("parameter " + std::to_string(learnt_.size()), tensor));
+    learnt_.push_back(describe(name, tensor));
   }
 }
 
@@ -138,7 +161,9 @@ std::vector<std::uint32_t> Engine::ids_of(const std::vector<at::Tensor>& paramet
 c10::intrusive_ptr<c10::ivalue::Future> Engine::submit(c10d::GradBucket& bucket, std::optional<c10::IValue> result, bool python) noexcept {
   c10::TypePtr type = c10::TensorType::get();
   if (python) type = c10::PyObjectType::get();
-  auto future = c10::make_intrusive<c10::ivalue::Future>(std::move(type));
+  std::vector<c10::Device> devices;  // without its device a future of CUDA tensors orders nothing
+  if (bucket.getBuffer().is_cuda()) devices.push_back(bucket.getBuffer().device());
+  auto future = c10::make_intrusive<c10::ivalue::Future>(std::move(type), std::move(devices));
   try {
     GradientReducer* reducer = open_reducer();
     std::vector<c10::IValue> discarded;  // destroyed here: this thread may take the GIL
@@ -191,8 +216,12 @@ void Engine::start(std::unique_ptr<Pending> pending) {
   // From here on `finish` owns the bucket: on a throw nothing was queued, and it is ours again.
   pending.release();
   try {
-    if (!buffer.device().is_cpu())
-      fail(Errc::unsupported, "gradients on " + buffer.device().str() + ": this build reduces gradients on the CPU");
+    if (buffer.device() != *device_)
+      fail(Errc::invalid_argument, "gradients on " + buffer.device().str() + " of parameters on " + device_->str());
+    if (buffer.is_cuda() && (buffer.is_sparse() || !dtype))
+      fail(Errc::unsupported,
+           std::string(buffer.is_sparse() ? "sparse gradients" : c10::toString(buffer.scalar_type()) + std::string(" gradients")) +
+               " on a GPU: fp32, bf16 and fp16 are reduced there; have DDP ignore these parameters");
     if (buffer.is_sparse() || !dtype) {
       const std::string reason = buffer.is_sparse() ? "sparse gradient" : std::string("dtype ") + c10::toString(buffer.scalar_type());
       options.dense_bytes = std::size_t(buffer.numel()) * buffer.element_size();
@@ -211,10 +240,20 @@ void Engine::start(std::unique_ptr<Pending> pending) {
       return;
     }
     if (!buffer.is_contiguous()) fail(Errc::invalid_argument, "the bucket's buffer is not contiguous");
-    const Bytes grad{static_cast<std::byte*>(buffer.data_ptr()), buffer.nbytes(), *dtype, Place::host, 0};
+    Bytes grad{static_cast<std::byte*>(buffer.data_ptr()), buffer.nbytes(), *dtype, Place::host, 0};
+    if (buffer.is_cuda()) return reduce_on_device(bucket, grad, options);
     options.joined = all_zero(grad);
     reducer_->reduce(bucket.ids, grad, Stream::host(), options);
   } catch (...) { finish(&bucket, std::current_exception()); }
+}
+
+/// Zeros of a joined rank are not looked for here: that would wait for the GPU. They are gradients like any other, so such a rank goes on
+/// sending what its residual holds.
+void Engine::reduce_on_device(Pending& bucket, Bytes grad, const ReduceOptions& options) {
+  grad.place = Place::cuda;
+  grad.device = device_->index();
+  const at::Tensor buffer = bucket.buffer;  // the bucket is gone once it is done
+  side_->run(buffer, [&](Stream stream) { reducer_->reduce(bucket.ids, grad, stream, options); });
 }
 
 void Engine::finish(void* context, std::exception_ptr error) noexcept {

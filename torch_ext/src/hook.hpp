@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <exception>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -18,6 +19,7 @@
 #include "collectives/reducer.hpp"
 #include "compressors/core/config.hpp"
 #include "torch_ext/src/c10d_communicator.hpp"
+#include "torch_ext/src/device_side.hpp"
 
 namespace thinwire::torch_ext {
 
@@ -29,6 +31,8 @@ struct NamedParameter {
 struct EngineOptions {
   /// GradScaler's one scale tensor (fp32, on the CPU), read whenever a bucket comes; undefined: gradients are not scaled.
   at::Tensor loss_scale;
+  /// Makes the group that reduces on a GPU. Collective.
+  std::function<std::shared_ptr<Communicator>(int device)> make_device_group;
   /// Turns an error of ours into the exception that autograd shows; null: as it is.
   std::exception_ptr (*translate)(std::exception_ptr error) noexcept = nullptr;
 };
@@ -38,6 +42,9 @@ struct EngineOptions {
 /// Without names the parameters are learnt: the buckets of the first step wait for its last one, then the reducer is built from all of them
 /// in the order in which they came, and they are worked through in that order. Nothing but that one step's overlap is lost, but what names
 /// the state is then the order of arrival.
+///
+/// Gradients are reduced where the parameters are: on the CPU over Gloo by a thread of the reducer's, on a GPU over NCCL on a stream beside
+/// autograd's, where no host thread waits.
 ///
 /// In a forked child every call is refused and the destructor lets go of the threads' memory without touching it.
 class Engine {
@@ -67,7 +74,10 @@ class Engine {
   struct Pending;  // one bucket on its way
 
   void learn(const std::vector<at::Tensor>& parameters);
+  /// All parameters are on one device, the first one's. @throws unsupported naming the one that is not.
+  void place(const std::string& name, const at::Tensor& parameter);
   void build(std::vector<Parameter> parameters);
+  void reduce_on_device(Pending& bucket, Bytes grad, const ReduceOptions& options);
   void start(std::unique_ptr<Pending> pending);
   void fail_waiting(std::exception_ptr error) noexcept;
   static void finish(void* context, std::exception_ptr error) noexcept;
@@ -80,6 +90,8 @@ class Engine {
   const int pid_;
 
   using Identity = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;  // keeps the address from being used again
+  std::optional<c10::Device> device_;                                                   // of the parameters
+  std::unique_ptr<SideStream> side_;
   std::vector<Identity> identities_;
   std::unordered_map<const c10::TensorImpl*, std::uint32_t> ids_;
   std::vector<Parameter> learnt_;

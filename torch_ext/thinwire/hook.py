@@ -282,8 +282,11 @@ def _check_model(ddp: Any) -> None:
         raise ArgumentError(f"this model has a communication hook already ({ddp._comm_hooks[0][0].__qualname__}); DDP takes one")
     if any(hasattr(p, "_in_backward_optimizers") for p in ddp._module_parameters):
         raise ArgumentError("this model applies its optimizer in the backward pass, before the gradients are reduced")
-    if ddp.device_type != "cpu":
-        raise UnsupportedError(f"the model is on {ddp.device}: this build reduces gradients on the CPU")
+    if ddp.device_type not in ("cpu", "cuda"):
+        raise UnsupportedError(f"the model is on {ddp.device}: gradients are reduced on the CPU or on CUDA's GPUs")
+    refusal = native.device_info()["refusal"] if ddp.device_type == "cuda" else ""
+    if refusal:
+        raise UnsupportedError(f"the model is on {ddp.device}: {refusal}")
 
 
 def _check_optimizer(config: Config, optimizer: Any) -> None:

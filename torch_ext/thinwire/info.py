@@ -16,8 +16,9 @@ def build_info() -> dict[str, Any]:
     """Version, instruction sets in use and built, and the libraries compiled in and found; None where a part is not there.
 
     ``mpi_built``: the MPI standard of the C++ library's transport; ``mpi_found``: the shared library on this machine. ``transports`` are
-    those of the Python package.
+    those of the Python package. ``devices``: the GPUs that this process can use, each with its compute capability, driver and runtime.
     """
+    gpu = native.device_info()
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else None
     return {
         "version": VERSION,
@@ -25,11 +26,12 @@ def build_info() -> dict[str, Any]:
         "torch_built": TORCH_BUILT,
         "torch_found": torch.__version__,
         "python": platform.python_version(),
-        "transports": ["loopback", "gloo"],
+        "transports": ["loopback", "gloo"] + ([] if gpu["refusal"] else ["nccl"]),
         "gloo_found": dist.is_gloo_available(),
-        "cuda_built": None,
+        "cuda_built": gpu["cuda_built"],
         "cuda_found": torch.version.cuda,
-        "nccl_built": None,
+        "devices": gpu["devices"],
+        "nccl_built": gpu["nccl_built"],
         "nccl_found": nccl,
         "mpi_built": MPI_BUILT,
         "mpi_found": ctypes.util.find_library("mpi"),

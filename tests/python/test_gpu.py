@@ -1,0 +1,47 @@
+"""The hook on a GPU. Several ranks share GPU 0 where NCCL lets them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import Launch
+
+import thinwire
+
+SCRIPT = Path(__file__).parent / "gpu_rank.py"
+SECONDS = 240
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available() or not thinwire.build_info()["devices"], reason="there is no GPU, or this build has no CUDA")
+
+
+@needs_gpu
+@pytest.mark.parametrize("world", [1, 2])
+def test_hook_is_replay_to_the_bit(world: int, tmp_path: Path) -> None:
+    launch = Launch(SCRIPT, world, tmp_path)
+    codes = launch.wait(SECONDS)
+    for rank in range(world):
+        said = launch.result(rank)
+        log = launch.log(rank)
+        if world > 1 and "Duplicate GPU" in log:
+            pytest.skip("this NCCL takes no two ranks on one GPU")
+        assert said, f"rank {rank} said nothing, exit codes {codes}\n{log}"
+        assert all(s == "ok" for s in said.values()), "\n".join(f"{what}: {s}" for what, s in said.items() if s != "ok")
+    assert codes == [0] * world, launch.log(0)
+
+
+def test_build_info_tells_of_gpus() -> None:
+    info = thinwire.build_info()
+    assert (info["devices"] == []) or torch.cuda.is_available()
+    assert ("nccl" in info["transports"]) == (info["cuda_built"] is not None and info["nccl_built"] is not None and torch.version.cuda is not None)
+
+
+def test_parameters_on_other_devices_are_refused() -> None:
+    parameter = torch.nn.Parameter(torch.empty(2, 2, device="meta"))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(thinwire.Error, match="meta"):
+            thinwire.HookState("dgc:density=0.1", named_parameters=[("w", parameter)])
+    finally:
+        torch.distributed.destroy_process_group()

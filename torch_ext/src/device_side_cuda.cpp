@@ -1,0 +1,57 @@
+#include <ATen/cuda/CUDAEvent.h>
+#include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "collectives/nccl/nccl.hpp"
+#include "compressors/core/error.hpp"
+#include "torch_ext/src/device_side.hpp"
+
+namespace thinwire::torch_ext {
+
+std::string device_refusal() { return {}; }
+
+std::shared_ptr<Communicator> make_device_group(c10d::Store& store, int rank, int size, int device, std::chrono::milliseconds timeout) {
+  const std::string key = "nccl_unique_id";
+  ncclUniqueId id;
+  try {
+    if (rank == 0) {
+      id = nccl_unique_id();
+      const auto* bytes = reinterpret_cast<const std::uint8_t*>(&id);
+      store.set(key, std::vector<std::uint8_t>(bytes, bytes + sizeof id));
+    } else {
+      store.wait({key}, timeout);
+      const std::vector<std::uint8_t> bytes = store.get(key);
+      if (bytes.size() != sizeof id) fail(Errc::transport, "rank 0's NCCL id has " + std::to_string(bytes.size()) + " bytes");
+      std::memcpy(&id, bytes.data(), sizeof id);
+    }
+  } catch (const Error&) { throw; } catch (const std::exception& error) {
+    const std::string text = error.what();
+    fail(Errc::timeout, "rank " + std::to_string(rank) + " got no NCCL id from rank 0: " + text.substr(0, text.find('\n')));
+  }
+  return make_nccl(id, size, rank, device, timeout);
+}
+
+struct SideStream::Impl {
+  explicit Impl(int device) : stream(c10::cuda::getStreamFromPool(/*isHighPriority=*/true, c10::DeviceIndex(device))) {}
+  c10::cuda::CUDAStream stream;
+  at::cuda::CUDAEvent ready;
+};
+
+SideStream::SideStream(int device) : impl_(std::make_unique<Impl>(device)) {}
+SideStream::~SideStream() = default;
+
+void SideStream::run(const at::Tensor& buffer, const std::function<void(Stream)>& body) {
+  const c10::cuda::CUDAStream side = impl_->stream;
+  impl_->ready.record(c10::cuda::getCurrentCUDAStream(side.device_index()));
+  impl_->ready.block(side);
+  c10::cuda::CUDACachingAllocator::recordStream(buffer.storage().data_ptr(), side);
+  const c10::cuda::CUDAStreamGuard guard(side);
+  body(Stream::cuda(side.stream(), side.device_index()));
+}
+
+}  // namespace thinwire::torch_ext
