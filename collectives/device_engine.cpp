@@ -95,8 +95,8 @@ class DeviceEngine final : public BucketEngine {
   std::shared_ptr<DevicePlan> plan_of(const std::shared_ptr<const BucketPlan>& bucket, Stream stream);
   /// Norms where somebody needs them, and the factors of a group whose messages are in true units; null: all 1.
   const float* factors_of(DevicePlan& plan, int group, Bytes grad, std::uint64_t step, float unscale, Stream stream);
-  void write_messages(DevicePlan& plan, const feedback::DeviceRanges (&where)[2], Bytes grad, std::uint64_t step,
-                      const ReduceOptions& options, std::byte* const (&to)[2], Stream stream);
+  void write_messages(DevicePlan& plan, const DeviceRanges (&where)[2], Bytes grad, std::uint64_t step, const ReduceOptions& options,
+                      std::byte* const (&to)[2], Stream stream);
   void run_plain(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Stream stream);
   void run_whole_dense(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Stream stream);
   ConstBytes run_compressed(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Stream stream);
@@ -197,23 +197,21 @@ void DeviceEngine::run_plain(DevicePlan& plan, Bytes grad, std::uint64_t step, c
 }
 
 const float* DeviceEngine::factors_of(DevicePlan& plan, int group, Bytes grad, std::uint64_t step, float unscale, Stream stream) {
-  const feedback::DeviceRanges& ranges = plan.whole[group];
+  const DeviceRanges& ranges = plan.whole[group];
   if (ranges.segments == 0) return nullptr;
   const bool stateful = group != 1 && parts_.codec != nullptr;
-  if ((clips() && stateful) || step % kNormsEvery == 0)
-    feedback::launch_squared_norms(ranges, grad, plan.block_sums, plan.norms[group], stream);
+  if ((clips() && stateful) || step % kNormsEvery == 0) launch_squared_norms(ranges, grad, plan.block_sums, plan.norms[group], stream);
   if (!stateful || (!clips() && unscale == 1.0f)) return nullptr;
-  feedback::launch_clip_factors(parts_.recursion, ranges, plan.norms[group], unscale, world(), parts_.total_numel, plan.factors[group],
-                                stream);
+  launch_clip_factors(parts_.recursion, ranges, plan.norms[group], unscale, world(), parts_.total_numel, plan.factors[group], stream);
   return plan.factors[group];
 }
 
-void DeviceEngine::write_messages(DevicePlan& plan, const feedback::DeviceRanges (&where)[2], Bytes grad, std::uint64_t step,
+void DeviceEngine::write_messages(DevicePlan& plan, const DeviceRanges (&where)[2], Bytes grad, std::uint64_t step,
                                   const ReduceOptions& options, std::byte* const (&to)[2], Stream stream) {
   const float* factors = factors_of(plan, 0, grad, step, 1.0f / options.loss_scale, stream);
   factors_of(plan, 1, grad, step, 1.0f, stream);
-  feedback::launch_dense_message(parts_.recursion, where[0], grad, factors, reinterpret_cast<float*>(to[0]), plan.flags, stream);
-  feedback::launch_copy_message(where[1], grad, to[1], plan.flags, stream);
+  launch_dense_message(parts_.recursion, where[0], grad, factors, reinterpret_cast<float*>(to[0]), plan.flags, stream);
+  launch_copy_message(where[1], grad, to[1], plan.flags, stream);
 }
 
 void DeviceEngine::run_whole_dense(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Stream stream) {
@@ -304,7 +302,7 @@ ConstBytes DeviceEngine::run_compressed(DevicePlan& plan, Bytes grad, std::uint6
 void DeviceEngine::settle(DevicePlan& plan, std::uint64_t step, ConstBytes own_wire, bool joined, const std::uint32_t* verdict,
                           Stream stream) {
   if (parts_.codec == nullptr || joined) return;
-  feedback::launch_settle_dense(plan.whole[0], verdict, stream);
+  launch_settle_dense(plan.whole[0], verdict, stream);
   if (!own_wire.empty())
     parts_.codec->take_back(parts_.recursion, plan.plan(step), own_wire, {plan.bucket->states, nullptr}, verdict, stream);
 }

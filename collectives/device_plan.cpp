@@ -7,9 +7,6 @@
 namespace thinwire {
 namespace {
 
-using feedback::DeviceDense;
-using feedback::DeviceRanges;
-
 constexpr std::size_t kAlign = 256;
 
 /// Tables one after the other on the host, until their place on the device is known.
@@ -26,7 +23,7 @@ class Writer {
     std::vector<std::uint32_t> chunk_segment;
     for (std::size_t s = 0; s < dense.size(); ++s) {
       dense[s].range.first_chunk = std::uint32_t(chunk_segment.size());
-      chunk_segment.insert(chunk_segment.end(), feedback::device_chunks(dense[s].range.count), std::uint32_t(s));
+      chunk_segment.insert(chunk_segment.end(), device_chunks(dense[s].range.count), std::uint32_t(s));
     }
     const std::size_t base = append(dense.data(), dense.size() * sizeof(DeviceDense));
     const std::size_t map = append(chunk_segment.data(), chunk_segment.size() * 4);

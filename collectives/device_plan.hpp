@@ -8,7 +8,7 @@
 #include "collectives/bucket_plan.hpp"
 #include "compressors/core/codec.hpp"
 #include "compressors/core/device.hpp"
-#include "compressors/feedback/feedback_cuda.hpp"
+#include "compressors/core/device_recursion.hpp"
 
 namespace thinwire {
 
@@ -23,11 +23,11 @@ struct DevicePlan {
   std::shared_ptr<const BucketPlan> bucket;
   /// Segments as they lie in the bucket: [0] and [1] the groups of passengers, [2] those that are compressed. `packed` of passengers: their
   /// place in the messages of their group.
-  feedback::DeviceRanges whole[3];
+  DeviceRanges whole[3];
   /// Owners: group by group, the parts of each owner, packed as they are sent; and what this rank sums of each group, one after the other.
-  feedback::DeviceRanges sent[2], owned[2];
+  DeviceRanges sent[2], owned[2];
   /// Owners: all finished parts, packed as the gather leaves them behind the payloads.
-  feedback::DeviceRanges finished;
+  DeviceRanges finished;
 
   std::uint32_t *flags = nullptr, *kept = nullptr;  ///< one; per compressed segment
   double *norms[3] = {}, *block_sums = nullptr;     ///< per segment, as `whole`

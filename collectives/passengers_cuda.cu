@@ -9,9 +9,6 @@ namespace thinwire {
 namespace {
 
 using namespace thinwire::cuda;
-using feedback::DeviceDense;
-using feedback::DeviceRanges;
-using feedback::kDeviceChunk;
 
 __device__ inline float load(const std::byte* base, DType dtype, std::size_t i) {
   if (dtype == DType::fp32) return reinterpret_cast<const float*>(base)[i];

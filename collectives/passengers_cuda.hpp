@@ -5,9 +5,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "compressors/core/device_recursion.hpp"
 #include "compressors/core/span.hpp"
 #include "compressors/core/stream.hpp"
-#include "compressors/feedback/feedback_cuda.hpp"
 
 namespace thinwire {
 
@@ -21,12 +21,11 @@ struct RankMessages {
 
 /// out[range] = factor × Σ_r message r, in rank order, rounded once; kFlagNonfinite into *flags where a result is not finite. `ranges`:
 /// DeviceDense, whose `packed` says where a segment lies in a message.
-void launch_sum(const feedback::DeviceRanges& ranges, const RankMessages& messages, float factor, Bytes out, std::uint32_t* flags,
-                Stream stream);
+void launch_sum(const DeviceRanges& ranges, const RankMessages& messages, float factor, Bytes out, std::uint32_t* flags, Stream stream);
 /// data *= factor, in place.
 void launch_scale(Bytes data, float factor, std::uint32_t* flags, Stream stream);
 /// out[range] = packed[range], in out's dtype.
-void launch_place(const feedback::DeviceRanges& ranges, const std::byte* packed, Bytes out, Stream stream);
+void launch_place(const DeviceRanges& ranges, const std::byte* packed, Bytes out, Stream stream);
 
 /// *count = 1 where *flags has kFlagNonfinite, else 0; and back: kFlagNonfinite where *count is not 0.
 void launch_count_flag(const std::uint32_t* flags, float* count, Stream stream);

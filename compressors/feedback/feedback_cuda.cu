@@ -3,15 +3,20 @@
 #include <limits>
 
 #include "compressors/core/cuda_device.cuh"
+#include "compressors/core/device_recursion.hpp"
 #include "compressors/core/dtype.hpp"
 #include "compressors/feedback/clip.hpp"
-#include "compressors/feedback/feedback_cuda.hpp"
 #include "compressors/feedback/feedback_math.hpp"
+#include "compressors/feedback/form.hpp"
+#include "compressors/feedback/squared_norm.hpp"
 
-namespace thinwire::feedback {
+namespace thinwire {
 namespace {
 
 using namespace thinwire::cuda;
+using namespace thinwire::feedback;
+
+static_assert(kDeviceChunk == kNormBlock);
 
 __device__ inline float load_element(const std::byte* base, DType dtype, std::size_t i) {
   if (dtype == DType::fp32) return reinterpret_cast<const float*>(base)[i];
@@ -182,4 +187,4 @@ void launch_settle_dense(const DeviceRanges& ranges, const std::uint32_t* verdic
   launch("settle dense", settle_kernel, ranges.chunks, kThreads, stream, ranges, verdict);
 }
 
-}  // namespace thinwire::feedback
+}  // namespace thinwire

@@ -296,9 +296,8 @@ class TopKCuda final : public Codec {
     call.mask = recursion.mask;
     call.exact = options_.exact;
     if (counts.norms != nullptr) {
-      const feedback::DeviceRanges ranges{plan.table.data, sizeof(DeviceSegment), call.shape.segments, call.shape.chunks,
-                                          call.table.chunk_segment};
-      feedback::launch_squared_norms(ranges, grad, call.scratch.block_sums, counts.norms, stream);
+      const DeviceRanges ranges{plan.table.data, sizeof(DeviceSegment), call.shape.segments, call.shape.chunks, call.table.chunk_segment};
+      launch_squared_norms(ranges, grad, call.scratch.block_sums, counts.norms, stream);
     }
     launch_encode(call, feedback::form_of(recursion), stream);
   }

@@ -5,10 +5,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "compressors/core/device_recursion.hpp"
 #include "compressors/core/plan.hpp"
 #include "compressors/core/stream.hpp"
 #include "compressors/core/wire.hpp"
-#include "compressors/feedback/feedback_cuda.hpp"
 #include "compressors/feedback/form.hpp"
 #include "compressors/topk/topk_wire.hpp"
 
@@ -16,7 +16,6 @@ namespace thinwire::topk {
 
 using feedback::Form;
 
-using feedback::kDeviceChunk;                        // elements of one block's work
 inline constexpr std::uint32_t kSampleBlock = 1024;  // sampled elements of one block's work
 inline constexpr std::uint32_t kDigitBins = 2048;
 inline constexpr int kDigits = 3;  // 11, 11 and 9 bits of a magnitude
@@ -24,7 +23,7 @@ static_assert(kBlock % kDeviceChunk == 0);
 
 /// A segment as kernels see it.
 struct DeviceSegment {
-  feedback::DeviceRange range;
+  DeviceRange range;
   std::uint64_t index_at = 0, value_at = 0;  ///< bytes from the payload's start
   float *momentum = nullptr, *residual = nullptr, *memory = nullptr;
   const std::uint64_t* live = nullptr;

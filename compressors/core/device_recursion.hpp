@@ -1,18 +1,17 @@
 #pragma once
 // The recursion's unfused pieces on a GPU, seen from the host: gradient norms, clip factors and the dense step. Plain C++;
-// feedback_cuda.cu implements it. Every call enqueues on the stream and @throws Error{device} where a kernel cannot be launched.
+// compressors/feedback/feedback_cuda.cu implements it. Every call enqueues on the stream and @throws Error{device} where a kernel cannot be
+// launched.
 
 #include <cstddef>
 #include <cstdint>
 
 #include "compressors/core/recursion.hpp"
-#include "compressors/feedback/form.hpp"
-#include "compressors/feedback/squared_norm.hpp"
 
-namespace thinwire::feedback {
+namespace thinwire {
 
-/// Elements of one block's work, counted from the start of a segment: a block sum of the norms.
-inline constexpr std::uint32_t kDeviceChunk = kNormBlock;
+/// Elements of one block's work, counted from the start of a segment: a block sum of the norms too.
+inline constexpr std::uint32_t kDeviceChunk = 4096;
 
 /// Where a segment lies; what kernels of any family know of it begins with this.
 struct DeviceRange {
@@ -52,4 +51,4 @@ void launch_copy_message(const DeviceRanges& ranges, ConstBytes grad, std::byte*
 /// settle_dense where `verdict` lacks kFlagNonfinite. One kernel.
 void launch_settle_dense(const DeviceRanges& ranges, const std::uint32_t* verdict, Stream stream);
 
-}  // namespace thinwire::feedback
+}  // namespace thinwire
