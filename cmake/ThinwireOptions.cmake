@@ -73,17 +73,6 @@ endif()
 thinwire_pick(THINWIRE_CUDA "${THINWIRE_CUDA_FOUND}" "there is no nvcc of CUDA 12.4 or newer with its runtime. ${THINWIRE_CUDA_MISSING}")
 set(THINWIRE_WITH_CUDA ${THINWIRE_CUDA_PICKED})
 
-set(THINWIRE_NCCL_FOUND FALSE)
-if(THINWIRE_NCCL AND THINWIRE_WITH_CUDA)
-  find_path(THINWIRE_NCCL_INCLUDE nccl.h HINTS ${CUDAToolkit_INCLUDE_DIRS} ENV NCCL_HOME PATH_SUFFIXES include)
-  mark_as_advanced(THINWIRE_NCCL_INCLUDE)
-  if(THINWIRE_NCCL_INCLUDE)
-    set(THINWIRE_NCCL_FOUND TRUE)
-  endif()
-endif()
-thinwire_pick(THINWIRE_NCCL "${THINWIRE_NCCL_FOUND}" "there is no CUDA or no nccl.h")
-set(THINWIRE_WITH_NCCL ${THINWIRE_NCCL_PICKED})
-
 set(THINWIRE_TORCH_FOUND FALSE)
 if(THINWIRE_TORCH)
   include(ThinwireTorch)
@@ -91,6 +80,18 @@ endif()
 thinwire_pick(THINWIRE_TORCH "${THINWIRE_TORCH_FOUND}"
               "there is no torch to build against. ${THINWIRE_TORCH_MISSING}.\nWith pip: install torch first, then pip install --no-build-isolation .\nWith CMake: name an interpreter that imports torch, -DPython3_EXECUTABLE=PATH")
 set(THINWIRE_WITH_TORCH ${THINWIRE_TORCH_PICKED})
+
+set(THINWIRE_NCCL_FOUND FALSE)
+if(THINWIRE_NCCL AND THINWIRE_WITH_CUDA)
+  # torch's wheel brings a header beside the library that it will load
+  find_path(THINWIRE_NCCL_INCLUDE nccl.h HINTS ${CUDAToolkit_INCLUDE_DIRS} ENV NCCL_HOME PATHS ${THINWIRE_TORCH_SITE}/nvidia/nccl PATH_SUFFIXES include)
+  mark_as_advanced(THINWIRE_NCCL_INCLUDE)
+  if(THINWIRE_NCCL_INCLUDE)
+    set(THINWIRE_NCCL_FOUND TRUE)
+  endif()
+endif()
+thinwire_pick(THINWIRE_NCCL "${THINWIRE_NCCL_FOUND}" "there is no CUDA or no nccl.h")
+set(THINWIRE_WITH_NCCL ${THINWIRE_NCCL_PICKED})
 
 # For machines without packages: a folder of sources, googletest/ and include/{CLI,nlohmann} as Debian has them (tests/run_gpu --collect).
 set(THINWIRE_SOURCES "" CACHE PATH "Folder of googletest's sources and of the headers of CLI11 and nlohmann-json; empty: they are looked for")

@@ -29,6 +29,9 @@ if(NOT THINWIRE_TORCH_PYTHON STREQUAL Python3_EXECUTABLE)
   set(THINWIRE_TORCH_LIBRARIES "${libraries}" CACHE INTERNAL "")
   set(THINWIRE_TORCH_PYTHON "${Python3_EXECUTABLE}" CACHE INTERNAL "")
 endif()
+list(GET THINWIRE_TORCH_INCLUDES 0 site)  # …/site-packages/torch/include
+cmake_path(GET site PARENT_PATH site)
+cmake_path(GET site PARENT_PATH THINWIRE_TORCH_SITE)
 string(REGEX MATCH "^[0-9]+\\.[0-9]+" THINWIRE_TORCH_MINOR "${THINWIRE_TORCH_VERSION}")
 
 add_library(thinwire_torch INTERFACE)

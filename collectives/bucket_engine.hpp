@@ -2,6 +2,7 @@
 // One bucket's way: messages and payload out, exchange, decode, verdict. The engine owns the scratch and counts; it is used by one thread
 // at a time, in bucket order. On the host a call returns when its work is done; on a GPU it enqueues.
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -43,6 +44,8 @@ class BucketEngine {
   /// a step verdict, compares replicas where check_every asks for it. @throws Error{internal} if the replicas' means differ.
   virtual void finish_step(std::uint64_t step) = 0;
 
+  /// Whether all that was enqueued is done, at the latest after `limit`.
+  virtual bool idle_within(std::chrono::milliseconds limit) = 0;
   /// Returns when all that was enqueued is done.
   virtual void wait() = 0;
   /// @throws what kernels have left to be told.

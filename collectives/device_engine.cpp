@@ -2,7 +2,9 @@
 // word in device memory.
 
 #include <algorithm>
+#include <chrono>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "collectives/bucket_engine.hpp"
@@ -60,10 +62,19 @@ class DeviceEngine final : public BucketEngine {
     write_counters();
   }
 
+  /// Kernels use what dies with the engine.
+  ~DeviceEngine() override {
+    try {
+      device_wait(last_stream_);
+    } catch (const Error&) {  // a broken device runs no kernels
+    }
+  }
+
   void run(const std::shared_ptr<const BucketPlan>& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options,
            Stream stream) override;
   void passed(std::size_t dense_bytes, bool finite) override;
   void finish_step(std::uint64_t step) override;
+  bool idle_within(std::chrono::milliseconds limit) override;
   void wait() override;
   void check() override;
 
@@ -143,6 +154,7 @@ std::shared_ptr<DevicePlan> DeviceEngine::plan_of(const std::shared_ptr<const Bu
   }
   // A new layout or setting: what only this engine still knows has been replaced.
   device_wait(stream);
+  check();
   std::erase_if(plans_, [](const auto& plan) { return plan->bucket.use_count() == 1 && plan.use_count() == 1; });
   auto plan = std::make_shared<DevicePlan>(bucket, parts_.codec, parts_.recursion, world(), parts_.communicator.rank(), device_, stream);
   plan->last_used = ++uses_;
@@ -152,6 +164,7 @@ std::shared_ptr<DevicePlan> DeviceEngine::plan_of(const std::shared_ptr<const Bu
 void DeviceEngine::run(const std::shared_ptr<const BucketPlan>& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options,
                        Stream stream) {
   check();
+  const OnDevice on(device_);
   count_dense(grad.size, world());
   last_stream_ = stream;
   const std::shared_ptr<DevicePlan> shared = plan_of(bucket, stream);
@@ -314,6 +327,7 @@ void DeviceEngine::passed(std::size_t dense_bytes, bool finite) {
 }
 
 void DeviceEngine::finish_step(std::uint64_t step) {
+  const OnDevice on(device_);
   const Stream stream = last_stream_;
   launch_end_step(counters_, step_verdict_, stream);
   for (std::size_t i = 0; i < pending_count_; ++i) {
@@ -346,6 +360,15 @@ void DeviceEngine::finish_step(std::uint64_t step) {
     fail(Errc::internal, "check_every: the means up to step " + std::to_string(step) + " differ between rank " + std::to_string(rank) +
                              " and rank " + std::to_string(r) + "; the replicas have drifted apart");
   }
+}
+
+bool DeviceEngine::idle_within(std::chrono::milliseconds limit) {
+  const auto deadline = std::chrono::steady_clock::now() + std::min<std::chrono::milliseconds>(limit, std::chrono::hours(24 * 365));
+  while (!device_idle(last_stream_)) {
+    if (std::chrono::steady_clock::now() >= deadline) return false;
+    std::this_thread::sleep_for(std::chrono::microseconds(200));
+  }
+  return true;
 }
 
 void DeviceEngine::wait() {

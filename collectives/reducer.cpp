@@ -57,8 +57,11 @@ void GradientReducer::Impl::close(std::chrono::milliseconds limit) noexcept {
     closed_ = true;
   }
   const std::string reason = "rank " + std::to_string(communicator_->rank()) + ": the reducer was closed";
-  const bool busy = queue_->busy_after(limit);
-  if (busy) {  // the job under way waits for peers that may never come; what is complete stays readable
+  bool busy = queue_->busy_after(limit);
+  try {
+    busy |= !engine_->idle_within(limit);
+  } catch (const Error&) { busy = true; }  // a broken device: release the peers
+  if (busy) {                              // the job under way waits for peers that may never come; what is complete stays readable
     queue_->fail_all(make_error(Errc::peer_lost, reason));
     communicator_->abort(reason);
   }

@@ -48,9 +48,9 @@ class Twins {
   std::vector<Back> back_;
 };
 
-class OnDevice final : public Codec {
+class DeviceCodec final : public Codec {
  public:
-  explicit OnDevice(std::unique_ptr<const Codec> codec) : codec_(std::move(codec)) {}
+  explicit DeviceCodec(std::unique_ptr<const Codec> codec) : codec_(std::move(codec)) {}
 
   Combine combine() const noexcept override { return codec_->combine(); }
   std::size_t memory(const Segment& segment) const noexcept override { return codec_->memory(segment); }
@@ -145,6 +145,6 @@ class OnDevice final : public Codec {
 
 }  // namespace
 
-std::unique_ptr<const Codec> on_device(std::unique_ptr<const Codec> codec) { return std::make_unique<OnDevice>(std::move(codec)); }
+std::unique_ptr<const Codec> on_device(std::unique_ptr<const Codec> codec) { return std::make_unique<DeviceCodec>(std::move(codec)); }
 
 }  // namespace thinwire

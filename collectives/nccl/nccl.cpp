@@ -1,5 +1,5 @@
-// NCCL as a transport. Communicators are nonblocking: every call into NCCL comes back, and what it has not finished is polled until the
-// deadline.
+// NCCL as a transport. A thread of each group keeps its deadlines. Communicators are blocking: nonblocking ones make a thread for every
+// collective.
 
 #include "collectives/nccl/nccl.hpp"
 
@@ -9,6 +9,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -34,54 +35,55 @@ Clock::time_point deadline_after(std::chrono::milliseconds timeout) {
 
 void check_cuda(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // told here: it is no error of somebody's next call
   fail(Errc::device, std::string(call) + ": " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
 }
 
-/// The device is the thread's current one for as long as this lives.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
-    check_cuda(cudaSetDevice(device), "cudaSetDevice");
-  }
-  ~OnDevice() { cudaSetDevice(before_); }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-
- private:
-  int before_ = 0;
-};
-
-/// Turns NCCL's answer into ours: success, or what it said with the name of the call.
-[[noreturn]] void fail_nccl(ncclResult_t result, const std::string& call, ncclComm_t communicator) {
+/// What NCCL said, with the name of the call.
+Error error_of(ncclResult_t result, const std::string& call, ncclComm_t communicator) {
   const auto& api = nccl_api();
   std::string what = "nccl: " + call + ": " + api.error_string(result);
   const char* last = api.last_error(communicator);
   if (last != nullptr && *last != '\0') what += " (" + std::string(last) + ")";
-  fail(result == ncclInvalidArgument ? Errc::invalid_argument : result == ncclRemoteError ? Errc::peer_lost : Errc::transport, what);
+  return Error(result == ncclInvalidArgument ? Errc::invalid_argument
+               : result == ncclRemoteError   ? Errc::peer_lost
+                                             : Errc::transport,
+               what);
+}
+[[noreturn]] void fail_nccl(ncclResult_t result, const std::string& call, ncclComm_t communicator) {
+  throw error_of(result, call, communicator);
 }
 
 ncclDataType_t type_of(DType dtype) {
   return dtype == DType::fp32 ? ncclFloat32 : dtype == DType::bf16 ? ncclBfloat16 : dtype == DType::fp16 ? ncclFloat16 : ncclUint8;
 }
 
-/// Polls a nonblocking communicator until what it does is done. @throws timeout past the deadline, what NCCL reports before.
-void poll(ncclComm_t communicator, const std::string& call, Clock::time_point deadline) {
-  for (int turn = 0;; ++turn) {
-    ncclResult_t state = ncclSuccess;
-    const ncclResult_t asked = nccl_api().async_error(communicator, &state);
-    if (asked != ncclSuccess) fail_nccl(asked, call, communicator);
-    if (state == ncclSuccess) return;
-    if (state != ncclInProgress) fail_nccl(state, call, communicator);
-    if (Clock::now() > deadline) fail(Errc::timeout, "nccl: " + call + ": not all ranks came within the deadline");
-    if (turn > 100) std::this_thread::sleep_for(std::chrono::microseconds(50));
-  }
-}
-
-ncclConfig_t nonblocking() {
-  ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-  config.blocking = 0;
-  return config;
+/// Runs a call that makes a communicator, which waits for all ranks, and gives up on it at the deadline. What it works on outlives this
+/// call, because NCCL may come back to it later.
+ncclComm_t make_within(const char* call, Clock::time_point deadline, int device, std::function<ncclResult_t(ncclComm_t*)> make) {
+  struct Shared {
+    std::mutex mutex;
+    std::condition_variable changed;
+    bool done = false;
+    ncclResult_t result = ncclSuccess;
+    ncclComm_t made = nullptr;
+  };
+  const auto shared = std::make_shared<Shared>();
+  std::thread([shared, device, make = std::move(make)] {
+    ncclComm_t made = nullptr;
+    const cudaError_t chosen = cudaSetDevice(device);
+    const ncclResult_t result = chosen == cudaSuccess ? make(&made) : ncclUnhandledCudaError;
+    const std::lock_guard lock(shared->mutex);
+    shared->done = true;
+    shared->result = result;
+    shared->made = made;
+    shared->changed.notify_all();
+  }).detach();
+  std::unique_lock lock(shared->mutex);
+  if (!shared->changed.wait_until(lock, deadline, [&] { return shared->done; }))
+    fail(Errc::timeout, std::string("nccl: ") + call + ": not all ranks came within the deadline");
+  if (shared->result != ncclSuccess) fail_nccl(shared->result, call, nullptr);
+  return shared->made;
 }
 
 class Nccl final : public Communicator {
@@ -99,20 +101,18 @@ class Nccl final : public Communicator {
       changed_.notify_all();
     }
     watcher_.join();
+    // Calls in flight end first; a group that is broken, or whose peers are gone, must not keep this process.
+    const auto deadline = Clock::now() + std::chrono::seconds(10);
+    bool sound = !failed_;
+    for (const Call& call : in_flight_) {
+      while (sound && cudaEventQuery(call.done) == cudaErrorNotReady) {
+        if (Clock::now() > deadline) sound = false;
+        std::this_thread::sleep_for(std::chrono::microseconds(100));
+      }
+    }
+    if (owned_ && !aborted_) sound ? nccl_api().destroy(communicator_) : nccl_api().abort(communicator_);
     for (const Call& call : in_flight_) cudaEventDestroy(call.done);
     for (cudaEvent_t event : spare_) cudaEventDestroy(event);
-    if (!owned_ || communicator_ == nullptr) return;
-    // Calls in flight end first; a group that is broken, or whose peers are gone, must not keep this process.
-    bool sound = !failed_;
-    try {
-      if (sound && nccl_api().finalize(communicator_) <= ncclInProgress)
-        poll(communicator_, "ncclCommFinalize", deadline_after(std::chrono::seconds(10)));
-    } catch (const Error&) { sound = false; }
-    if (sound) {
-      nccl_api().destroy(communicator_);
-    } else if (!aborted_) {
-      nccl_api().abort(communicator_);
-    }
   }
 
   int rank() const noexcept override { return rank_; }
@@ -122,11 +122,17 @@ class Nccl final : public Communicator {
   std::unique_ptr<Communicator> split(int colour, int key) override {
     THINWIRE_EXPECTS(colour >= 0, "split: colour " + std::to_string(colour) + " is negative");
     rethrow();
-    const auto deadline = deadline_after(timeout());
     ncclComm_t part = nullptr;
-    ncclConfig_t config = nonblocking();
-    finish(nccl_api().split(communicator_, colour, key, &part, &config), "ncclCommSplit", deadline);
-    poll(part, "ncclCommSplit", deadline);
+    try {
+      // The lock is held by who waits, so that the watcher leaves the parent alone meanwhile.
+      const std::lock_guard use(use_);
+      part = make_within("ncclCommSplit", deadline_after(timeout()), device_, [parent = communicator_, colour, key](ncclComm_t* made) {
+        return nccl_api().split(parent, colour, key, made, nullptr);
+      });
+    } catch (const Error& error) {
+      break_off(error.code(), error.what());
+      throw;
+    }
     auto group = std::make_unique<Nccl>(part, true, device_);
     group->set_timeout(timeout());
     return group;
@@ -139,6 +145,8 @@ class Nccl final : public Communicator {
   }
 
  private:
+  static constexpr auto kStuck = std::chrono::seconds(1);
+
   /// A call on a stream and when it has to be done.
   struct Call {
     const char* name;
@@ -155,33 +163,39 @@ class Nccl final : public Communicator {
 
   /// The group is unusable from here on, on this rank; kernels of it that wait for peers end.
   void break_off(Errc code, std::string what) noexcept {
-    const std::lock_guard lock(mutex_);
-    if (!failed_) {
-      failed_ = true;
-      code_ = code;
-      what_ = std::move(what);
+    {
+      const std::lock_guard lock(mutex_);
+      if (!failed_) {
+        failed_ = true;
+        code_ = code;
+        what_ = std::move(what);
+      }
+      if (aborted_ || !owned_) return;
+      aborted_ = true;
     }
-    if (aborted_ || !owned_) return;
-    aborted_ = true;
+    // Nobody else is inside NCCL with this communicator, unless that is what hangs: then abort is what ends it.
+    const std::unique_lock use(use_, kStuck);
     nccl_api().abort(communicator_);
-  }
-
-  void finish(ncclResult_t result, const char* call, Clock::time_point deadline) {
-    try {
-      if (result != ncclSuccess && result != ncclInProgress) fail_nccl(result, call, communicator_);
-      if (result == ncclInProgress) poll(communicator_, call, deadline);
-    } catch (const Error& error) {
-      if (error.code() != Errc::invalid_argument) break_off(error.code(), error.what());
-      throw;
-    }
   }
 
   /// Makes calls of NCCL on a stream, and has them watched.
   template <class Enqueue>
   void enqueue(const char* name, Stream stream, Enqueue&& calls) {
-    rethrow();
     const auto deadline = deadline_after(timeout());
-    finish(calls(stream.get()), name, deadline);
+    std::optional<Error> problem;
+    {
+      const std::lock_guard use(use_);
+      rethrow();
+      set_calling(name, deadline);
+      const ncclResult_t result = calls(stream.get());
+      set_calling(nullptr, {});
+      rethrow();  // it was aborted while it was in there: the communicator is gone
+      if (result != ncclSuccess) problem = error_of(result, name, communicator_);
+    }
+    if (problem) {
+      if (problem->code() != Errc::invalid_argument) break_off(problem->code(), problem->what());
+      throw *problem;
+    }
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
     check_cuda(cudaStreamIsCapturing(stream.get(), &capture), "cudaStreamIsCapturing");
     if (capture != cudaStreamCaptureStatusNone) return;
@@ -196,41 +210,51 @@ class Nccl final : public Communicator {
     }
     check_cuda(cudaEventRecord(done, stream.get()), "cudaEventRecord");
     in_flight_.push_back({name, done, deadline});
-    changed_.notify_all();
+  }
+
+  bool was_aborted() {
+    const std::lock_guard lock(mutex_);
+    return aborted_;
+  }
+
+  void set_calling(const char* name, Clock::time_point deadline) {
+    const std::lock_guard lock(mutex_);
+    calling_ = name;
+    calling_deadline_ = deadline;
   }
 
   /// The watcher's thread.
   void watch() {
     constexpr auto kEvery = std::chrono::milliseconds(50);
+    std::optional<Error> problem;
     cudaSetDevice(device_);
+    // Looking at events must not break a capture that another thread has under way.
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeThreadLocal;
+    cudaThreadExchangeStreamCaptureMode(&mode);
     std::unique_lock lock(mutex_);
     while (!stop_) {
-      if (in_flight_.empty() || failed_) {
-        changed_.wait(lock, [this] { return stop_ || (!in_flight_.empty() && !failed_); });
-        continue;
-      }
+      changed_.wait_for(lock, kEvery, [this] { return stop_; });
+      if (stop_ || failed_ || (in_flight_.empty() && calling_ == nullptr)) continue;
       while (!in_flight_.empty() && cudaEventQuery(in_flight_.front().done) != cudaErrorNotReady) {
         spare_.push_back(in_flight_.front().done);  // done, or broken by an error of the device that the next call of its own meets
         in_flight_.pop_front();
       }
-      ncclResult_t state = ncclSuccess;
-      const ncclResult_t asked = nccl_api().async_error(communicator_, &state);
-      const ncclResult_t bad = asked != ncclSuccess ? asked : state;
-      std::optional<std::pair<Errc, std::string>> problem;
-      if (bad != ncclSuccess && bad != ncclInProgress) {
-        problem = {bad == ncclRemoteError ? Errc::peer_lost : Errc::transport,
-                   std::string("nccl: an asynchronous error: ") + nccl_api().error_string(bad)};
-      } else if (!in_flight_.empty() && Clock::now() > in_flight_.front().deadline) {
-        problem = {Errc::timeout, std::string("nccl: ") + in_flight_.front().name + " did not end within " +
-                                      std::to_string(timeout().count()) + " ms: a peer is missing or late"};
+      const char* late = nullptr;
+      if (!in_flight_.empty() && Clock::now() > in_flight_.front().deadline) late = in_flight_.front().name;
+      if (calling_ != nullptr && Clock::now() > calling_deadline_) late = calling_;
+      lock.unlock();
+      if (late != nullptr) {
+        break_off(Errc::timeout, std::string("nccl: ") + late + " did not end within " + std::to_string(timeout().count()) +
+                                     " ms: a peer is missing or late");
+      } else if (const std::unique_lock use(use_, std::try_to_lock); use.owns_lock() && !was_aborted()) {
+        ncclResult_t state = ncclSuccess;
+        const ncclResult_t asked = nccl_api().async_error(communicator_, &state);
+        if (asked != ncclSuccess) state = asked;
+        if (state != ncclSuccess && state != ncclInProgress) problem = error_of(state, "an asynchronous error", communicator_);
       }
-      if (problem) {
-        lock.unlock();
-        break_off(problem->first, std::move(problem->second));
-        lock.lock();
-        continue;
-      }
-      changed_.wait_for(lock, kEvery, [this] { return stop_; });
+      if (problem) break_off(problem->code(), problem->what());
+      problem.reset();
+      lock.lock();
     }
   }
 
@@ -335,9 +359,12 @@ class Nccl final : public Communicator {
   DeviceStream own_stream_;
   DeviceBuffer bounce_;
 
-  std::mutex mutex_;  // of what follows
+  std::timed_mutex use_;  // of calls with the communicator
+  std::mutex mutex_;      // of what follows
   std::condition_variable changed_;
   std::deque<Call> in_flight_;
+  const char* calling_ = nullptr;  // the call under way in NCCL, and when it has to be back
+  Clock::time_point calling_deadline_;
   std::vector<cudaEvent_t> spare_;
   bool stop_ = false, failed_ = false, aborted_ = false;
   Errc code_ = Errc::transport;
@@ -355,18 +382,10 @@ std::unique_ptr<Communicator> make_nccl(ncclComm_t communicator, int device) {
 std::unique_ptr<Communicator> make_nccl(const ncclUniqueId& id, int world, int rank, int device, std::chrono::milliseconds limit) {
   THINWIRE_EXPECTS(world > 0 && rank >= 0 && rank < world,
                    "make_nccl: rank " + std::to_string(rank) + " is outside [0, " + std::to_string(world) + ")");
-  const auto deadline = deadline_after(limit);
-  const OnDevice on(device);
-  ncclComm_t communicator = nullptr;
-  ncclConfig_t config = nonblocking();
-  const ncclResult_t result = nccl_api().init_rank(&communicator, world, id, rank, &config);
-  if (result != ncclSuccess && result != ncclInProgress) fail_nccl(result, "ncclCommInitRankConfig", communicator);
-  try {
-    poll(communicator, "ncclCommInitRankConfig", deadline);
-  } catch (const Error&) {
-    nccl_api().abort(communicator);
-    throw;
-  }
+  const ncclComm_t communicator = make_within("ncclCommInitRankConfig", deadline_after(limit), device, [id, world, rank](ncclComm_t* made) {
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    return nccl_api().init_rank(made, world, id, rank, &config);
+  });
   auto group = std::make_unique<Nccl>(communicator, true, device);
   group->set_timeout(limit);
   return group;

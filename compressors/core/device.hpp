@@ -60,6 +60,20 @@ void device_copy(void* to, const void* from, std::size_t bytes, Stream stream);
 void device_clear(Bytes bytes, Stream stream);
 /// Waits until the stream is done. @throws Error{device} with what its kernels met.
 void device_wait(Stream stream);
+/// Whether the stream is done. @throws the same.
+bool device_idle(Stream stream);
+
+/// The device is the calling thread's current one for as long as this lives: kernels are launched on streams of the current device only.
+class OnDevice {
+ public:
+  explicit OnDevice(int device);
+  ~OnDevice();
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int device_, before_ = 0;
+};
 
 /// A stream of its own, ordered against no other.
 class DeviceStream {

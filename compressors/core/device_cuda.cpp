@@ -12,25 +12,11 @@ namespace {
 
 void check(cudaError_t error, const std::string& call) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // told here: it is no error of somebody's next call
   fail(Errc::device, call + ": " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
 }
 
 std::string version(int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); }
-
-/// The device is the thread's current one for as long as this lives.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
-  }
-  ~OnDevice() { cudaSetDevice(before_); }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-
- private:
-  int before_ = 0;
-};
 
 }  // namespace
 
@@ -87,11 +73,27 @@ void device_copy(void* to, const void* from, std::size_t bytes, Stream stream) {
 }
 
 void device_clear(Bytes bytes, Stream stream) {
+  const OnDevice on(stream.device());
   if (bytes.size != 0)
     check(cudaMemsetAsync(bytes.data, 0, bytes.size, stream.get()), "cudaMemsetAsync of " + std::to_string(bytes.size) + " bytes");
 }
 
 void device_wait(Stream stream) { check(cudaStreamSynchronize(stream.get()), "cudaStreamSynchronize"); }
+
+bool device_idle(Stream stream) {
+  const cudaError_t error = cudaStreamQuery(stream.get());
+  if (error == cudaErrorNotReady) return false;
+  check(error, "cudaStreamQuery");
+  return true;
+}
+
+OnDevice::OnDevice(int device) : device_(device) {
+  check(cudaGetDevice(&before_), "cudaGetDevice");
+  if (device != before_) check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
+}
+OnDevice::~OnDevice() {
+  if (device_ != before_) cudaSetDevice(before_);
+}
 
 DeviceStream::DeviceStream(int device) : device_(device) {
   const OnDevice on(device);

@@ -21,6 +21,10 @@ MappedBuffer::MappedBuffer(std::size_t) { refuse(); }
 void device_copy(void*, const void*, std::size_t, Stream) { refuse(); }
 void device_clear(Bytes, Stream) { refuse(); }
 void device_wait(Stream) { refuse(); }
+bool device_idle(Stream) { refuse(); }
+
+OnDevice::OnDevice(int device) : device_(device) { refuse(); }
+OnDevice::~OnDevice() = default;
 
 DeviceStream::DeviceStream(int device) : device_(device) { refuse(); }
 DeviceStream::~DeviceStream() = default;

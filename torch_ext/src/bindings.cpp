@@ -178,7 +178,9 @@ std::shared_ptr<Engine> make_engine(const c10::intrusive_ptr<c10d::Store>& store
   const py::gil_scoped_release no_gil;
   const auto timeout = std::chrono::milliseconds(std::max<std::int64_t>(1, std::int64_t(config.timeout_seconds() * 1000)));
   auto own = c10::make_intrusive<c10d::PrefixStore>(prefix, store);
-  options.make_device_group = [own, rank, size, timeout](int device) { return make_device_group(*own, rank, size, device, timeout); };
+  options.make_device_group = [own, rank, size, timeout, attempts = std::make_shared<int>(0)](int device) {
+    return make_device_group(*own, (*attempts)++, rank, size, device, timeout);
+  };
   auto communicator = std::make_shared<C10dCommunicator>(own, rank, size, make_gloo, timeout);
   return std::make_shared<Engine>(std::move(communicator), config, std::move(parameters), options);
 }

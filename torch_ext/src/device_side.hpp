@@ -18,8 +18,10 @@ namespace thinwire::torch_ext {
 /// Why gradients on a GPU cannot be reduced here; empty: they can.
 std::string device_refusal();
 
-/// A group of our own over NCCL; its ranks meet at `store`, whose prefix was never used before. Collective, within `timeout`.
-std::shared_ptr<Communicator> make_device_group(c10d::Store& store, int rank, int size, int device, std::chrono::milliseconds timeout);
+/// A group of our own over NCCL; its ranks meet at `store`, whose prefix was never used before, and `attempt` is a number that no earlier
+/// call had there. Collective, within `timeout`.
+std::shared_ptr<Communicator> make_device_group(c10d::Store& store, int attempt, int rank, int size, int device,
+                                                std::chrono::milliseconds timeout);
 
 /// A stream of one GPU on which buckets are reduced while the backward pass goes on.
 class SideStream {

@@ -15,8 +15,9 @@ namespace thinwire::torch_ext {
 
 std::string device_refusal() { return {}; }
 
-std::shared_ptr<Communicator> make_device_group(c10d::Store& store, int rank, int size, int device, std::chrono::milliseconds timeout) {
-  const std::string key = "nccl_unique_id";
+std::shared_ptr<Communicator> make_device_group(c10d::Store& store, int attempt, int rank, int size, int device,
+                                                std::chrono::milliseconds timeout) {
+  const std::string key = "nccl_unique_id/" + std::to_string(attempt);
   ncclUniqueId id;
   try {
     if (rank == 0) {

@@ -9,7 +9,7 @@ std::string device_refusal() {
   return "this build of thinwire reduces gradients on the CPU: it was made without CUDA, NCCL or torch's CUDA";
 }
 
-std::shared_ptr<Communicator> make_device_group(c10d::Store&, int, int, int, std::chrono::milliseconds) {
+std::shared_ptr<Communicator> make_device_group(c10d::Store&, int, int, int, int, std::chrono::milliseconds) {
   fail(Errc::unsupported, device_refusal());
 }
 
