@@ -10,23 +10,6 @@ namespace {
 
 using namespace thinwire::cuda;
 
-__device__ inline float load(const std::byte* base, DType dtype, std::size_t i) {
-  if (dtype == DType::fp32) return reinterpret_cast<const float*>(base)[i];
-  const std::uint16_t half = reinterpret_cast<const std::uint16_t*>(base)[i];
-  return dtype == DType::bf16 ? bf16_to_float(half) : fp16_to_float(half);
-}
-/// @returns whether what is stored is finite.
-__device__ inline bool store(std::byte* base, DType dtype, std::size_t i, float x) {
-  if (dtype == DType::fp32) {
-    reinterpret_cast<float*>(base)[i] = x;
-    return is_finite(x);
-  }
-  const std::uint16_t half = dtype == DType::bf16 ? float_to_bf16(x) : float_to_fp16(x);
-  reinterpret_cast<std::uint16_t*>(base)[i] = half;
-  const std::uint32_t exponent = dtype == DType::bf16 ? 0x7f80u : 0x7c00u;
-  return (half & exponent) != exponent;
-}
-
 __global__ void __launch_bounds__(kThreads)
     sum_kernel(DeviceRanges ranges, RankMessages messages, float factor, std::byte* out, DType dtype, std::uint32_t* flags) {
   const auto& dense = *reinterpret_cast<const DeviceDense*>(ranges.base + ranges.chunk_segment[blockIdx.x] * ranges.stride);
@@ -36,8 +19,8 @@ __global__ void __launch_bounds__(kThreads)
   for (std::uint64_t i = start + threadIdx.x; i < end; i += kThreads) {
     float sum = 0;
     for (int r = 0; r < messages.world; ++r)
-      sum += load(messages.first + std::size_t(r) * messages.stride, messages.dtype, dense.packed + i);
-    bad |= !store(out, dtype, dense.range.first + i, sum * factor);
+      sum += load_element(messages.first + std::size_t(r) * messages.stride, messages.dtype, dense.packed + i);
+    bad |= !store_element(out, dtype, dense.range.first + i, sum * factor);
   }
   if (bad) atomicOr(flags, std::uint32_t(kFlagNonfinite));
 }
@@ -46,7 +29,7 @@ __global__ void __launch_bounds__(kThreads)
     scale_kernel(std::byte* data, DType dtype, std::size_t count, float factor, std::uint32_t* flags) {
   bool bad = false;
   for (std::size_t i = std::size_t(blockIdx.x) * kThreads + threadIdx.x; i < count; i += std::size_t(gridDim.x) * kThreads)
-    bad |= !store(data, dtype, i, (0.0f + load(data, dtype, i)) * factor);
+    bad |= !store_element(data, dtype, i, (0.0f + load_element(data, dtype, i)) * factor);
   if (bad) atomicOr(flags, std::uint32_t(kFlagNonfinite));
 }
 

@@ -1,5 +1,6 @@
 #pragma once
-// The vocabulary of our kernels: launches, warp and block sums, ordered compaction by decoupled look-back. Only .cu files include it.
+// The vocabulary of our kernels: launches, elements of any dtype, warp and block sums, ordered compaction by decoupled look-back. Only .cu
+// files include it.
 
 #include <cuda_runtime.h>
 
@@ -9,6 +10,7 @@
 #include <cstdint>
 #include <string>
 
+#include "compressors/core/dtype.hpp"
 #include "compressors/core/error.hpp"
 #include "compressors/core/stream.hpp"
 
@@ -29,6 +31,31 @@ void launch(const char* name, void (*kernel)(Parameters...), std::size_t blocks,
   if (error != cudaSuccess) {
     fail(Errc::device, std::string(name) + " could not be launched: " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
   }
+}
+
+/// Element i of an array of `dtype`, as a float. @param base aligned to the dtype
+template <DType dtype>
+__device__ inline float load_element(const std::byte* base, std::size_t i) {
+  if constexpr (dtype == DType::fp32) return reinterpret_cast<const float*>(base)[i];
+  if constexpr (dtype == DType::bf16) return bf16_to_float(reinterpret_cast<const std::uint16_t*>(base)[i]);
+  if constexpr (dtype == DType::fp16) return fp16_to_float(reinterpret_cast<const std::uint16_t*>(base)[i]);
+}
+__device__ inline float load_element(const std::byte* base, DType dtype, std::size_t i) {
+  return dtype == DType::fp32   ? load_element<DType::fp32>(base, i)
+         : dtype == DType::bf16 ? load_element<DType::bf16>(base, i)
+                                : load_element<DType::fp16>(base, i);
+}
+
+/// Rounds x once to `dtype` and stores it as element i. @returns whether what is stored is finite.
+__device__ inline bool store_element(std::byte* base, DType dtype, std::size_t i, float x) {
+  if (dtype == DType::fp32) {
+    reinterpret_cast<float*>(base)[i] = x;
+    return is_finite(x);
+  }
+  const std::uint16_t half = dtype == DType::bf16 ? float_to_bf16(x) : float_to_fp16(x);
+  reinterpret_cast<std::uint16_t*>(base)[i] = half;
+  const std::uint32_t exponent = dtype == DType::bf16 ? 0x7f80u : 0x7c00u;
+  return (half & exponent) != exponent;
 }
 
 __device__ inline unsigned lane() { return threadIdx.x % 32; }

@@ -18,11 +18,6 @@ using namespace thinwire::feedback;
 
 static_assert(kDeviceChunk == kNormBlock);
 
-__device__ inline float load_element(const std::byte* base, DType dtype, std::size_t i) {
-  if (dtype == DType::fp32) return reinterpret_cast<const float*>(base)[i];
-  const std::uint16_t half = reinterpret_cast<const std::uint16_t*>(base)[i];
-  return dtype == DType::bf16 ? bf16_to_float(half) : fp16_to_float(half);
-}
 __device__ inline const DeviceRange& range_of(const DeviceRanges& ranges, std::uint32_t s) {
   return *reinterpret_cast<const DeviceRange*>(ranges.base + s * ranges.stride);
 }

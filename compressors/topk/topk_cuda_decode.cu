@@ -237,17 +237,7 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(DecodeCall call) {
   bool bad = false;
   const std::size_t first = segment.range.first + start;
   for (unsigned i = threadIdx.x; i < count; i += kThreads) {
-    const float mean = sum[i] * call.factor;
-    if (call.out_dtype == DType::fp32) {
-      reinterpret_cast<float*>(call.out)[first + i] = mean;
-      bad |= !is_finite(mean);
-    } else {
-      const bool bf16 = call.out_dtype == DType::bf16;
-      const std::uint16_t half = bf16 ? float_to_bf16(mean) : float_to_fp16(mean);
-      const std::uint32_t exponent = bf16 ? 0x7f80u : 0x7c00u;
-      reinterpret_cast<std::uint16_t*>(call.out)[first + i] = half;
-      bad |= (half & exponent) == exponent;
-    }
+    bad |= !store_element(call.out, call.out_dtype, first + i, sum[i] * call.factor);
   }
   if (bad && call.flags != nullptr) atomicOr(call.flags, std::uint32_t(kFlagNonfinite));
 }

@@ -1,5 +1,5 @@
 #pragma once
-// What the CUDA kernels of top-k share: reading gradients, the recursion of one element, and sending an entry.
+// What the CUDA kernels of top-k share: the recursion of one element, and sending an entry.
 
 #include "compressors/core/cuda_device.cuh"
 #include "compressors/core/dtype.hpp"
@@ -11,19 +11,6 @@
 namespace thinwire::topk {
 
 using namespace thinwire::cuda;
-
-template <DType dtype>
-__device__ inline float load_element(const std::byte* base, std::size_t i) {
-  if constexpr (dtype == DType::fp32) return reinterpret_cast<const float*>(base)[i];
-  if constexpr (dtype == DType::bf16) return bf16_to_float(reinterpret_cast<const std::uint16_t*>(base)[i]);
-  if constexpr (dtype == DType::fp16) return fp16_to_float(reinterpret_cast<const std::uint16_t*>(base)[i]);
-}
-
-__device__ inline float load_element(const std::byte* base, DType dtype, std::size_t i) {
-  return dtype == DType::fp32   ? load_element<DType::fp32>(base, i)
-         : dtype == DType::bf16 ? load_element<DType::bf16>(base, i)
-                                : load_element<DType::fp16>(base, i);
-}
 
 __device__ inline bool is_live(const std::uint64_t* live, std::size_t i) {
   return live == nullptr || ((live[i / 64] >> (i % 64)) & 1u) != 0;
