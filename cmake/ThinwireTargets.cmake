@@ -1,7 +1,7 @@
 # How libraries and programs are declared here.
 
 # Headers that are a piece of the files that include them (the body that SIMD twins share): neither installed nor compiled alone.
-set(THINWIRE_PIECES compressors/topk/topk_vector.hpp)
+set(THINWIRE_PIECES compressors/core/vector_avx2.hpp compressors/core/vector_avx512.hpp compressors/sign/sign_vector.hpp compressors/topk/topk_vector.hpp)
 
 # thinwire_library(<name> SOURCES … [LINK …]): the target thinwire::<name>, position independent, symbols hidden, installed and exported.
 function(thinwire_library name)

@@ -11,6 +11,7 @@
 
 #include "compressors/core/error.hpp"
 #include "compressors/ratio/warmup.hpp"
+#include "compressors/sign/sign.hpp"
 #include "compressors/topk/topk.hpp"
 #include "compressors/topk/topk_cuda.hpp"
 
@@ -31,6 +32,14 @@ constexpr Key kClipNorm = {"clip_norm", Kind::number, "0", "[0, inf)", "global n
 
 constexpr Key kTopk[] = {
     kDensity, kWire, kSelect, {"index", Kind::word, "auto", "auto|u32|u16|bitmap", "how positions are written; auto = the smallest"}};
+constexpr Key kScale = {"scale", Kind::word, "l1", "l1|l2", "of a block: mean magnitude, or root mean square (DeepSpeed's)"};
+constexpr Key kBlock = {"block", Kind::integer_or_word, "1024", "tensor|[8, 1073741824]",
+                        "elements per scale, a multiple of 8, or one scale for what one rank owns of a tensor"};
+constexpr Key kSign[] = {kScale, kBlock};
+constexpr Key kBeta1 = {"beta1", Kind::number, "0.9", "[0, 1)", "of the momentum; an optimizer's own counts where there is one"};
+constexpr Key kFreeze = {"freeze", Kind::integer_or_word, "auto", "auto|[0, inf)",
+                         "synchronised steps that stay dense first; auto: until the optimizer's variance is stable"};
+constexpr Key kMomentumTarget[] = {kBeta1, kFreeze, kClipNorm};
 constexpr Key kEf14[] = {{"decay", Kind::number, "1", "(0, 1]", "what of the residual is kept per step; below 1 forgets"}};
 constexpr Key kDgc[] = {kMomentum, kNesterov, kMask, kClipNorm};
 constexpr Key kWarmup[] = {{"densities", Kind::number_list, "0.25/0.0625/0.015625/0.004", "(0, 1]",
@@ -38,13 +47,16 @@ constexpr Key kWarmup[] = {{"densities", Kind::number_list, "0.25/0.0625/0.01562
                            {"steps", Kind::integer, "", "[1, inf)", "synchronised steps per entry"}};
 
 constexpr Name kCodecs[] = {{"none", {}, "the transport's own all-reduce"},
-                            {"topk", kTopk, "the entries of largest magnitude, tensor by tensor"}};
+                            {"topk", kTopk, "the entries of largest magnitude, tensor by tensor"},
+                            {"sign", kSign, "one bit per entry, and a scale per block"}};
 constexpr Name kFeedbacks[] = {{"none", {}, "what is not sent is lost"},
                                {"ef14", kEf14, "error feedback: what was not sent is added to the next message"},
                                {"dgc", kDgc, "error feedback with momentum correction (Deep Gradient Compression)"}};
-constexpr Name kTargets[] = {{"gradient", {}, "gradients are compressed"}};
+constexpr Name kTargets[] = {{"gradient", {}, "gradients are compressed"},
+                             {"momentum", kMomentumTarget, "Adam's momentum is, once the variance is frozen (1-bit Adam)"}};
 constexpr Name kExchanges[] = {{"auto", {}, "what the codec allows; a tensor travels dense where that sends no more bytes"},
-                               {"gather", {}, "every rank receives every payload, whatever it costs"}};
+                               {"gather", {}, "every rank receives every payload, whatever it costs"},
+                               {"two_phase", {}, "each rank sums its part of every payload and sends the mean on, encoded again"}};
 constexpr Name kPolicies[] = {{"none", {}, "the codec's own density throughout"}, {"warmup", kWarmup, "high densities first"}};
 
 constexpr Key kNoKey = {};
@@ -81,7 +93,16 @@ std::string expand_dgc(const Spec& dgc) {
   return slots;
 }
 
-constexpr Preset kPresets[] = {{{"dgc", kDgcPreset, "Deep Gradient Compression (Lin et al. 2018)"}, expand_dgc}};
+constexpr Key kOneBitAdamPreset[] = {kBeta1, kFreeze, kClipNorm, kScale, kBlock};
+
+std::string expand_onebit_adam(const Spec& adam) {
+  return "codec=sign:scale=" + adam.text("scale") + ",block=" + adam.text("block") +
+         " feedback=ef14 target=momentum:beta1=" + adam.text("beta1") + ",freeze=" + adam.text("freeze") +
+         ",clip_norm=" + adam.text("clip_norm");
+}
+
+constexpr Preset kPresets[] = {{{"dgc", kDgcPreset, "Deep Gradient Compression (Lin et al. 2018)"}, expand_dgc},
+                               {{"onebit_adam", kOneBitAdamPreset, "1-bit Adam (Tang et al. 2021)"}, expand_onebit_adam}};
 
 /// Whether the codec sends chosen entries, so that there are some that it leaves out and a density to set.
 bool is_sparse(const Spec& codec) { return codec.name == "topk"; }
@@ -89,6 +110,7 @@ bool is_sparse(const Spec& codec) { return codec.name == "topk"; }
 std::string describe(const Key& key, const std::string& indent) {
   std::string domain(key.allowed);
   std::replace(domain.begin(), domain.end(), '|', ' ');
+  if (key.kind == Kind::integer_or_word) domain.insert(domain.rfind(" [") + 1, "or an integer in ");
   if (key.kind == Kind::integer) domain = "integer in " + domain;
   if (key.kind == Kind::number) domain = "number in " + domain;
   if (key.kind == Kind::number_list) domain = "numbers in " + domain + ", separated by '/'";
@@ -132,6 +154,15 @@ void check_combination(const Config& config) {
   if (config.policy().name == "warmup" && !is_sparse(config.codec())) {
     refuse("policy=warmup needs a sparse codec, whose density it sets; " + codec + " has none");
   }
+  if (config.exchange().name == "two_phase" && config.codec().name != "sign") {
+    refuse("exchange=two_phase needs a codec whose sums are encoded again, codec=sign; with " + codec + " choose exchange=auto");
+  }
+  if (config.target().name == "momentum" && config.codec().name != "sign") {
+    refuse("target=momentum compresses the momentum by codec=sign; " + codec + " compresses gradients, choose target=gradient");
+  }
+  if (const std::string& block = config.codec().name == "sign" ? config.codec().text("block") : ""; !block.empty() && block != "tensor") {
+    if (config.codec().integer("block") % 8 != 0) refuse("sign: block=" + block + " is not a multiple of 8");
+  }
   if (config.exchange().name == "gather" && sends_all) {
     refuse("exchange=gather needs a codec, whose payloads it gathers; " + codec +
            " has none and uses the transport's all-reduce. Choose exchange=auto");
@@ -164,12 +195,18 @@ TopKOptions topk_options(const Spec& codec) {
   return {.density = codec.number("density"), .wire = wire_type(codec), .exact = codec.text("select") == "exact", .index = index_of(codec)};
 }
 
+SignOptions sign_options(const Spec& codec) {
+  return {.scale = codec.text("scale") == "l2" ? SignOptions::Scale::l2 : SignOptions::Scale::l1,
+          .block = codec.text("block") == "tensor" ? 0 : std::size_t(codec.integer("block"))};
+}
+
 }  // namespace
 
 std::unique_ptr<const Codec> make_codec(const Config& config, Isa isa) {
   const Spec& codec = config.codec();
   if (codec.name == "none") return nullptr;
   if (codec.name == "topk") return make_topk(topk_options(codec), isa);
+  if (codec.name == "sign") return make_sign(sign_options(codec), isa);
   fail(Errc::internal, "codec=" + codec.name + " is in the grammar, but nothing makes it");
 }
 
@@ -183,6 +220,7 @@ std::unique_ptr<const Codec> make_device_codec(const Config& config) {
 Recursion make_recursion(const Config& config) {
   const Spec& feedback = config.feedback();
   Recursion recursion;
+  const auto clip = [](double norm) { return norm == 0 ? 0.0f : narrow(norm, kTiniest, std::numeric_limits<float>::max()); };
   if (feedback.name == "ef14") {
     recursion.kind = Recursion::Kind::error_feedback;
     recursion.decay = narrow(feedback.number("decay"), kTiniest, 1.0f);
@@ -192,7 +230,11 @@ Recursion make_recursion(const Config& config) {
     recursion.momentum = narrow(feedback.number("momentum"), 0.0f, std::nextafter(1.0f, 0.0f));
     recursion.nesterov = feedback.flag("nesterov");
     recursion.mask = feedback.flag("mask");
-    recursion.clip_norm = clip_norm == 0 ? 0.0f : narrow(clip_norm, kTiniest, std::numeric_limits<float>::max());
+    recursion.clip_norm = clip(clip_norm);
+  }
+  if (config.target().name == "momentum") {
+    recursion.averaged = true;
+    recursion.clip_norm = clip(config.target().number("clip_norm"));
   }
   return recursion;
 }

@@ -127,7 +127,7 @@ class DeviceCodec final : public Codec {
     Moved(const Codec& codec, Twins& twins, const Recursion& recursion, const Plan& host, const StateView& given)
         : segments(host.segments.begin(), host.segments.end()), states(given.segments.begin(), given.segments.end()), plan(host) {
       for (std::size_t s = 0; s < segments.size(); ++s) {
-        segments[s].live = twins.of(segments[s].live, segments[s].count / 64 + 1, false);
+        segments[s].live = twins.of(segments[s].live, segments[s].count / 8 + 1, false);
         if (states.empty()) continue;
         for (float*& array : states[s].array) array = twins.of(array, segments[s].count, true);
         states[s].memory = twins.of(states[s].memory, codec.memory(segments[s]), true);

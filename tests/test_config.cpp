@@ -163,20 +163,20 @@ TEST(Config, RefusalsSayWhatWhereAndWhatIsAllowed) {
       {"dgc density=0.1", {"unknown slot 'density'", "a key of dgc, codec=topk"}},
       {"dcg:density=0.1", {"unknown preset 'dcg'", "did you mean 'dgc'", "presets: dgc"}},
       {"DGC", {"unknown preset 'DGC'", "did you mean 'dgc'"}},
-      {"onebit_adam", {"unknown preset 'onebit_adam'; presets: dgc"}},
+      {"onebit_lamb", {"unknown preset 'onebit_lamb'", "presets: dgc, onebit_adam"}},
       {"topk:density=0.1", {"'topk' is not a preset", "write codec=topk:density=0.1"}},
       {"codec", {"the slot 'codec' has no value", "write codec="}},
       {",", {"unknown preset ','"}},
       // names
       {"codec=tokp:density=0.1", {"codec=tokp is unknown", "did you mean 'topk'", "allowed: none, topk"}},
       {"codec=", {"codec= is unknown", "allowed: none, topk"}},
-      {"codec=sign", {"codec=sign is unknown", "allowed: none, topk"}},
+      {"codec=quantize", {"codec=quantize is unknown", "allowed: none, topk, sign"}},
       {"codec=quantize:bits=4", {"codec=quantize is unknown"}},
       {"codec=lowrank:rank=4", {"codec=lowrank is unknown"}},
       {"feedback=econtrol", {"feedback=econtrol is unknown", "allowed: none, ef14, dgc"}},
       {"feedback=ef21", {"feedback=ef21 is unknown", "allowed: none, ef14, dgc"}},
-      {"target=momentum", {"target=momentum is unknown", "allowed: gradient"}},
-      {"exchange=two_phase", {"exchange=two_phase is unknown", "allowed: auto, gather"}},
+      {"target=velocity", {"target=velocity is unknown", "allowed: gradient, momentum"}},
+      {"exchange=ring", {"exchange=ring is unknown", "allowed: auto, gather, two_phase"}},
       {"exchange=linear", {"exchange=linear is unknown"}},
       {"policy=lgreco", {"policy=lgreco is unknown", "allowed: none, warmup"}},
       {"policy=warmpu:steps=1", {"policy=warmpu is unknown", "did you mean 'warmup'"}},
@@ -248,6 +248,17 @@ TEST(Config, RefusalsSayWhatWhereAndWhatIsAllowed) {
       {"policy=warmup:steps=3", {"policy=warmup needs a sparse codec", "codec=none"}},
       {"dgc:warmup_steps=3 codec=none feedback=none", {"policy=warmup needs a sparse codec"}},
       {"codec=none exchange=gather", {"exchange=gather", "codec=none", "exchange=auto"}},
+      {"exchange=two_phase", {"exchange=two_phase needs a codec", "codec=sign", "codec=none"}},
+      {"dgc exchange=two_phase", {"exchange=two_phase needs a codec", "codec=topk", "exchange=auto"}},
+      {"target=momentum", {"target=momentum", "codec=sign", "codec=none"}},
+      {"onebit_adam codec=topk:density=0.1", {"target=momentum", "codec=sign", "codec=topk"}},
+      {"codec=sign feedback=dgc", {"feedback=dgc needs a sparse codec; codec=sign is dense"}},
+      {"codec=sign policy=warmup:steps=3", {"policy=warmup needs a sparse codec", "codec=sign"}},
+      {"codec=sign:block=100", {"sign: block=100 is not a multiple of 8"}},
+      {"codec=sign:block=0", {"sign: block=0 is outside [8, 1073741824]"}},
+      {"codec=sign:block=tensr", {"sign: block=tensr is not valid", "did you mean 'tensor'", "or an integer in [8, 1073741824]"}},
+      {"onebit_adam:freeze=-1", {"onebit_adam: freeze=-1 is not valid", "allowed: auto, or an integer in [0, inf)"}},
+      {"onebit_adam:beta1=1", {"onebit_adam: beta1=1 is outside [0, 1)"}},
   };
   for (const auto& [text, fragments] : cases) {
     const std::string message = refusal(text);
@@ -450,7 +461,11 @@ TEST(Grammar, TablesDescribeThemselves) {
       SCOPED_TRACE(std::string(slot.name) + "=" + std::string(name.name));
       check_name(name);
       const std::string text = std::string(slot.name) + "=" + written_out(name);
-      const std::string codec = slot.name == "codec" ? "" : name.name == slot.names.front().name ? "codec=none " : "codec=topk:density=1 ";
+      const bool of_sign = name.name == "two_phase" || name.name == "momentum";
+      const std::string codec = slot.name == "codec"                   ? ""
+                                : name.name == slot.names.front().name ? "codec=none "
+                                : of_sign                              ? "codec=sign "
+                                                                       : "codec=topk:density=1 ";
       EXPECT_NE((Config::parse(codec + text).str() + " ").find(text + " "), std::string::npos);
     }
     if (slot.names.empty()) {
@@ -464,6 +479,16 @@ TEST(Grammar, TablesDescribeThemselves) {
     check_name(preset.name);
     EXPECT_EQ(Config::parse(written_out(preset.name)), Config::parse(preset.name.name));
   }
+}
+
+TEST(Config, OneBitAdamIsASettingOfTheSlots) {
+  EXPECT_EQ(Config::parse("onebit_adam:beta1=0.95,freeze=200,clip_norm=2,scale=l2,block=tensor"),
+            Config::parse("codec=sign:scale=l2,block=tensor feedback=ef14 target=momentum:beta1=0.95,freeze=200,clip_norm=2"));
+  EXPECT_EQ(Config::parse("onebit_adam:freeze=0200").target().text("freeze"), "200");
+  const Recursion recursion = make_recursion(Config::parse("onebit_adam:clip_norm=2"));
+  EXPECT_TRUE(recursion.averaged);
+  EXPECT_EQ(recursion.kind, Recursion::Kind::error_feedback);
+  EXPECT_EQ(recursion.clip_norm, 2.0f);
 }
 
 TEST(Spec, AsksOnlyForWhatIsThere) {

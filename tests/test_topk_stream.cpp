@@ -176,11 +176,11 @@ TYPED_TEST(TopKStream, DeadElementsHaveNoState) {
   for (const auto& recursion : {no_feedback(), ef14(), dgc()}) {
     for (const auto& options : all_options()) {
       TopKRig rig(TypeParam::kBackend, options, recursion, counts, 0.1);
-      std::vector<std::vector<std::uint64_t>> live;
-      std::mt19937_64 random(9);
+      std::vector<std::vector<std::uint8_t>> live;
+      std::mt19937 random(9);
       for (std::size_t s = 0; s < counts.size(); ++s) {
-        live.emplace_back(counts[s] / 64 + 1);
-        for (auto& word : live[s]) word = random();
+        live.emplace_back(counts[s] / 8 + 1);
+        for (auto& byte : live[s]) byte = std::uint8_t(random());
       }
       for (std::size_t s = 0; s < counts.size(); ++s) {
         rig.segments[s].live = live[s].data();
@@ -190,7 +190,7 @@ TYPED_TEST(TopKStream, DeadElementsHaveNoState) {
       rig.stream(grad);
       const auto entries = rig.entries();
       for (std::size_t s = 0; s < counts.size(); ++s) {
-        const auto alive = [&](std::size_t i) { return ((live[s][i / 64] >> (i % 64)) & 1u) != 0; };
+        const auto alive = [&](std::size_t i) { return ((live[s][i / 8] >> (i % 8)) & 1u) != 0; };
         EXPECT_GT(entries[s].size(), 0u);
         for (const auto& e : entries[s]) EXPECT_TRUE(alive(e.index)) << describe(recursion) << describe(options);
         for (std::size_t i = 0; i < counts[s]; ++i) {

@@ -183,6 +183,18 @@ std::string canonical(const std::string& where, const Key& key, std::string_view
       }
       return std::string(text);
     }
+    case Kind::integer_or_word: {
+      const std::size_t bar = key.allowed.rfind('|');
+      const std::string_view interval = key.allowed.substr(bar + 1);
+      const Texts words = split(key.allowed.substr(0, bar), '|');
+      if (std::find(words.begin(), words.end(), text) != words.end()) return std::string(text);
+      const std::optional<std::uint64_t> value = parse_number<std::uint64_t>(text);
+      if (!value)
+        refuse(given + " is not valid" + suggestion(text, words) + " allowed: " + joined(words) + ", or an integer in " +
+               std::string(interval));
+      if (!inside(double(*value), interval)) refuse(given + " is outside " + std::string(interval));
+      return canonical_number(*value);
+    }
     case Kind::number_list: {
       std::string list;
       for (const std::string_view entry : split(text, '/')) {

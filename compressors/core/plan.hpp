@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <span>
 
+#include "compressors/core/dtype.hpp"
 #include "compressors/core/span.hpp"
 
 namespace thinwire {
@@ -23,14 +24,26 @@ struct Setting {
   bool operator==(const Setting&) const = default;
 };
 
+/// Whether element i of a segment is live (Segment::live).
+THINWIRE_HD inline bool is_live(const std::uint8_t* live, std::size_t i) noexcept {
+  return live == nullptr || ((live[i / 8] >> (i % 8)) & 1u) != 0;
+}
+
 struct Segment {
   std::uint32_t parameter = 0;          ///< id within the reducer: the parameter's place in its constructor's list
   std::size_t first = 0;                ///< first element in the flat buffer
   std::size_t count = 0;                ///< elements
   std::uint32_t rows = 0, columns = 0;  ///< the parameter as a matrix: first dimension × the rest
   Setting setting;
-  const std::uint64_t* live =
-      nullptr;  ///< bit i % 64 of word i / 64 is 1 where element i is live; null: all. Dead elements have no state and decode to 0
+  const std::uint8_t* live =
+      nullptr;  ///< bit i % 8 of byte i / 8 is 1 where element i is live; null: all. Dead elements have no state and decode to 0
+};
+
+/// Where decoded values end: as dtype(value × factor).
+struct Output {
+  DType dtype = DType::fp32;
+  float factor = 1.0f;
+  bool operator==(const Output&) const = default;
 };
 
 struct Plan {
@@ -39,6 +52,10 @@ struct Plan {
       part_end;               ///< segments [part_end[r-1], part_end[r]) go to rank r; one part for a gather, one per rank for two_phase
   std::uint64_t step = 0;     ///< synchronised steps before this one
   std::uint64_t context = 0;  ///< a hash of what else sender and receiver must agree on: the rest of the bucket
+
+  /// Payloads that are decoded alone, each into its own place of the output: a codec whose values allow it rounds them so that the output
+  /// rounds nothing.
+  Output output = {};
 
   ConstBytes table = {};           ///< on a GPU: what Codec::tabulate says of this plan, in device memory
   DeviceReport* report = nullptr;  ///< on a GPU: where decoding reports

@@ -27,7 +27,10 @@ struct Recursion {
   float momentum = 0.9f;   ///< momentum_correction: m in [0, 1)
   bool nesterov = false;   ///< momentum_correction
   bool mask = true;        ///< momentum_correction: momentum factor masking
-  float clip_norm = 0.0f;  ///< momentum_correction: local clipping, 0 = off (see clip_factors)
+  float clip_norm = 0.0f;  ///< momentum_correction, averaged: local clipping, 0 = off (see clip_factors)
+  /// target=momentum: beta1·m + (1 − beta1)·g stands where g does, with the momentum m that all ranks share (1-bit Adam; none and
+  /// error_feedback). m is read here; whoever applies the mean writes it.
+  bool averaged = false;
 
   bool operator==(const Recursion&) const = default;
 };
@@ -43,7 +46,7 @@ std::span<const std::string_view> dense_state_names(const Recursion& recursion) 
 /// One segment's state: pointers to its first element, in the place of the plan's data.
 struct SegmentState {
   std::array<float*, kMaxStateArrays>
-      array{};              ///< none: {}; error_feedback: {e}; momentum_correction: {u, v}, v null where nothing is ever compressed
+      array{};  ///< none: {}; error_feedback: {e}; momentum_correction: {u, v}, v null where nothing is ever compressed; averaged: m first
   float* memory = nullptr;  ///< Codec::memory(segment) floats of the codec's own
 
   bool operator==(const SegmentState&) const = default;
@@ -56,6 +59,7 @@ float* residual_of(const Recursion& recursion, const SegmentState& state) noexce
 struct StateView {
   std::span<const SegmentState> segments;  ///< one per segment of the plan
   const float* grad_factor = nullptr;      ///< one per segment: 1 / loss scale × clip factor; null: 1
+  const float* beta1 = nullptr;            ///< averaged: one per segment
 };
 
 /// Bits of the word that travels in a header and makes the verdict.

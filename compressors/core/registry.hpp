@@ -24,13 +24,14 @@ std::unique_ptr<const RatioPolicy> make_policy(const Config& config);
 
 namespace grammar {
 
-enum class Kind { number, integer, flag, word, number_list };
+enum class Kind { number, integer, flag, word, number_list, integer_or_word };
 
 struct Key {
   std::string_view name;
   Kind kind;
   std::string_view fallback;  ///< default, canonical text; empty: the key must be given
-  std::string_view allowed;   ///< number, integer: an interval such as "(0, 1]"; word: "fp32|bf16|fp16"; number_list: an interval for each
+  std::string_view allowed;   ///< number, integer: an interval such as "(0, 1]"; word: "fp32|bf16|fp16"; number_list: an interval for each;
+                             ///< integer_or_word: "auto|[0, inf)"
   std::string_view help;
 };
 struct Name {

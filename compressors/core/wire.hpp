@@ -25,7 +25,7 @@ struct Header {
 };
 static_assert(sizeof(Header) == 64);
 
-enum CodecId : std::uint8_t { kCodecNone = 0, kCodecTopK = 1 };
+enum CodecId : std::uint8_t { kCodecNone = 0, kCodecTopK = 1, kCodecSign = 2 };
 
 /// Writes `header` at the start of `payload` (host, at least 64 bytes).
 void write_header(const Header& header, Bytes payload);

@@ -23,11 +23,16 @@ struct LoadFp16 {
   float operator()(std::size_t i) const noexcept { return fp16_to_float(p[i]); }
 };
 
+struct Rates {
+  float rate, beta;  ///< rho or m; beta1
+};
+
 /// One segment; u and v as the form and the parameter have them. Returns whether something was not finite: such news is dropped, and where
 /// the accumulated message itself would overflow the element keeps its state and sends what it held.
 template <feedback::Form form, bool residual, class Load>
-inline __attribute__((always_inline)) bool dense_loop(Load load, float factor, float rate, float* u, float* v, float* message,
+inline __attribute__((always_inline)) bool dense_loop(Load load, float factor, const Rates& rates, float* u, float* v, float* message,
                                                       std::size_t n) noexcept {
+  const float rate = rates.rate, beta = rates.beta, fresh = 1.0f - beta;
   std::uint32_t bad = 0;  // a word, not a bool: so the loop vectorises
   for (std::size_t i = 0; i < n; ++i) {
     float g = 0.0f;
@@ -35,7 +40,8 @@ inline __attribute__((always_inline)) bool dense_loop(Load load, float factor, f
     const float v0 = residual ? v[i] : 0.0f;
     float u1 = feedback::has_momentum(form) ? u[i] : 0.0f, x = 0.0f;
     const float u0 = u1;
-    feedback::message<form>(g, rate, v0, u1, x);
+    if (feedback::is_averaged(form)) g = feedback::average(beta, fresh, u[i], g);
+    feedback::message<feedback::past_average(form)>(g, rate, v0, u1, x);
     const bool kept = is_finite(x);
     finite &= kept;
     x = kept ? x : v0;
@@ -48,7 +54,7 @@ inline __attribute__((always_inline)) bool dense_loop(Load load, float factor, f
 }
 
 template <feedback::Form form, bool residual>
-THINWIRE_CLONES bool dense_segment(ConstBytes grad, std::size_t first, float factor, float rate, float* u, float* v, float* message,
+THINWIRE_CLONES bool dense_segment(ConstBytes grad, std::size_t first, float factor, const Rates& rate, float* u, float* v, float* message,
                                    std::size_t n) noexcept {
   if (grad.dtype == DType::bf16)
     return dense_loop<form, residual>(LoadBf16{grad.as<std::uint16_t>() + first}, factor, rate, u, v, message, n);
@@ -57,9 +63,9 @@ THINWIRE_CLONES bool dense_segment(ConstBytes grad, std::size_t first, float fac
   return dense_loop<form, residual>(LoadFp32{grad.as<float>() + first}, factor, rate, u, v, message, n);
 }
 
-using DenseSegment = bool (*)(ConstBytes, std::size_t, float, float, float*, float*, float*, std::size_t);
+using DenseSegment = bool (*)(ConstBytes, std::size_t, float, const Rates&, float*, float*, float*, std::size_t);
 
-DenseSegment choose(feedback::Form form, bool residual) noexcept {
+DenseSegment choose(feedback::Form form, bool momentum, bool residual) noexcept {
   using feedback::Form;
   switch (form) {
     case Form::none:
@@ -70,6 +76,10 @@ DenseSegment choose(feedback::Form form, bool residual) noexcept {
       return residual ? dense_segment<Form::momentum, true> : dense_segment<Form::momentum, false>;
     case Form::nesterov:
       return residual ? dense_segment<Form::nesterov, true> : dense_segment<Form::nesterov, false>;
+    case Form::averaged:
+      return momentum ? dense_segment<Form::averaged, false> : dense_segment<Form::none, false>;
+    case Form::averaged_feedback:
+      return momentum ? dense_segment<Form::averaged_feedback, true> : dense_segment<Form::none, false>;
   }
   return nullptr;
 }
@@ -89,7 +99,6 @@ bool any_nonfinite(ConstBytes x) noexcept {
 void dense_message(const Recursion& recursion, const Plan& plan, ConstBytes grad, const StateView& state, Bytes message,
                    std::uint32_t* flags, Stream) {
   const feedback::Form form = feedback::form_of(recursion);
-  const float rate = feedback::rate_of(recursion);
   bool bad = false;
   std::size_t packed = 0;
   for (std::size_t s = 0; s < plan.segments.size(); ++s) {
@@ -106,7 +115,8 @@ void dense_message(const Recursion& recursion, const Plan& plan, ConstBytes grad
     const SegmentState& arrays = state.segments[s];
     float* out = message.as<float>() + packed;
     float* v = residual_of(recursion, arrays);
-    bad |= choose(form, v != nullptr)(grad, segment.first, factor, rate, arrays.array[0], v, out, n);
+    const Rates rates{feedback::rate_of(recursion), state.beta1 != nullptr ? state.beta1[s] : 0.0f};
+    bad |= choose(form, arrays.array[0] != nullptr, v != nullptr)(grad, segment.first, factor, rates, arrays.array[0], v, out, n);
     packed += n;
   }
   if (bad) *flags |= kFlagNonfinite;

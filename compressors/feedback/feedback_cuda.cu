@@ -2,13 +2,13 @@
 
 #include <limits>
 
+#include "compressors/core/block_sum.hpp"
 #include "compressors/core/cuda_device.cuh"
 #include "compressors/core/device_recursion.hpp"
 #include "compressors/core/dtype.hpp"
 #include "compressors/feedback/clip.hpp"
 #include "compressors/feedback/feedback_math.hpp"
 #include "compressors/feedback/form.hpp"
-#include "compressors/feedback/squared_norm.hpp"
 
 namespace thinwire {
 namespace {
@@ -16,7 +16,7 @@ namespace {
 using namespace thinwire::cuda;
 using namespace thinwire::feedback;
 
-static_assert(kDeviceChunk == kNormBlock);
+static_assert(kDeviceChunk == kSumBlock);
 
 __device__ inline const DeviceRange& range_of(const DeviceRanges& ranges, std::uint32_t s) {
   return *reinterpret_cast<const DeviceRange*>(ranges.base + s * ranges.stride);
@@ -171,6 +171,9 @@ void launch_dense_message(const Recursion& recursion, const DeviceRanges& ranges
       return run(dense_kernel<Form::momentum>);
     case Form::nesterov:
       return run(dense_kernel<Form::nesterov>);
+    case Form::averaged:
+    case Form::averaged_feedback:
+      fail(Errc::unsupported, "target=momentum has no CUDA kernels yet");
   }
 }
 

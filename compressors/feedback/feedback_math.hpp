@@ -29,6 +29,13 @@ template <Form form, class V>
   }
 }
 
+/// What stands where g does under target=momentum.
+/// @source 1-bit Adam (Tang et al. 2021): m_r = beta1·m + (1 − beta1)·g_r.
+template <class V>
+[[gnu::always_inline]] THINWIRE_HD inline V average(const V& beta, const V& fresh, const V& m, const V& g) noexcept {
+  return beta * m + fresh * g;
+}
+
 /// A gradient element as the recursion sees it: a non-finite one is no news. @returns whether it was finite.
 [[gnu::always_inline]] THINWIRE_HD inline bool news(float scaled, float& g) noexcept {
   const bool finite = is_finite(scaled);

@@ -11,16 +11,7 @@
 namespace thinwire {
 namespace {
 
-using feedback::kPartials;
-constexpr std::size_t kBlock = feedback::kNormBlock;
-
-/// Adds 64 partials in halves: i with i + 32, then with i + 16, … The order is the same on every ISA and device.
-template <class T>
-T add_in_halves(T* partial) noexcept {
-  for (std::size_t width = kPartials / 2; width != 0; width /= 2)
-    for (std::size_t i = 0; i < width; ++i) partial[i] += partial[i + width];
-  return partial[0];
-}
+constexpr std::size_t kBlock = kSumBlock;
 
 inline float finite_or_zero(float x) noexcept { return is_finite(x) ? x : 0.0f; }
 
@@ -68,24 +59,25 @@ double element_squares(ConstBytes grad, std::size_t first, std::size_t n) noexce
   return sum;
 }
 
-constexpr std::string_view kNames[] = {"momentum", "accumulated", "residual"};
+constexpr std::string_view kCorrectionNames[] = {"momentum", "accumulated"}, kAveragedNames[] = {"momentum", "residual"};
 
 }  // namespace
 
 std::span<const std::string_view> state_names(const Recursion& recursion) noexcept {
   switch (recursion.kind) {
     case Recursion::Kind::none:
-      return {};
+      return std::span(kAveragedNames).first(recursion.averaged ? 1 : 0);
     case Recursion::Kind::error_feedback:
-      return std::span(kNames).subspan(2, 1);
+      return recursion.averaged ? std::span(kAveragedNames) : std::span(kAveragedNames).last(1);
     case Recursion::Kind::momentum_correction:
-      return std::span(kNames).first(2);
+      return kCorrectionNames;
   }
   return {};
 }
 
 std::span<const std::string_view> dense_state_names(const Recursion& recursion) noexcept {
-  return recursion.kind == Recursion::Kind::momentum_correction ? std::span(kNames).first(1) : std::span<const std::string_view>{};
+  return recursion.kind == Recursion::Kind::momentum_correction ? std::span(kCorrectionNames).first(1)
+                                                                : std::span<const std::string_view>{};
 }
 
 float* residual_of(const Recursion& recursion, const SegmentState& state) noexcept {
@@ -93,7 +85,7 @@ float* residual_of(const Recursion& recursion, const SegmentState& state) noexce
     case Recursion::Kind::none:
       return nullptr;
     case Recursion::Kind::error_feedback:
-      return state.array[0];
+      return state.array[recursion.averaged ? 1 : 0];
     case Recursion::Kind::momentum_correction:
       return state.array[1];
   }

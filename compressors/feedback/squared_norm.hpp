@@ -4,13 +4,12 @@
 #include <array>
 #include <cstddef>
 
+#include "compressors/core/block_sum.hpp"
 #include "compressors/core/span.hpp"
 
 namespace thinwire::feedback {
 
-inline constexpr std::size_t kNormBlock = 4096, kPartials = 64;
-
-/// Σ x² over the finite elements, in the fixed order of squared_norms: blocks of kNormBlock elements from the segment's start, each summed
+/// Σ x² over the finite elements, in the fixed order of squared_norms: blocks of kSumBlock elements from the segment's start, each summed
 /// in fp32 over kPartials partials, the blocks in double over as many.
 class SquaredNorm {
  public:

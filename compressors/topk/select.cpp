@@ -80,7 +80,7 @@ struct Cut {
 /// The message after the pass, as it lies in the state; a gradient without state is read again. 0 where nothing may be sent.
 float message_at(const SegmentPass& pass, std::size_t i) noexcept {
   const Block& s = pass.segment;
-  if (s.live != nullptr && ((s.live[i / 64] >> (i % 64)) & 1u) == 0) return 0;
+  if (!is_live(s.live, i)) return 0;
   if (s.residual != nullptr) return s.residual[i];
   const float raw = pass.grad_dtype == DType::fp32   ? load_grad<DType::fp32>(s.grad, i)
                     : pass.grad_dtype == DType::bf16 ? load_grad<DType::bf16>(s.grad, i)

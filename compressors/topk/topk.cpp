@@ -51,7 +51,7 @@ Block block_at(const SegmentPass& pass, std::size_t first, const Workspace& work
   block.grad = static_cast<const std::byte*>(block.grad) + first * size_of(pass.grad_dtype);
   if (block.momentum != nullptr) block.momentum += first;
   if (block.residual != nullptr) block.residual += first;
-  if (block.live != nullptr) block.live += first / 64;
+  if (block.live != nullptr) block.live += first / 8;
   block.count = std::uint32_t(std::min<std::size_t>(pass.segment.count - first, kBlock));
   block.index = workspace.index;
   block.value = workspace.value;
@@ -87,14 +87,14 @@ class TopK final : public Codec {
 
   void empty(const Plan& plan, Bytes wire, std::uint32_t flags, Stream) const override {
     const std::size_t bytes = layout(plan).part_capacity;
-    check_payload_size(wire.size, bytes);
+    kChecks.payload_size(wire.size, bytes);
     std::memset(wire.data, 0, bytes);
     write_header(plan, wire, flags);
   }
 
   void encode(int round, const Plan& plan, ConstBytes message, ConstBytes, const StateView& state, Bytes workspace, Bytes wire,
               Stream) const override {
-    check_message(round, message);
+    kChecks.message(round, message);
     run(Recursion{}, plan, message, {state.segments, nullptr}, workspace, wire, nullptr, {});
   }
 
@@ -108,7 +108,7 @@ class TopK final : public Codec {
 
   Workspace carve_aligned(const Plan& plan, Bytes workspace) const {
     const std::size_t bytes = carve(plan, options_, nullptr, nullptr) + kAlignment;
-    check_workspace(workspace.size, bytes);
+    kChecks.workspace(workspace.size, bytes);
     Workspace out;
     carve(plan, options_, workspace.data + (kAlignment - reinterpret_cast<std::uintptr_t>(workspace.data) % kAlignment) % kAlignment, &out);
     return out;
@@ -128,11 +128,11 @@ class TopK final : public Codec {
 
 void TopK::run(const Recursion& recursion, const Plan& plan, ConstBytes grad, const StateView& state, Bytes workspace, Bytes wire,
                std::uint32_t* flags, const PassCounts& counts) const {
-  check_payload_size(wire.size, layout(plan).part_capacity);
-  check_input(plan, grad);
+  kChecks.payload_size(wire.size, layout(plan).part_capacity);
+  kChecks.input(plan, grad);
   const Workspace scratch = carve_aligned(plan, workspace);
   const Form form = feedback::form_of(recursion);
-  check_state(plan, recursion, state.segments.size());
+  kChecks.state(plan, recursion, state.segments.size());
 
   std::uint32_t found = flags != nullptr ? *flags : 0;
   std::byte* at = wire.data + entries_offset(plan.segments.size());
@@ -179,7 +179,7 @@ std::uint32_t TopK::check(const Plan& plan, ConstBytes wire, std::size_t rank) c
   std::size_t at = entries_offset(plan.segments.size());
   std::size_t bytes = at;
   for (const Segment& segment : plan.segments) bytes += segment_wire(segment, options_).bytes();
-  check_wire_size(rank, wire.size, bytes);
+  kChecks.wire_size(rank, wire.size, bytes);
   for (std::size_t s = 0; s < plan.segments.size(); ++s) {
     const SegmentWire layout = segment_wire(plan.segments[s], options_);
     std::uint32_t kept;
@@ -199,7 +199,7 @@ void TopK::decode(const Plan& plan, std::span<const ConstBytes> wires, float fac
                   Stream) const {
   THINWIRE_EXPECTS(wires.size() <= kMaxPayloads,
                    "topk: " + std::to_string(wires.size()) + " payloads, at most " + std::to_string(kMaxPayloads) + " are decoded at once");
-  check_output(plan, out);
+  kChecks.output(plan, out);
   const Workspace scratch = carve_aligned(plan, workspace);
   std::uint32_t found = 0;
   for (std::size_t r = 0; r < wires.size(); ++r) found |= check(plan, wires[r], r);

@@ -172,26 +172,26 @@ class TopKCuda final : public Codec {
 
   void stream(const Recursion& recursion, const Plan& plan, ConstBytes grad, const StateView& state, Bytes workspace, Bytes wire,
               std::uint32_t* flags, const PassCounts& counts, Stream stream) const override {
-    check_state(plan, recursion, state.segments.size());
+    kChecks.state(plan, recursion, state.segments.size());
     encode_with(recursion, plan, grad, state, workspace, wire, flags, counts, stream);
   }
 
   void empty(const Plan& plan, Bytes wire, std::uint32_t flags, Stream stream) const override {
-    check_payload_size(wire.size, shape_of(plan, options_).payload_bytes);
+    kChecks.payload_size(wire.size, shape_of(plan, options_).payload_bytes);
     launch_empty(wire.data, payload_header(plan, options_, wire.size, flags), stream);
   }
 
   void encode(int round, const Plan& plan, ConstBytes message, ConstBytes, const StateView& state, Bytes workspace, Bytes wire,
               Stream stream) const override {
-    check_message(round, message);
+    kChecks.message(round, message);
     encode_with(Recursion{}, plan, message, {state.segments, nullptr}, workspace, wire, nullptr, {}, stream);
   }
 
   void decode(const Plan& plan, std::span<const ConstBytes> wires, float factor, Bytes workspace, Bytes out, std::uint32_t* flags,
               Stream stream) const override {
     if (wires.empty()) return;
-    check_output(plan, out);
-    for (std::size_t r = 0; r < wires.size(); ++r) check_wire_size(r, wires[r].size, shape_of(plan, options_).payload_bytes);
+    kChecks.output(plan, out);
+    for (std::size_t r = 0; r < wires.size(); ++r) kChecks.wire_size(r, wires[r].size, shape_of(plan, options_).payload_bytes);
     DecodeCall call = decode_call(plan, wires.front());
     call.world = std::uint32_t(wires.size());
     call.stride = wires.size() > 1 ? std::size_t(wires[1].data - wires[0].data) : 0;
@@ -264,7 +264,7 @@ class TopKCuda final : public Codec {
   DecodeCall decode_call(const Plan& plan, ConstBytes wire) const {
     DecodeCall call;
     call.shape = shape_of(plan, options_);
-    check_payload_size(wire.size, call.shape.payload_bytes);
+    kChecks.payload_size(wire.size, call.shape.payload_bytes);
     call.table = table_of(plan, call.shape);
     call.wire = wire.data;
     call.wire_dtype = options_.wire;
@@ -274,13 +274,13 @@ class TopKCuda final : public Codec {
 
   void encode_with(const Recursion& recursion, const Plan& plan, ConstBytes grad, const StateView& state, Bytes workspace, Bytes wire,
                    std::uint32_t* flags, const PassCounts& counts, Stream stream) const {
-    check_input(plan, grad);
+    kChecks.input(plan, grad);
     EncodeCall call;
     call.shape = shape_of(plan, options_);
-    check_payload_size(wire.size, call.shape.payload_bytes);
+    kChecks.payload_size(wire.size, call.shape.payload_bytes);
     std::size_t bytes = 0;
     call.scratch = carve(call.shape, options_.exact, workspace.data, &bytes);
-    check_workspace(workspace.size, bytes);
+    kChecks.workspace(workspace.size, bytes);
     call.table = table_of(plan, call.shape);
     call.grad = grad.data;
     call.grad_factor = state.grad_factor;

@@ -12,10 +12,6 @@ namespace thinwire::topk {
 
 using namespace thinwire::cuda;
 
-__device__ inline bool is_live(const std::uint64_t* live, std::size_t i) {
-  return live == nullptr || ((live[i / 64] >> (i % 64)) & 1u) != 0;
-}
-
 /// One element's step. @returns the message, or NaN where it is not finite and the state stays; `bad` is raised as on the CPU.
 template <Form form>
 __device__ inline float step_element(float scaled, float rate, float& residual, float& u, bool& bad) {

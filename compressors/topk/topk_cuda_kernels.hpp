@@ -26,7 +26,7 @@ struct DeviceSegment {
   DeviceRange range;
   std::uint64_t index_at = 0, value_at = 0;  ///< bytes from the payload's start
   float *momentum = nullptr, *residual = nullptr, *memory = nullptr;
-  const std::uint64_t* live = nullptr;
+  const std::uint8_t* live = nullptr;
   std::uint32_t k = 0, capacity = 0;
   std::uint32_t form = 0;                       ///< IndexForm
   std::uint32_t sampled = 0;                    ///< elements in the sample; 0: the threshold is the floor

@@ -21,9 +21,9 @@ inline constexpr std::size_t kStagingSlack = 64;  // entries that a left-pack ma
 /// A block of at most kBlock elements (the sampling kernels: a whole segment). Pointers are to its first element.
 struct Block {
   const void* grad = nullptr;
-  float* momentum = nullptr;            ///< u; forms with momentum
-  float* residual = nullptr;            ///< e or v; null for Form::none
-  const std::uint64_t* live = nullptr;  ///< bit 0 of word 0 is the first element; null: all live
+  float* momentum = nullptr;           ///< u; forms with momentum
+  float* residual = nullptr;           ///< e or v; null for Form::none
+  const std::uint8_t* live = nullptr;  ///< bit 0 of byte 0 is the first element; null: all live
   std::uint32_t count = 0;
   std::uint32_t room = 0;  ///< the first `room` hits are emitted; later ones are counted and stay in the residual
   float factor = 1;        ///< of the gradient
@@ -65,9 +65,9 @@ using AddBitmapKernel = std::uint32_t (*)(const std::uint32_t* words, std::size_
 inline constexpr int kTiers = 3;
 
 struct Kernels {
-  std::array<std::array<std::array<StreamKernel, kDTypes>, feedback::kForms>, kTiers> stream;
-  std::array<std::array<SampleKernel, kDTypes>, feedback::kForms> sample;
-  std::array<std::array<float, feedback::kForms>, kTiers - 1>
+  std::array<std::array<std::array<StreamKernel, kDTypes>, feedback::kGradientForms>, kTiers> stream;
+  std::array<std::array<SampleKernel, kDTypes>, feedback::kGradientForms> sample;
+  std::array<std::array<float, feedback::kGradientForms>, kTiers - 1>
       crossover;  ///< density of the previous block from which the next tier is faster (measured)
   Narrow narrow;
   FinishKernel finish;

@@ -1,7 +1,8 @@
 #pragma once
 // What the host's and the GPU's codec say alike: the header of a payload, and which arguments they refuse.
 
-#include "compressors/core/codec.hpp"
+#include "compressors/core/codec_checks.hpp"
+#include "compressors/core/plan.hpp"
 #include "compressors/core/wire.hpp"
 #include "compressors/topk/topk.hpp"
 
@@ -9,17 +10,9 @@ namespace thinwire::topk {
 
 wire::Header payload_header(const Plan& plan, const TopKOptions& options, std::size_t bytes, std::uint32_t flags) noexcept;
 
-// Each throws Error{invalid_argument} naming what was given.
-void check_parts(const Plan& plan);
-void check_payload_size(std::size_t given, std::size_t bytes);
-void check_workspace(std::size_t given, std::size_t bytes);
-void check_input(const Plan& plan, ConstBytes grad);
-void check_message(int round, ConstBytes message);
-void check_output(const Plan& plan, ConstBytes out);
-/// As many states as segments, or none and no feedback.
-void check_state(const Plan& plan, const Recursion& recursion, std::size_t states);
+inline constexpr CodecChecks kChecks{"topk"};
 
-/// @throws Error{corrupt_payload}.
-void check_wire_size(std::size_t rank, std::size_t given, std::size_t bytes);
+/// @throws Error{invalid_argument}: payloads of top-k are gathered whole.
+void check_parts(const Plan& plan);
 
 }  // namespace thinwire::topk

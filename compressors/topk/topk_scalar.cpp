@@ -10,8 +10,6 @@
 namespace thinwire::topk {
 namespace {
 
-bool is_live(const std::uint64_t* live, std::size_t i) noexcept { return live == nullptr || ((live[i / 64] >> (i % 64)) & 1u) != 0; }
-
 /// Reads gradient and state once, writes state once; entries in index order. Bit-exact.
 template <Form form, DType dtype>
 void range(const Block& b, std::uint32_t from, std::uint32_t to, Emitted& emitted) {
@@ -124,10 +122,10 @@ constexpr std::array<RangeKernel, kDTypes> kRanges = {range<form, DType::fp32>, 
 template <Form form>
 constexpr std::array<SampleKernel, kDTypes> kSamples = {sample<form, DType::fp32>, sample<form, DType::bf16>, sample<form, DType::fp16>};
 
-constexpr std::array<std::array<StreamKernel, kDTypes>, feedback::kForms> kAllStreams = {
+constexpr std::array<std::array<StreamKernel, kDTypes>, feedback::kGradientForms> kAllStreams = {
     kStreams<Form::none>, kStreams<Form::error_feedback>, kStreams<Form::momentum>, kStreams<Form::nesterov>};
-constexpr std::array<std::array<RangeKernel, kDTypes>, feedback::kForms> kAllRanges = {kRanges<Form::none>, kRanges<Form::error_feedback>,
-                                                                                       kRanges<Form::momentum>, kRanges<Form::nesterov>};
+constexpr std::array<std::array<RangeKernel, kDTypes>, feedback::kGradientForms> kAllRanges = {
+    kRanges<Form::none>, kRanges<Form::error_feedback>, kRanges<Form::momentum>, kRanges<Form::nesterov>};
 constexpr Kernels kScalar = {{kAllStreams, kAllStreams, kAllStreams},
                              {kSamples<Form::none>, kSamples<Form::error_feedback>, kSamples<Form::momentum>, kSamples<Form::nesterov>},
                              {},

@@ -339,7 +339,7 @@ std::uint32_t add_bitmap(const std::uint32_t* words, std::size_t count, const st
 }
 
 template <class L>
-constexpr Kernels make_kernels(const std::array<std::array<float, feedback::kForms>, kTiers - 1>& crossover) noexcept {
+constexpr Kernels make_kernels(const std::array<std::array<float, feedback::kGradientForms>, kTiers - 1>& crossover) noexcept {
   Kernels out{};
   const auto fill = [&]<Form form, DType dtype>() {
     constexpr auto f = std::size_t(form), d = std::size_t(dtype);

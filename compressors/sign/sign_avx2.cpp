@@ -1,0 +1,50 @@
+// The AVX2 twin. The target is set by pragma for what follows it, not by a file flag: inline functions of the headers above must stay
+// portable code.
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "compressors/core/recursion.hpp"
+#include "compressors/sign/sign_kernels.hpp"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,f16c,bmi,bmi2,popcnt"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,f16c,bmi,bmi2,popcnt")
+#endif
+
+#include "compressors/core/vector_avx2.hpp"
+#include "compressors/sign/sign_vector.hpp"
+
+namespace thinwire::sign {
+namespace {
+
+constexpr Kernels kAvx2 = make_kernels<simd::Avx2>();
+
+}  // namespace
+
+const Kernels& kernels_avx2() noexcept { return kAvx2; }
+
+}  // namespace thinwire::sign
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#else
+
+namespace thinwire::sign {
+const Kernels& kernels_avx2() noexcept { return kernels_scalar(); }  // never asked for: cpu_supports says no
+}  // namespace thinwire::sign
+
+#endif
