@@ -16,6 +16,14 @@ std::string describe(std::span<const std::uint32_t> ids, const std::vector<Param
   return first + " … " + slots[ids.back()].parameter.name + " (" + std::to_string(ids.size()) + " parameters)";
 }
 
+SegmentState from(SegmentState state, std::size_t first) {
+  for (float*& array : state.array)
+    if (array != nullptr) array += first;
+  return state;
+}
+
+bool r_owns(Range part, const Passengers::Owned& owned) { return part.count != 0 && part.first == owned.first; }
+
 /// The parts of a group that `rank` owns, with their state.
 Passengers owned_by(const Passengers& group, int world, int rank) {
   Passengers owned;
@@ -26,12 +34,65 @@ Passengers owned_by(const Passengers& group, int world, int rank) {
     Segment& segment = owned.segments.emplace_back(group.segments[s]);
     segment.first += part.first;
     segment.count = part.count;
-    SegmentState& state = owned.states.emplace_back(group.states[s]);
-    for (float*& array : state.array)
-      if (array != nullptr) array += part.first;
+    owned.states.push_back(from(group.states[s], part.first));
+    owned.betas.push_back(group.betas[s]);
+    owned.owned.emplace_back();
+    if (group.owned[s].residual != nullptr && r_owns(part, group.owned[s])) owned.owned.back() = {0, part.count, group.owned[s].residual};
     owned.count += part.count;
   }
   return owned;
+}
+
+/// The compressed segments in the array of momenta. A segment knows its place in its parameter by what the parameter has before it.
+std::vector<Segment> in_momenta(const BucketPlan& bucket, const std::vector<ParameterSlot>& slots) {
+  std::vector<Segment> out = bucket.segments;
+  for (std::size_t s = 0; s < out.size(); ++s) {
+    const ParameterSlot& slot = slots[out[s].parameter];
+    out[s].first = slot.momentum_at + std::size_t(bucket.states[s].array[0] - slot.shared_momentum);
+  }
+  return out;
+}
+
+/// Whole parameters become N parts, rank by rank.
+void cut_into_parts(BucketPlan& bucket, const std::vector<ParameterSlot>& slots, int world, int rank) {
+  const std::vector<Segment>& whole = bucket.phases.whole = std::move(bucket.segments);
+  const std::vector<SegmentState> states = std::move(bucket.states);
+  const std::vector<float> betas = std::move(bucket.betas);
+  bucket.segments.clear(), bucket.states.clear(), bucket.betas.clear();
+  TwoPhase& phases = bucket.phases;
+  for (int r = 0; r < world; ++r) {
+    for (std::size_t s = 0; s < whole.size(); ++s) {
+      const Range part = owned_part(whole[s].count, world, r);
+      Segment& segment = bucket.segments.emplace_back(whole[s]);
+      segment.first += part.first;
+      segment.count = part.count;
+      if (segment.live != nullptr) segment.live += part.first / 8;
+      bucket.states.push_back(from(states[s], part.first));
+      bucket.betas.push_back(betas[s]);
+      if (r != rank) continue;
+      const ParameterSlot& slot = slots[segment.parameter];
+      Segment& own = phases.own.emplace_back(segment);
+      own.first = phases.own_count;
+      phases.own_count += round_up(part.count, 16);  // cache lines of their own
+      phases.own_states.push_back({{slot.server_residual}, nullptr});
+      SegmentState taken{{slot.server_residual}, nullptr};
+      if (slot.shared_momentum != nullptr) taken.array = {slot.shared_momentum + part.first, slot.server_residual};
+      phases.own_taken.push_back(taken);
+      phases.own_betas.push_back(slot.beta1);
+    }
+    bucket.part_end.push_back(std::uint32_t(bucket.segments.size()));
+  }
+}
+
+void lay_out_phases(BucketPlan& bucket, const Codec& codec, int world, int rank) {
+  TwoPhase& phases = bucket.phases;
+  std::size_t workspace = std::max(bucket.layout.workspace, bucket.layout.per_payload * std::size_t(world));
+  for (int r = 0; r < world; ++r) {
+    const WireLayout second = codec.layout(bucket.part(std::size_t(r), 0));
+    phases.second.push_back(second.part_capacity);
+    if (r == rank) workspace = std::max({workspace, second.workspace, second.per_payload * std::size_t(world)});
+  }
+  phases.workspace = workspace;
 }
 
 }  // namespace
@@ -46,8 +107,9 @@ bool dense_sends_less(const Codec& codec, const Segment& segment, DType dtype, i
 }
 
 BucketPlan make_bucket_plan(std::span<const std::uint32_t> ids, DType dtype, bool whole_dense, const std::vector<ParameterSlot>& slots,
-                            const Codec* codec, const Recursion& recursion, int world, int rank) {
+                            const Codec* codec, const Recursion& recursion, int world, int rank, bool two_phase) {
   BucketPlan bucket;
+  bucket.recursion = recursion;
   bucket.ids.assign(ids.begin(), ids.end());
   bucket.dtype = dtype;
   bucket.whole_dense = whole_dense;
@@ -58,36 +120,59 @@ BucketPlan make_bucket_plan(std::span<const std::uint32_t> ids, DType dtype, boo
 
   for (const std::uint32_t id : ids) {
     const ParameterSlot& slot = slots[id];
-    Segment segment{id, bucket.count, slot.numel, slot.rows, slot.columns, slot.setting, nullptr};
+    Segment segment{id, bucket.count, slot.numel, slot.rows, slot.columns, slot.setting, slot.live.empty() ? nullptr : slot.live.data()};
     bucket.count += slot.numel;
+    if (slot.shared_momentum != nullptr) {
+      bucket.momenta.push_back(
+          {segment.first, segment.count, slot.shared_momentum, slot.beta1, segment.live, whole_dense || slot.dense_now});
+      if (segment.live != nullptr) bucket.context = wire::hash_bytes(segment.live, slot.live.size(), bucket.context);
+    }
     if (!whole_dense && slot.compressible && !slot.dense_now) {
       bucket.segments.push_back(segment);
       bucket.states.push_back(slot.state);
+      bucket.betas.push_back(slot.beta1);
       continue;
     }
-    const bool has_state = residual_of(recursion, slot.state) != nullptr || recursion.kind == Recursion::Kind::momentum_correction;
+    const bool has_state = residual_of(recursion, slot.state) != nullptr || recursion.kind == Recursion::Kind::momentum_correction ||
+                           (recursion.averaged && slot.shared_momentum != nullptr);
     Passengers& group = bucket.passengers[whole_dense || has_state ? 0 : 1];
     group.segments.push_back(segment);
     group.states.push_back(slot.state);
+    group.betas.push_back(slot.beta1);
+    group.owned.push_back({slot.owned.first, slot.owned.count, slot.server_residual});
     group.count += slot.numel;
   }
   if (whole_dense) return bucket;
 
-  bucket.part_end = {std::uint32_t(bucket.segments.size())};
+  bucket.two_phase = two_phase && world > 1 && !bucket.segments.empty();
+  if (bucket.two_phase) cut_into_parts(bucket, slots, world, rank);
+  if (!bucket.two_phase) bucket.part_end = {std::uint32_t(bucket.segments.size())};
+  if (!bucket.momenta.empty()) bucket.momentum_segments = in_momenta(bucket, slots);
   bucket.layout = codec->layout(bucket.plan(0));
   const std::size_t raw = bucket.passengers[0].bytes() + bucket.passengers[1].bytes();
-  bucket.owners = world > 1 && raw > kRawPassengerBytes;
+  bucket.owners = world > 1 && (bucket.two_phase ? raw != 0 : raw > kRawPassengerBytes);
   std::size_t beside = raw;
   if (bucket.owners) {
     beside = 0;
     for (int r = 0; r < world; ++r) {
       const OwnerShare& share =
           bucket.shares.emplace_back(OwnerShare{{owned_by(bucket.passengers[0], world, r), owned_by(bucket.passengers[1], world, r)}});
+      if (!bucket.two_phase) bucket.share_first.push_back(bucket.sent_bytes());
       bucket.send_bytes.push_back(round_up(share.parts[0].bytes() + share.parts[1].bytes(), sizeof(float)));
       // The owner sends the finished mean in the gradient's dtype.
       beside = std::max(beside, (share.parts[0].count + share.parts[1].count) * size_of(dtype));
     }
     bucket.recv_bytes.assign(std::size_t(world), bucket.send_bytes[std::size_t(rank)]);
+  }
+  if (bucket.two_phase) {
+    lay_out_phases(bucket, *codec, world, rank);
+    // Both payloads' sizes are multiples of 8, as their headers' fields need: nothing else pads them.
+    const std::size_t second = *std::max_element(bucket.phases.second.begin(), bucket.phases.second.end());
+    bucket.contribution = round_up(second + beside, 8);
+    const std::size_t most = bucket.owners ? *std::max_element(bucket.send_bytes.begin(), bucket.send_bytes.end()) : 0;
+    bucket.phases.slot = round_up(bucket.layout.part_capacity + most, 8);
+    for (int r = 0; r < world; ++r) bucket.share_first.push_back(std::size_t(r) * bucket.phases.slot + bucket.layout.part_capacity);
+    return bucket;
   }
   // A multiple of 64, so that every rank's header in the gathered buffer is aligned.
   bucket.contribution = round_up(bucket.layout.part_capacity + beside, 64);

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "collectives/ownership.hpp"
 #include "collectives/reducer.hpp"
 #include "compressors/core/codec.hpp"
 #include "compressors/core/plan.hpp"
@@ -26,6 +27,14 @@ struct ParameterSlot {
   std::size_t memory_count = 0;  ///< floats at state.memory
   Setting setting;               ///< at the current step
   bool dense_now = false;        ///< by exchange=auto's rule, as long as the setting stays
+
+  Range owned{};                     ///< two_phase: the part of a compressible parameter that this rank owns
+  float* server_residual = nullptr;  ///< of that part
+  // target=momentum
+  float* shared_momentum = nullptr;
+  std::size_t momentum_at = 0;  ///< its place in the arena's array of momenta
+  float beta1 = 0;
+  std::vector<std::uint8_t> live;  ///< Segment::live; empty: all
 };
 
 /// Segments that stay dense beside a payload, packed one after the other.
@@ -34,7 +43,14 @@ struct Passengers {
   std::vector<SegmentState> states;
   DType dtype = DType::fp32;  ///< of their messages: fp32 where there is state, else the gradient's
   bool stateful = false;
-  std::size_t count = 0;  ///< elements
+  std::size_t count = 0;     ///< elements
+  std::vector<float> betas;  ///< averaged: beta1 per segment
+  /// two_phase: what this rank's owned parts hold back, one per segment; null where nothing. A dense step sends it on.
+  struct Owned {
+    std::size_t first = 0, count = 0;  ///< within the segment
+    float* residual = nullptr;
+  };
+  std::vector<Owned> owned;
 
   std::size_t bytes() const noexcept { return count * size_of(dtype); }
   Plan plan(std::uint64_t step) const noexcept { return {segments, {}, step}; }
@@ -43,6 +59,28 @@ struct Passengers {
 /// What of both groups goes to one owner: the owned part of every segment, empty ones too.
 struct OwnerShare {
   Passengers parts[2];
+};
+
+/// target=momentum: where a parameter's shared momentum is, and where in the bucket what becomes of it.
+struct SharedMomentum {
+  std::size_t first = 0, count = 0;  ///< in the bucket
+  float* momentum = nullptr;
+  float beta1 = 0;
+  const std::uint8_t* live = nullptr;
+  bool dense = false;  ///< at this step
+};
+
+/// What two_phase knows beside the plan whose parts go to their owners.
+struct TwoPhase {
+  std::vector<Segment> whole;  ///< the compressed parameters uncut: part r of whole[s] is segment r × whole.size() + s
+  std::vector<Segment> own;    ///< this rank's part, one segment after the other from 0 on: where the mean lies before it is encoded again
+  std::vector<SegmentState> own_states;  ///< {server_residual}
+  std::vector<SegmentState> own_taken;   ///< for take-backs: {momentum, server_residual} where the target is the momentum
+  std::vector<float> own_betas;
+  std::size_t own_count = 0;        ///< elements
+  std::vector<std::size_t> second;  ///< bytes of each rank's second payload
+  std::size_t slot = 0;             ///< bytes from one rank's share of the all-to-all to the next
+  std::size_t workspace = 0;
 };
 
 struct BucketPlan {
@@ -55,6 +93,12 @@ struct BucketPlan {
   std::vector<SegmentState> states;
   std::vector<std::uint32_t> part_end;
   WireLayout layout;
+  std::vector<float> betas;  ///< averaged: beta1 per segment
+  Recursion recursion;       ///< of this bucket's messages
+  bool two_phase = false;
+  TwoPhase phases;
+  std::vector<SharedMomentum> momenta;     ///< of all compressible parameters, where the target is the momentum
+  std::vector<Segment> momentum_segments;  ///< the compressed segments as they lie in the arena's array of momenta
 
   /// [0] with state (fp32 messages), [1] without (messages in the gradient's dtype): in this order everywhere, so that fp32 stays aligned.
   /// On a whole dense step all segments are in [0], in bucket order.
@@ -62,6 +106,7 @@ struct BucketPlan {
   bool owners = false;             ///< passengers are too many to travel raw: their parts go to owners, who send back the finished mean
   std::vector<OwnerShare> shares;  ///< owners: per rank, in the order of the all-to-all's send buffer
   std::vector<std::size_t> send_bytes, recv_bytes;  ///< owners: per rank, the all-to-all; a multiple of 4 each
+  std::vector<std::size_t> share_first;             ///< owners: where each rank's share begins in the send buffer
   std::size_t contribution = 0;                     ///< bytes of one rank's share of the gather: payload, then passengers
   std::string name;                                 ///< for errors: "conv1.weight … fc.bias (12 parameters)"
 
@@ -69,6 +114,11 @@ struct BucketPlan {
 
   Plan plan(std::uint64_t step) const noexcept { return {segments, part_end, step, context}; }
   std::size_t sent_bytes() const noexcept;  ///< owners: of the whole send buffer
+  /// two_phase: part r alone.
+  Plan part(std::size_t r, std::uint64_t step) const noexcept {
+    const std::size_t first = r == 0 ? 0 : part_end[r - 1];
+    return {std::span(segments).subspan(first, part_end[r] - first), {}, step, context};
+  }
 };
 
 /// Passengers of at most this many bytes travel raw in the gather and are summed by everyone: one collective less.
@@ -80,6 +130,6 @@ bool dense_sends_less(const Codec& codec, const Segment& segment, DType dtype, i
 
 /// `codec` may be null only on whole dense steps. @throws what Codec::layout throws.
 BucketPlan make_bucket_plan(std::span<const std::uint32_t> ids, DType dtype, bool whole_dense, const std::vector<ParameterSlot>& slots,
-                            const Codec* codec, const Recursion& recursion, int world, int rank);
+                            const Codec* codec, const Recursion& recursion, int world, int rank, bool two_phase = false);
 
 }  // namespace thinwire

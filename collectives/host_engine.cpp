@@ -26,10 +26,10 @@ HostEngine::HostEngine(const EngineParts& parts)
       arena_(parts.arena),
       wires_(std::size_t(parts.communicator.size())),
       raw_(std::size_t(parts.communicator.size())),
-      factors_(parts.parameters),
-      norms_(parts.parameters),
+      factors_(parts.parameters * std::size_t(parts.communicator.size())),
+      norms_(factors_.size()),
       kept_(parts.parameters),
-      bucket_kept_(parts.parameters),
+      bucket_kept_(factors_.size()),
       grad_norms_(parts.parameters),
       started_(!parts.options.step_verdict),
       hashes_(std::size_t(parts.communicator.size())) {}
@@ -45,7 +45,8 @@ void HostEngine::run(const std::shared_ptr<const BucketPlan>& bucket, Bytes grad
   for (const std::uint32_t id : bucket->ids) kept_[id] = 0;
 
   std::uint32_t flags = 0;
-  own_wire_ = {};
+  sent_ = {};
+  sent_.joined = options.joined;
   if (codec_ == nullptr) {
     if (step % kPlainNormsEvery == 0) {
       const Plan plan = bucket->passengers[0].plan(step);
@@ -56,19 +57,22 @@ void HostEngine::run(const std::shared_ptr<const BucketPlan>& bucket, Bytes grad
     flags = run_plain(grad);
   } else if (bucket->whole_dense) {
     flags = run_whole_dense(*bucket, grad, step, options);
+  } else if (bucket->two_phase) {
+    flags = run_two_phase(*bucket, grad, step, options);
   } else {
     flags = run_compressed(*bucket, grad, step, options);
   }
 
   const bool finite = (flags & kFlagNonfinite) == 0;
+  if (finite && !bucket->momenta.empty()) note_dense_momentum(*bucket, grad, 1.0f / options.loss_scale);
   if (!finite) {
     fill_nan(grad);
     step_finite_ = false;
   }
   if (options_.step_verdict) {
-    keep_pending(bucket, options.joined);
+    keep_pending(bucket);
   } else {
-    settle(*bucket, step, own_wire_, options.joined, finite);
+    settle(*bucket, step, sent_, finite);
   }
   // Every step's means, not only the checked one's: replicas that drifted earlier are found as well.
   if (check_every_ != 0) output_hash_ = wire::hash_bytes(grad.data, grad.size, output_hash_);
@@ -103,38 +107,41 @@ const float* HostEngine::passenger_factors(const Passengers& group, Bytes grad, 
   return group.stateful ? factors_of(plan, unscale) : nullptr;
 }
 
-void HostEngine::write_message(const Passengers& part, const float* factors, Bytes grad, std::uint64_t step, Bytes message,
-                               std::uint32_t* flags) {
+void HostEngine::write_message(const Recursion& recursion, const Passengers& part, const float* factors, Bytes grad, std::uint64_t step,
+                               Bytes message, std::uint32_t* flags) {
   message.dtype = part.dtype;
-  dense_message(recursion_, part.plan(step), grad, {part.states, factors}, message, flags, Stream::host());
+  dense_message(recursion, part.plan(step), grad, {part.states, factors, part.betas.data()}, message, flags, Stream::host());
+  if (part.stateful) add_server_residuals(part, communicator_.size(), message);
 }
 
 void HostEngine::write_raw(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options, Bytes messages,
                            std::uint32_t* flags) {
   if (options.joined) {
     std::memset(messages.data, 0, messages.size);
+    add_server_residuals(bucket.passengers[0], communicator_.size(), messages);  // this rank's own parts it goes on owning
     return;
   }
   std::size_t offset = 0;
   for (const Passengers& group : bucket.passengers) {
     const float* factors = passenger_factors(group, grad, step, 1.0f / options.loss_scale);
-    write_message(group, factors, grad, step, messages.sub(offset, group.bytes()), flags);
+    write_message(bucket.recursion, group, factors, grad, step, messages.sub(offset, group.bytes()), flags);
     offset += group.bytes();
   }
 }
 
 void HostEngine::write_for_owners(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options, Bytes send,
                                   std::uint32_t* flags) {
-  if (options.joined) {
-    std::memset(send.data, 0, send.size);
-    return;
-  }
   for (std::size_t g = 0; g < 2; ++g) {
-    const float* factors = passenger_factors(bucket.passengers[g], grad, step, 1.0f / options.loss_scale);
-    std::size_t share = 0;
-    for (std::size_t r = 0; r < bucket.shares.size(); share += bucket.send_bytes[r++]) {
+    const float* factors = options.joined ? nullptr : passenger_factors(bucket.passengers[g], grad, step, 1.0f / options.loss_scale);
+    for (std::size_t r = 0; r < bucket.shares.size(); ++r) {
       const auto& parts = bucket.shares[r].parts;
-      write_message(parts[g], factors, grad, step, send.sub(share + (g == 0 ? 0 : parts[0].bytes()), parts[g].bytes()), flags);
+      const Bytes message = send.sub(bucket.share_first[r] + (g == 0 ? 0 : parts[0].bytes()), parts[g].bytes());
+      if (!options.joined) {
+        write_message(bucket.recursion, parts[g], factors, grad, step, message, flags);
+        continue;
+      }
+      std::memset(message.data, 0, message.size);
+      if (g == 0) add_server_residuals(parts[g], communicator_.size(), message);
     }
   }
   clear_padding(bucket, send);
@@ -176,7 +183,7 @@ std::uint32_t HostEngine::run_compressed(const BucketPlan& bucket, Bytes grad, s
     const Bytes send = messages_.take(bucket.sent_bytes());
     write_for_owners(bucket, grad, step, options, send, &flags);
     communicator_.all_to_all_v(send, bucket.send_bytes, memory.sub(0, received), bucket.recv_bytes);
-    used = finish_owned(bucket, world, rank, memory.sub(0, received), factors, send, &flags);
+    used = finish_owned(bucket, world, rank, memory.sub(0, received), bucket.recv_bytes.front(), factors, send, &flags);
     std::memcpy(beside.data, send.data, used);
   } else {
     write_raw(bucket, grad, step, options, beside.sub(0, raw_bytes), &flags);
@@ -184,19 +191,8 @@ std::uint32_t HostEngine::run_compressed(const BucketPlan& bucket, Bytes grad, s
   std::memset(beside.data + used, 0, beside.size - used);
 
   // 2. The payload, whose header tells what all of this found.
-  const Bytes workspace = workspace_.take(bucket.layout.workspace);
-  if (options.joined) {
-    codec_->empty(plan, own_wire, flags, Stream::host());
-  } else {
-    const float unscale = 1.0f / options.loss_scale;
-    const bool clipped = recursion_.clip_norm > 0;  // then the norms come first; else they fall out of the pass
-    if (clipped) squared_norms(plan, grad, norms_.data(), Stream::host());
-    const StateView state{bucket.states, factors_of(plan, unscale)};
-    codec_->stream(recursion_, plan, grad, state, workspace, own_wire, &flags, {bucket_kept_.data(), clipped ? nullptr : norms_.data()},
-                   Stream::host());
-    note_norms(plan, unscale);
-    for (std::size_t s = 0; s < bucket.segments.size(); ++s) kept_[bucket.segments[s].parameter] = bucket_kept_[s];
-  }
+  const Bytes workspace = workspace_.take(std::max(bucket.layout.workspace, bucket.layout.per_payload * std::size_t(world)));
+  stream(bucket, grad, step, options, workspace, own_wire, &flags);
   if (options_.record_payload) options_.record_payload(step, own_wire);
 
   // 3. One gather carries all of it.
@@ -209,56 +205,31 @@ std::uint32_t HostEngine::run_compressed(const BucketPlan& bucket, Bytes grad, s
     for (int r = 0; r < world; ++r) raw_[std::size_t(r)] = gathered.sub(share * std::size_t(r) + capacity, raw_bytes);
     place_raw(bucket, raw_, factors, grad, &flags);
   }
-  own_wire_ = own_wire;
+  sent_.own_wire = own_wire;
+  sent_.gathered = gathered;
   return flags;
 }
 
-void HostEngine::settle(const BucketPlan& bucket, std::uint64_t step, ConstBytes own_wire, bool joined, bool finite) {
-  if (codec_ == nullptr || joined) return;
-  const Passengers& stateful = bucket.passengers[0];
-  if (finite) {
-    settle_dense(recursion_, stateful.plan(step), {stateful.states, nullptr}, Stream::host());
-  } else if (!own_wire.empty()) {
-    codec_->take_back(recursion_, bucket.plan(step), own_wire, {bucket.states, nullptr}, nullptr, Stream::host());
+void HostEngine::stream(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options, Bytes workspace, Bytes wire,
+                        std::uint32_t* flags) {
+  const Plan plan = bucket.plan(step);
+  if (options.joined) {
+    codec_->empty(plan, wire, *flags, Stream::host());
+    return;
   }
-}
-
-void HostEngine::keep_pending(const std::shared_ptr<const BucketPlan>& bucket, bool joined) {
-  if (pending_count_ == pending_.size()) pending_.emplace_back();
-  Pending& pending = pending_[pending_count_++];
-  pending.bucket = bucket;
-  pending.joined = joined;
-  const Bytes payload = pending.payload.take(own_wire_.size);
-  if (!own_wire_.empty()) std::memcpy(payload.data, own_wire_.data, own_wire_.size);
-}
-
-void HostEngine::finish_step(std::uint64_t step) {
-  for (std::size_t i = 0; i < pending_count_; ++i) {
-    Pending& pending = pending_[i];
-    const std::size_t bytes = pending.bucket->whole_dense || codec_ == nullptr ? 0 : pending.bucket->layout.part_capacity;
-    settle(*pending.bucket, step, {pending.payload.data(), bytes, DType::u8, Place::host, 0}, pending.joined, step_finite_);
-    pending.bucket.reset();
-    pending.payload.end_step();
-  }
-  pending_count_ = 0;
-  for (StepScratch* scratch : {&gathered_, &messages_, &workspace_}) scratch->end_step();
-  if (step_finite_) started_ = true;
-  if (!step_finite_) ++nonfinite_steps_;
-  if (!started_) arena_.clear();
-  step_finite_ = true;
-
-  if (check_every_ != 0 && (step + 1) % check_every_ == 0) {
-    const int rank = communicator_.rank();
-    hashes_[std::size_t(rank)] = output_hash_;
-    const Bytes all{reinterpret_cast<std::byte*>(hashes_.data()), hashes_.size() * 8, DType::u8, Place::host, 0};
-    communicator_.all_gather(all.sub(std::size_t(rank) * 8, 8), all);
-    output_hash_ = 0;
-    for (std::size_t r = 0; r < hashes_.size(); ++r) {
-      if (hashes_[r] == hashes_[std::size_t(rank)]) continue;
-      fail(Errc::internal, "check_every: the means up to step " + std::to_string(step) + " differ between rank " + std::to_string(rank) +
-                               " and rank " + std::to_string(r) + "; the replicas have drifted apart");
-    }
-  }
+  // Norms and clip factors are of whole parameters.
+  const Plan whole = bucket.two_phase ? Plan{bucket.phases.whole, {}, step} : plan;
+  const std::size_t parameters = whole.segments.size(), segments = plan.segments.size();
+  const float unscale = 1.0f / options.loss_scale;
+  const bool clipped = bucket.recursion.clip_norm > 0;  // then the norms come first; else they fall out of the pass
+  if (clipped) squared_norms(whole, grad, norms_.data(), Stream::host());
+  factors_of(whole, unscale);
+  for (std::size_t s = parameters; s < segments; ++s) factors_[s] = factors_[s - parameters];
+  codec_->stream(bucket.recursion, plan, grad, {bucket.states, factors_.data(), bucket.betas.data()}, workspace, wire, flags,
+                 {bucket_kept_.data(), clipped ? nullptr : norms_.data()}, Stream::host());
+  for (std::size_t s = parameters; s < segments && !clipped; ++s) norms_[s % parameters] += norms_[s];
+  note_norms(whole, unscale);
+  for (std::size_t s = 0; s < segments; ++s) kept_[plan.segments[s].parameter] += bucket_kept_[s];
 }
 
 std::unique_ptr<BucketEngine> make_host_engine(const EngineParts& parts) { return std::make_unique<HostEngine>(parts); }

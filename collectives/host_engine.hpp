@@ -16,6 +16,9 @@
 
 namespace thinwire {
 
+/// The owner's side of two_phase, whatever the workers use: EF14 on the mean.
+inline constexpr Recursion kOwner{Recursion::Kind::error_feedback, 1.0f};
+
 class HostEngine final : public BucketEngine {
  public:
   explicit HostEngine(const EngineParts& parts);
@@ -35,27 +38,40 @@ class HostEngine final : public BucketEngine {
   std::span<const double> grad_norms() const override { return grad_norms_; }
 
  private:
-  /// What waits for the step's verdict: each bucket's own payload.
+  /// What a bucket leaves for its verdict. All of it lies in scratch, or waits for the step's verdict in a Pending.
+  struct Sent {
+    ConstBytes own_wire;  ///< what is taken back: this rank's payload, under two_phase its second one
+    ConstBytes gathered;  ///< target=momentum: all ranks' contributions, of which the momentum is decoded
+    ConstBytes momentum;  ///< target=momentum: what becomes the momentum of dense parameters, packed, fp32
+    bool joined = false;
+  };
   struct Pending {
     std::shared_ptr<const BucketPlan> bucket;
-    StepScratch payload;
-    bool joined = false;
+    StepScratch memory;
+    Sent sent;
   };
 
   std::uint32_t run_compressed(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options);
+  std::uint32_t run_two_phase(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options);
   std::uint32_t run_whole_dense(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options);
   std::uint32_t run_plain(Bytes grad);
   /// Clip factors from norms_.
   const float* factors_of(const Plan& plan, float unscale);
   void note_norms(const Plan& plan, float unscale);
   const float* passenger_factors(const Passengers& group, Bytes grad, std::uint64_t step, float unscale);
-  void write_message(const Passengers& part, const float* factors, Bytes grad, std::uint64_t step, Bytes message, std::uint32_t* flags);
+  void write_message(const Recursion& recursion, const Passengers& part, const float* factors, Bytes grad, std::uint64_t step,
+                     Bytes message, std::uint32_t* flags);
   void write_raw(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options, Bytes messages,
                  std::uint32_t* flags);
   void write_for_owners(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options, Bytes send,
                         std::uint32_t* flags);
-  void settle(const BucketPlan& bucket, std::uint64_t step, ConstBytes own_wire, bool joined, bool finite);
-  void keep_pending(const std::shared_ptr<const BucketPlan>& bucket, bool joined);
+  void stream(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options, Bytes workspace, Bytes wire,
+              std::uint32_t* flags);
+  void settle(const BucketPlan& bucket, std::uint64_t step, const Sent& sent, bool finite);
+  void take_back(const BucketPlan& bucket, std::uint64_t step, const Sent& sent);
+  void move_momentum(const BucketPlan& bucket, std::uint64_t step, const Sent& sent);
+  void note_dense_momentum(const BucketPlan& bucket, Bytes grad, float unscale);
+  void keep_pending(const std::shared_ptr<const BucketPlan>& bucket);
 
   Communicator& communicator_;
   const Codec* codec_;
@@ -65,7 +81,7 @@ class HostEngine final : public BucketEngine {
   std::uint64_t check_every_;
   Arena& arena_;
 
-  StepScratch gathered_, messages_, workspace_;
+  StepScratch gathered_, messages_, workspace_, momenta_;
   std::vector<ConstBytes> wires_, raw_;
   std::vector<float> factors_;
   std::vector<double> norms_;
@@ -73,7 +89,7 @@ class HostEngine final : public BucketEngine {
   std::vector<double> grad_norms_;
   std::vector<Pending> pending_;
   std::size_t pending_count_ = 0;
-  ConstBytes own_wire_;
+  Sent sent_;
 
   bool step_finite_ = true;
   bool started_ = true;

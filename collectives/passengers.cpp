@@ -86,22 +86,34 @@ void sum_in_rank_order(std::span<const ConstBytes> messages, float factor, Bytes
 }
 
 void clear_padding(const BucketPlan& bucket, Bytes send) {
-  std::byte* end = send.data;
   for (std::size_t r = 0; r < bucket.shares.size(); ++r) {
     const std::size_t used = bucket.shares[r].parts[0].bytes() + bucket.shares[r].parts[1].bytes();
-    std::memset(end + used, 0, bucket.send_bytes[r] - used);
-    end += bucket.send_bytes[r];
+    const std::size_t room = bucket.two_phase ? bucket.phases.slot - bucket.layout.part_capacity : bucket.send_bytes[r];
+    std::memset(send.data + bucket.share_first[r] + used, 0, room - used);
   }
 }
 
-std::size_t finish_owned(const BucketPlan& bucket, int world, int rank, ConstBytes received, const float factors[2], Bytes finished,
-                         std::uint32_t* flags) {
-  const std::size_t share = bucket.recv_bytes.front();
+void add_server_residuals(const Passengers& group, int world, Bytes message) {
+  float* at = message.as<float>();
+  for (std::size_t s = 0; s < group.segments.size(); at += group.segments[s++].count) {
+    const Passengers::Owned& owned = group.owned[s];
+    if (owned.residual == nullptr) continue;
+    for (std::size_t i = 0; i < owned.count; ++i) at[owned.first + i] += float(world) * owned.residual[i];
+  }
+}
+
+void clear_server_residuals(const Passengers& group) {
+  for (const Passengers::Owned& owned : group.owned)
+    if (owned.residual != nullptr) std::memset(owned.residual, 0, owned.count * sizeof(float));
+}
+
+std::size_t finish_owned(const BucketPlan& bucket, int world, int rank, ConstBytes received, std::size_t stride, const float factors[2],
+                         Bytes finished, std::uint32_t* flags) {
   std::size_t in = 0, out = 0;
   for (int g = 0; g < 2; ++g) {
     const Passengers& own = bucket.shares[std::size_t(rank)].parts[g];
     sum_at(
-        std::size_t(world), [&](std::size_t r) { return typed(received, r * share + in, own.count, own.dtype); }, own.count, factors[g],
+        std::size_t(world), [&](std::size_t r) { return typed(received, r * stride + in, own.count, own.dtype); }, own.count, factors[g],
         typed(finished, out, own.count, bucket.dtype), flags);
     in += own.bytes();
     out += own.count * size_of(bucket.dtype);

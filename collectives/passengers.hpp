@@ -16,13 +16,19 @@ namespace thinwire {
 void sum_in_rank_order(std::span<const ConstBytes> messages, float factor, Bytes out, std::uint32_t* flags);
 
 /// Owners, step 1: the send buffer holds, for rank 0, its parts of group 0, then of group 1, then for rank 1, … (BucketPlan::shares); the
-/// bytes that pad every rank's share to a multiple of 4 become zero.
+/// bytes that pad every rank's share become zero.
 void clear_padding(const BucketPlan& bucket, Bytes send);
 
-/// Owners, step 2: `received` holds one share per rank; writes this rank's finished means, in the bucket's dtype, group 0 then group 1, and
-/// returns their bytes.
-std::size_t finish_owned(const BucketPlan& bucket, int world, int rank, ConstBytes received, const float factors[2], Bytes finished,
-                         std::uint32_t* flags);
+/// Owners, step 2: `received` holds one share per rank, `stride` bytes from one to the next; writes this rank's finished means, in the
+/// bucket's dtype, group 0 then group 1, and returns their bytes.
+std::size_t finish_owned(const BucketPlan& bucket, int world, int rank, ConstBytes received, std::size_t stride, const float factors[2],
+                         Bytes finished, std::uint32_t* flags);
+
+/// two_phase, dense: what the owner holds back travels as world × residual in its own message, so that the mean holds it once. `message`:
+/// this group's, packed, fp32.
+void add_server_residuals(const Passengers& group, int world, Bytes message);
+/// After a finite verdict: they have been sent.
+void clear_server_residuals(const Passengers& group);
 
 /// Owners, step 3: puts what owner `rank` finished into the bucket.
 void place_owned(const BucketPlan& bucket, int rank, ConstBytes finished, Bytes grad);

@@ -34,6 +34,7 @@ Work GradientReducer::pass(std::span<const std::uint32_t> parameters, std::strin
 }
 
 void GradientReducer::flush() { impl_->flush(); }
+void GradientReducer::freeze(std::span<const Handover> handover) { impl_->freeze(handover); }
 void GradientReducer::reset() { impl_->reset(); }
 void GradientReducer::close(std::chrono::milliseconds limit) noexcept { impl_->close(limit); }
 const Config& GradientReducer::config() const noexcept { return impl_->config_; }
@@ -46,6 +47,11 @@ void GradientReducer::load_state(std::span<const ReducerState> states, const std
 std::uint64_t GradientReducer::step() const {
   const std::lock_guard lock(impl_->submit_);
   return impl_->step_;
+}
+
+bool GradientReducer::frozen() const {
+  const std::lock_guard lock(impl_->submit_);
+  return impl_->recursion_.averaged && impl_->step_ >= impl_->freeze_at_;
 }
 
 GradientReducer::Impl::~Impl() { close(std::chrono::milliseconds(0)); }
@@ -104,7 +110,9 @@ void GradientReducer::Impl::begin_step_if_needed() {
   if (step_begun_) return;
   step_begun_ = true;
   bool changed = epoch_ == 0;
-  const bool dense = codec_ == nullptr || step_ < config_.start_step() || flush_next_;
+  const bool dense = codec_ == nullptr || step_ < config_.start_step() || flush_next_ || !is_frozen();
+  changed |= is_frozen() != was_frozen_;
+  was_frozen_ = is_frozen();
   changed |= dense != dense_step_;
   dense_step_ = dense;
   flush_next_ = false;
@@ -118,6 +126,10 @@ void GradientReducer::Impl::begin_step_if_needed() {
 }
 
 bool GradientReducer::Impl::dense_by_rule(const ParameterSlot& slot, DType dtype) const {
+  if (two_phase_ || recursion_.averaged) {
+    if (communicator_->size() == 1) return true;  // nothing is sent: exact
+    if (two_phase_) return false;
+  }
   if (config_.exchange().name != "auto") return false;
   return dense_sends_less(*codec_, {0, 0, slot.numel, slot.rows, slot.columns, slot.setting, nullptr}, dtype, communicator_->size());
 }
@@ -141,8 +153,9 @@ std::shared_ptr<const BucketPlan> GradientReducer::Impl::find_plan(std::span<con
   }
   for (const std::uint32_t id : ids)
     if (slots_[id].compressible) slots_[id].dense_now = !dense_step_ && dense_by_rule(slots_[id], dtype);
-  auto plan = std::make_shared<const BucketPlan>(
-      make_bucket_plan(ids, dtype, dense_step_, slots_, codec_.get(), recursion_, communicator_->size(), communicator_->rank()));
+  auto plan = std::make_shared<const BucketPlan>(make_bucket_plan(ids, dtype, dense_step_, slots_, codec_.get(),
+                                                                  is_frozen() ? recursion_ : before_freeze_, communicator_->size(),
+                                                                  communicator_->rank(), two_phase_));
   if (place == nullptr) {
     // A layout that was given up (DDP rebuilds its first one) shares parameters with this one; nothing of it is needed any more.
     std::erase_if(plans_, [&](const CachedPlan& cached) {

@@ -8,6 +8,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -43,6 +44,7 @@ struct Stats {
   double wire_bytes = 0, dense_bytes = 0;  ///< dense_bytes: what a ring all-reduce of the same gradients in their own dtype would have sent
   double factor = 1;                       ///< dense_bytes / wire_bytes; 1 at world 1
   std::uint64_t nonfinite_steps = 0;
+  bool frozen = false;                     ///< target=momentum: whether the next step's momentum is compressed
   std::vector<ParameterStats> parameters;  ///< in id order
 };
 
@@ -54,7 +56,15 @@ struct ReducerState {
   std::string config;
   bool started = true;  ///< under a grad scaler: whether a finite step has been seen
   std::uint64_t nonfinite_steps = 0;
+  std::optional<std::uint64_t> frozen;  ///< target=momentum: the first step whose momentum was compressed, once that is known
   std::map<std::string, std::map<std::string, std::vector<float>>> parameters;
+};
+
+/// target=momentum: what an optimizer hands over of one parameter when its variance is frozen.
+struct Handover {
+  std::span<const float> momentum;     ///< the shared momentum, numel elements; empty: what the reducer has of it
+  std::span<const std::uint8_t> live;  ///< Segment::live, (numel + 7) / 8 bytes: 0 where the frozen variance is 0; empty: all live
+  float beta1 = 0.9f;                  ///< of the parameter's group
 };
 
 /// A ticket for one reduce. Copyable; outlives the reducer.
@@ -89,9 +99,12 @@ struct ReducerOptions {
   /// The GPU in whose memory buckets and state are, or -1: the host's. On a GPU every call enqueues on the stream it is given, in the
   /// calling thread, and returns; one stream, or streams that wait for each other, for all buckets.
   int device = -1;
+  /// target=momentum: an optimizer keeps the momentum until it is handed over by freeze().
+  bool momentum_elsewhere = false;
   /// Keep the calling thread: no queue thread even where the transport would allow one.
   bool inline_queue = false;
-  /// Called with this rank's own payload of every bucket (phase 1), on the queue's thread. For replay and tests.
+  /// Called with this rank's own payloads of every bucket (under two_phase those of phase 1 in destination order, then its second one), on
+  /// the queue's thread. For replay and tests.
   std::function<void(std::uint64_t step, ConstBytes payload)> record_payload = nullptr;
 };
 
@@ -127,6 +140,12 @@ class GradientReducer {
 
   /// The next step is dense, so that it empties the residuals. Call it on all ranks, between steps.
   void flush();
+  /// target=momentum: from the next step on the momentum is compressed. `handover`: one per parameter, in id order, equal on all ranks, or
+  /// empty: the reducer's own momentum, the config's beta1. Called again, it replaces masks and beta1s and, where given, momenta. Between
+  /// steps, on all ranks. @throws invalid_argument naming what does not fit; nothing changed.
+  void freeze(std::span<const Handover> handover = {});
+  /// Whether the momentum is compressed by now.
+  bool frozen() const;
   /// Zeroes all state and counters (not the step). Between steps, on all ranks.
   void reset();
   /// Fails what is queued and stops the thread; idempotent. Waits at most `limit` for work under way before it aborts the group.

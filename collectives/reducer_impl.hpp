@@ -2,6 +2,7 @@
 // The reducer's inside, shared by reducer.cpp (calls and the clock), reducer_setup.cpp (construction) and reducer_state.cpp (state,
 // statistics).
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -34,6 +35,9 @@ class Deadline {
   const std::chrono::milliseconds before_;
 };
 
+/// What a parameter may keep: the recursion's arrays, the codec's memory, what the owner of its part holds back.
+inline constexpr std::size_t kNamedArrays = kMaxStateArrays + 2, kMemoryArray = kMaxStateArrays, kServerArray = kMaxStateArrays + 1;
+
 class GradientReducer::Impl {
  public:
   Impl(std::shared_ptr<Communicator> communicator, const Config& config, std::vector<Parameter> parameters, ReducerOptions options);
@@ -42,6 +46,7 @@ class GradientReducer::Impl {
   std::uint64_t reduce(std::span<const std::uint32_t> ids, Bytes grad, Stream stream, const ReduceOptions& options);
   std::uint64_t pass(std::span<const std::uint32_t> ids, std::string reason, std::function<bool()> exchange, const ReduceOptions& options);
   void flush();
+  void freeze(std::span<const Handover> handover);
   void reset();
   void close(std::chrono::milliseconds limit) noexcept;
   Stats stats() const;
@@ -55,6 +60,8 @@ class GradientReducer::Impl {
   std::uint64_t own_fingerprint() const;
 
   // reducer.cpp
+  /// target=gradient is frozen from the start.
+  bool is_frozen() const noexcept { return !recursion_.averaged || step_ >= freeze_at_; }
   void begin_step_if_needed();
   /// Marks the ids as reduced in this step. @throws invalid_argument, nothing changed.
   void mark(std::span<const std::uint32_t> ids);
@@ -78,7 +85,9 @@ class GradientReducer::Impl {
   };
   /// The state that this rank takes from, after everything about it was checked. @throws invalid_argument, nothing changed.
   std::span<const ReducerState> check_states(std::span<const ReducerState> states) const;
-  /// Fills `out` (kMaxStateArrays + 1 of them) with what parameter `id` keeps; returns how many.
+  /// The named array of another rank of another world: an owned part has another length there.
+  std::size_t length_in(const Array& array, std::uint32_t id, const ReducerState& source) const;
+  /// Fills `out` (kNamedArrays of them) with what parameter `id` keeps; returns how many.
   std::size_t arrays_of(std::uint32_t id, std::span<Array> out) const;
 
   const std::shared_ptr<Communicator> parent_;
@@ -87,6 +96,8 @@ class GradientReducer::Impl {
   const ReducerOptions options_;
   std::unique_ptr<const Codec> codec_;
   Recursion recursion_;
+  Recursion before_freeze_;  ///< target=momentum: of the dense steps before it
+  bool two_phase_ = false;
   std::unique_ptr<const RatioPolicy> policy_;
   std::vector<ParameterSlot> slots_;
   std::size_t total_numel_ = 0;
@@ -100,7 +111,9 @@ class GradientReducer::Impl {
   bool step_begun_ = false;
   bool dense_step_ = false;
   bool flush_next_ = false;
-  std::uint64_t epoch_ = 0;  ///< changes with any setting
+  bool was_frozen_ = true;
+  std::uint64_t freeze_at_ = UINT64_MAX;  ///< target=momentum: the first step that is compressed
+  std::uint64_t epoch_ = 0;               ///< changes with any setting
   struct CachedPlan {
     std::uint64_t epoch;
     std::shared_ptr<const BucketPlan> plan;

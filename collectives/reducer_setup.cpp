@@ -53,7 +53,11 @@ GradientReducer::Impl::Impl(std::shared_ptr<Communicator> communicator, const Co
       options_(std::move(options)),
       codec_(options_.device < 0 ? make_codec(config) : make_device_codec(config)),
       recursion_(make_recursion(config)),
+      before_freeze_{Recursion::Kind::none},
+      two_phase_(codec_ != nullptr && codec_->combine() == Combine::reencode && config.exchange().name != "gather"),
       policy_(make_policy(config)) {
+  before_freeze_.clip_norm = recursion_.clip_norm;
+  if (recursion_.averaged && config.target().text("freeze") != "auto") freeze_at_ = config.target().integer("freeze");
   THINWIRE_EXPECTS(parent_ != nullptr, "a reducer needs a communicator");
   std::set<std::string> names;
   for (Parameter& parameter : parameters) {
@@ -81,8 +85,8 @@ void GradientReducer::Impl::lay_out_state() {
   // Array j holds state j of all parameters one after the other; what a codec remembers comes last. Cache-line starts, so that neighbours
   // share none.
   constexpr std::size_t kLine = 16;
-  std::array<std::size_t, kMaxStateArrays + 1> counts{};
-  std::vector<std::array<std::size_t, kMaxStateArrays + 1>> offsets(slots_.size());
+  std::array<std::size_t, kNamedArrays> counts{};
+  std::vector<std::array<std::size_t, kNamedArrays>> offsets(slots_.size());
   const std::size_t full = state_names(recursion_).size(), dense = dense_state_names(recursion_).size();
   for (std::size_t p = 0; p < slots_.size(); ++p) {
     ParameterSlot& slot = slots_[p];
@@ -95,15 +99,25 @@ void GradientReducer::Impl::lay_out_state() {
     slot.setting = policy_->setting(0, std::uint32_t(p));
     const Segment segment{std::uint32_t(p), 0, slot.numel, slot.rows, slot.columns, slot.setting, nullptr};
     slot.memory_count = codec_->memory(segment);
-    offsets[p][kMaxStateArrays] = counts[kMaxStateArrays];
-    counts[kMaxStateArrays] += slot.memory_count;
+    offsets[p][kMemoryArray] = counts[kMemoryArray];
+    counts[kMemoryArray] += slot.memory_count;
+    if (!two_phase_) continue;
+    slot.owned = owned_part(slot.numel, parent_->size(), parent_->rank());
+    offsets[p][kServerArray] = counts[kServerArray];
+    counts[kServerArray] += round_up(slot.owned.count, kLine);
   }
   arena_ = options_.device < 0 ? Arena(counts) : Arena(counts, options_.device);
   for (std::size_t p = 0; p < slots_.size(); ++p) {
     ParameterSlot& slot = slots_[p];
     const std::size_t arrays = slot.compressible ? full : codec_ != nullptr ? dense : 0;
     for (std::size_t j = 0; j < arrays; ++j) slot.state.array[j] = arena_.array(j) + offsets[p][j];
-    if (slot.memory_count != 0) slot.state.memory = arena_.array(kMaxStateArrays) + offsets[p][kMaxStateArrays];
+    if (slot.memory_count != 0) slot.state.memory = arena_.array(kMemoryArray) + offsets[p][kMemoryArray];
+    if (!slot.compressible) continue;
+    if (two_phase_) slot.server_residual = arena_.array(kServerArray) + offsets[p][kServerArray];
+    if (!recursion_.averaged) continue;
+    slot.shared_momentum = slot.state.array[0];
+    slot.momentum_at = offsets[p][0];
+    slot.beta1 = float(config_.target().number("beta1"));
   }
 }
 

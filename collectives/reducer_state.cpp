@@ -9,6 +9,16 @@
 
 namespace thinwire {
 
+namespace {
+
+constexpr std::string_view kServerResidual = "server_residual";
+
+}  // namespace
+
+std::size_t GradientReducer::Impl::length_in(const Array& array, std::uint32_t id, const ReducerState& source) const {
+  return array.name == kServerResidual ? owned_part(slots_[id].numel, source.world, source.rank).count : array.count;
+}
+
 std::size_t GradientReducer::Impl::arrays_of(std::uint32_t id, std::span<Array> out) const {
   const ParameterSlot& slot = slots_[id];
   const auto names = slot.compressible ? state_names(recursion_) : dense_state_names(recursion_);
@@ -16,7 +26,48 @@ std::size_t GradientReducer::Impl::arrays_of(std::uint32_t id, std::span<Array> 
   for (std::size_t j = 0; j < names.size(); ++j)
     if (slot.state.array[j] != nullptr) out[n++] = {names[j], slot.state.array[j], slot.numel};
   if (slot.memory_count != 0) out[n++] = {codec_->memory_name(), slot.state.memory, slot.memory_count};
+  if (slot.server_residual != nullptr) out[n++] = {kServerResidual, slot.server_residual, slot.owned.count};
   return n;
+}
+
+void GradientReducer::Impl::freeze(std::span<const Handover> handover) {
+  const std::lock_guard lock(submit_);
+  between_steps("freeze()");
+  if (!recursion_.averaged) fail(Errc::invalid_argument, "freeze() belongs to target=momentum; this config's target is the gradient");
+  if (!handover.empty() && handover.size() != slots_.size())
+    fail(Errc::invalid_argument,
+         "freeze(): " + std::to_string(handover.size()) + " parameters are handed over, there are " + std::to_string(slots_.size()));
+  for (std::size_t p = 0; p < handover.size(); ++p) {
+    const auto& [momentum, live, beta1] = handover[p];
+    const std::string whose = "freeze(): parameter '" + slots_[p].parameter.name + "' ";
+    const std::size_t numel = slots_[p].numel;
+    if (!momentum.empty() && momentum.size() != numel)
+      fail(Errc::invalid_argument, whose + "has " + std::to_string(numel) + " elements, its momentum " + std::to_string(momentum.size()));
+    if (!live.empty() && live.size() != (numel + 7) / 8)
+      fail(Errc::invalid_argument,
+           whose + "needs a mask of " + std::to_string((numel + 7) / 8) + " bytes, this one has " + std::to_string(live.size()));
+    if (!(beta1 >= 0 && beta1 < 1)) fail(Errc::invalid_argument, whose + "has beta1=" + std::to_string(beta1) + ", outside [0, 1)");
+    if (!std::all_of(momentum.begin(), momentum.end(), [](float x) { return is_finite(x); }))
+      fail(Errc::invalid_argument, whose + "has a momentum that is not finite");
+  }
+  queue_->drain();
+  engine_->wait();
+  engine_->check();
+  for (std::size_t p = 0; p < handover.size(); ++p) {
+    ParameterSlot& slot = slots_[p];
+    if (slot.shared_momentum == nullptr) continue;
+    if (!handover[p].momentum.empty()) arena_.write(handover[p].momentum, slot.shared_momentum);
+    const std::span<const std::uint8_t> live = handover[p].live;
+    bool all = true;
+    for (std::size_t i = 0; i < live.size(); ++i) {
+      const std::uint8_t bits = slot.numel - 8 * i >= 8 ? 0xff : std::uint8_t((1u << (slot.numel % 8)) - 1);
+      all &= (live[i] & bits) == bits;
+    }
+    slot.live.assign(live.begin(), all ? live.begin() : live.end());
+    slot.beta1 = handover[p].beta1;
+  }
+  freeze_at_ = std::min(freeze_at_, step_);
+  plans_.clear();  // they point to the masks
 }
 
 void GradientReducer::Impl::reset() {
@@ -43,6 +94,7 @@ Stats GradientReducer::Impl::stats() const {
   out.payload_bytes = traffic_.payload_bytes - traffic_at_reset_.payload_bytes;
   out.wire_bytes = traffic_.wire_bytes - traffic_at_reset_.wire_bytes;
   out.dense_bytes = engine_->dense_bytes();
+  out.frozen = recursion_.averaged && step_ >= freeze_at_;
   out.factor = out.wire_bytes > 0 ? out.dense_bytes / out.wire_bytes : 1.0;
   out.nonfinite_steps = engine_->nonfinite_steps();
   std::vector<float> residual;
@@ -84,7 +136,8 @@ ReducerState GradientReducer::Impl::state() const {
   out.config = config_.str();
   out.started = engine_->started();
   out.nonfinite_steps = engine_->nonfinite_steps();
-  std::array<Array, kMaxStateArrays + 1> arrays;
+  if (recursion_.averaged && freeze_at_ != UINT64_MAX) out.frozen = freeze_at_;
+  std::array<Array, kNamedArrays> arrays;
   for (std::uint32_t p = 0; p < slots_.size(); ++p) {
     auto& named = out.parameters[slots_[p].parameter.name];
     for (std::size_t a = 0, n = arrays_of(p, arrays); a < n; ++a) {
@@ -137,7 +190,7 @@ std::span<const ReducerState> GradientReducer::Impl::check_states(std::span<cons
   std::string problems;
   std::set<std::string_view> mine;
   for (const ParameterSlot& slot : slots_) mine.insert(slot.parameter.name);
-  std::array<Array, kMaxStateArrays + 1> arrays;
+  std::array<Array, kNamedArrays> arrays;
   for (const ReducerState& source : sources) {
     for (std::uint32_t p = 0; p < slots_.size(); ++p) {
       const std::string& name = slots_[p].parameter.name;
@@ -151,9 +204,9 @@ std::span<const ReducerState> GradientReducer::Impl::check_states(std::span<cons
         const auto values = found->second.find(std::string(arrays[a].name));
         if (values == found->second.end()) {
           problems += "; '" + name + "' has no '" + std::string(arrays[a].name) + "'";
-        } else if (values->second.size() != arrays[a].count) {
+        } else if (const std::size_t length = length_in(arrays[a], p, source); values->second.size() != length) {
           problems += "; '" + name + "' '" + std::string(arrays[a].name) + "' has " + std::to_string(values->second.size()) +
-                      " elements instead of " + std::to_string(arrays[a].count);
+                      " elements instead of " + std::to_string(length);
         } else if (!std::all_of(values->second.begin(), values->second.end(), [](float x) { return is_finite(x); })) {
           problems += "; '" + name + "' '" + std::string(arrays[a].name) + "' holds a value that is not finite";
         }
@@ -193,13 +246,22 @@ void GradientReducer::Impl::load_state(std::span<const ReducerState> states, con
   const ReducerState& front = sources.front();
   compare_cards(*parent_, front.step, "");
 
-  std::array<Array, kMaxStateArrays + 1> arrays;
+  std::array<Array, kNamedArrays> arrays;
   for (std::uint32_t p = 0; p < slots_.size(); ++p) {
     const std::size_t n = arrays_of(p, arrays);
     for (std::size_t a = 0; a < n; ++a) {
       const std::string key(arrays[a].name);
       if (sources.size() == 1) {  // to the bit, signs of zeros too
         arena_.write(front.parameters.at(slots_[p].parameter.name).at(key), arrays[a].data);
+        continue;
+      }
+      if (arrays[a].name == kServerResidual) {  // the old owners' parts make the whole, of which this rank owns another part
+        std::vector<float> whole;
+        for (const ReducerState& source : sources) {
+          const std::vector<float>& part = source.parameters.at(slots_[p].parameter.name).at(key);
+          whole.insert(whole.end(), part.begin(), part.end());
+        }
+        arena_.write(std::span(whole).subspan(slots_[p].owned.first, slots_[p].owned.count), arrays[a].data);
         continue;
       }
       std::vector<float> mean(arrays[a].count);
@@ -212,6 +274,10 @@ void GradientReducer::Impl::load_state(std::span<const ReducerState> states, con
     }
   }
   step_ = front.step;
+  if (recursion_.averaged) {
+    freeze_at_ = front.frozen.value_or(config_.target().text("freeze") == "auto" ? UINT64_MAX : config_.target().integer("freeze"));
+    if (was_frozen_ != is_frozen()) ++epoch_;
+  }
   std::fill(seen_.begin(), seen_.end(), step_);
   engine_->set_started(front.started || !options_.step_verdict);
   engine_->set_nonfinite_steps(front.nonfinite_steps);

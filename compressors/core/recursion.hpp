@@ -62,6 +62,10 @@ struct StateView {
   const float* beta1 = nullptr;            ///< averaged: one per segment
 };
 
+/// out = beta1·momentum + (1 − beta1)·mean, element by element: what the shared momentum becomes at a dense step before it is compressed.
+/// `out` may be either.
+void average_momentum(float beta1, std::span<const float> momentum, std::span<const float> mean, std::span<float> out) noexcept;
+
 /// Bits of the word that travels in a header and makes the verdict.
 enum Flag : std::uint32_t {
   kFlagNonfinite = 1,  ///< a gradient element or a message was not finite; it entered no state

@@ -122,6 +122,10 @@ void dense_message(const Recursion& recursion, const Plan& plan, ConstBytes grad
   if (bad) *flags |= kFlagNonfinite;
 }
 
+void average_momentum(float beta1, std::span<const float> momentum, std::span<const float> mean, std::span<float> out) noexcept {
+  for (std::size_t i = 0; i < out.size(); ++i) out[i] = feedback::average(beta1, 1.0f - beta1, momentum[i], mean[i]);
+}
+
 void settle_dense(const Recursion& recursion, const Plan& plan, const StateView& state, Stream) {
   for (std::size_t s = 0; s < plan.segments.size(); ++s)
     if (float* residual = residual_of(recursion, state.segments[s])) std::memset(residual, 0, plan.segments[s].count * sizeof(float));

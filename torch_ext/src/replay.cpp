@@ -114,7 +114,8 @@ ReplayResult replay(const Config& config, DType dtype, std::size_t steps, std::i
       options.inline_queue = true;
       if (record_payloads) {
         options.record_payload = [&, rank](std::uint64_t step, ConstBytes payload) {
-          result.payloads.at(step)[std::size_t(rank)].assign(payload.data, payload.data + payload.size);
+          std::vector<std::byte>& all = result.payloads.at(step)[std::size_t(rank)];
+          all.insert(all.end(), payload.data, payload.data + payload.size);
         };
       }
       GradientReducer reducer(communicator, config, parameters, std::move(options));

@@ -1,0 +1,151 @@
+// What follows a bucket's verdict on the host: state is settled, or what was not applied returns to it; with a step verdict after the
+// step's last bucket.
+#include <algorithm>
+#include <cstring>
+#include <string>
+
+#include "collectives/host_engine.hpp"
+#include "collectives/passengers.hpp"
+#include "compressors/core/dtype.hpp"
+#include "compressors/core/error.hpp"
+
+namespace thinwire {
+namespace {
+
+float element(ConstBytes x, std::size_t i) noexcept {
+  return x.dtype == DType::fp32   ? x.as<float>()[i]
+         : x.dtype == DType::bf16 ? bf16_to_float(x.as<std::uint16_t>()[i])
+                                  : fp16_to_float(x.as<std::uint16_t>()[i]);
+}
+
+}  // namespace
+
+void HostEngine::settle(const BucketPlan& bucket, std::uint64_t step, const Sent& sent, bool finite) {
+  if (codec_ == nullptr) return;
+  if (!finite) return take_back(bucket, step, sent);
+  const Passengers& stateful = bucket.passengers[0];
+  if (!sent.joined) settle_dense(bucket.recursion, stateful.plan(step), {stateful.states, nullptr}, Stream::host());
+  clear_server_residuals(stateful);
+  if (!bucket.momenta.empty()) move_momentum(bucket, step, sent);
+}
+
+void HostEngine::take_back(const BucketPlan& bucket, std::uint64_t step, const Sent& sent) {
+  if (bucket.two_phase) {  // what the workers sent lies with the owners already
+    Recursion owner = kOwner;
+    owner.averaged = bucket.recursion.averaged;
+    Plan own = bucket.part(std::size_t(communicator_.rank()), step);
+    const TwoPhase& phases = bucket.phases;
+    codec_->take_back(owner, own, sent.own_wire, {phases.own_taken, nullptr, phases.own_betas.data()}, nullptr, Stream::host());
+  } else if (!sent.own_wire.empty() && !sent.joined) {
+    codec_->take_back(bucket.recursion, bucket.plan(step), sent.own_wire, {bucket.states, nullptr, bucket.betas.data()}, nullptr,
+                      Stream::host());
+  }
+  // Dense messages are in the residual still; of the shared momentum, which has not moved, the next ones will hold their share again.
+  if (!bucket.recursion.averaged || sent.joined) return;
+  const Passengers& dense = bucket.passengers[0];
+  for (std::size_t s = 0; s < dense.segments.size(); ++s) {
+    float* const residual = residual_of(bucket.recursion, dense.states[s]);
+    const float* const momentum = dense.states[s].array[0];
+    if (residual == nullptr || momentum == nullptr) continue;
+    for (std::size_t i = 0; i < dense.segments[s].count; ++i) residual[i] -= dense.betas[s] * momentum[i];
+  }
+}
+
+void HostEngine::note_dense_momentum(const BucketPlan& bucket, Bytes grad, float unscale) {
+  const bool averaging = bucket.recursion.averaged;
+  std::size_t count = 0;
+  for (const SharedMomentum& shared : bucket.momenta) count += shared.dense ? shared.count : 0;
+  const Bytes memory = momenta_.take(count * sizeof(float));
+  float* out = memory.as<float>();
+  for (const SharedMomentum& shared : bucket.momenta) {
+    if (!shared.dense) continue;
+    for (std::size_t i = 0; i < shared.count; ++i) {
+      if (averaging && !is_live(shared.live, i)) std::memset(grad.data + (shared.first + i) * size_of(grad.dtype), 0, size_of(grad.dtype));
+      out[i] = element(grad, shared.first + i) * unscale;
+    }
+    const std::span<float> means(out, shared.count);
+    if (!averaging) average_momentum(shared.beta1, std::span(shared.momentum, shared.count), means, means);
+    out += shared.count;
+  }
+  sent_.momentum = memory;
+}
+
+void HostEngine::move_momentum(const BucketPlan& bucket, std::uint64_t step, const Sent& sent) {
+  if (!options_.momentum_elsewhere || bucket.recursion.averaged) {
+    const float* in = sent.momentum.as<float>();
+    for (const SharedMomentum& shared : bucket.momenta) {
+      if (!shared.dense) continue;
+      std::memcpy(shared.momentum, in, shared.count * sizeof(float));
+      in += shared.count;
+    }
+  }
+  if (bucket.segments.empty()) return;
+  // What was compressed is decoded once more, in true units, to where the momentum lies.
+  const std::size_t world = std::size_t(communicator_.size()), share = bucket.contribution;
+  const Bytes out = host_bytes(arena_.array(0), arena_.count(0));
+  const std::span<const Segment> segments = bucket.momentum_segments;
+  std::uint32_t seen = 0;  // all of it was decoded before
+  const Bytes workspace =
+      workspace_.take(bucket.two_phase ? bucket.phases.workspace : std::max(bucket.layout.workspace, bucket.layout.per_payload * world));
+  if (!bucket.two_phase) {
+    Plan plan = bucket.plan(step);
+    plan.segments = segments;
+    for (std::size_t r = 0; r < world; ++r) wires_[r] = sent.gathered.sub(share * r, bucket.layout.part_capacity);
+    codec_->decode(plan, wires_, 1.0f / float(world), workspace, out, &seen, Stream::host());
+    return;
+  }
+  for (std::size_t r = 0, first = 0; r < world; ++r) {
+    Plan part = bucket.part(r, step);
+    part.segments = segments.subspan(first, part.segments.size());
+    first += part.segments.size();
+    const ConstBytes wire = sent.gathered.sub(share * r, bucket.phases.second[r]);
+    codec_->decode(part, std::span(&wire, 1), 1.0f, workspace, out, &seen, Stream::host());
+  }
+}
+
+void HostEngine::keep_pending(const std::shared_ptr<const BucketPlan>& bucket) {
+  if (pending_count_ == pending_.size()) pending_.emplace_back();
+  Pending& pending = pending_[pending_count_++];
+  pending.bucket = bucket;
+  pending.sent = sent_;
+  if (bucket->momenta.empty()) sent_.gathered = {};
+  const std::size_t own = round_up(sent_.own_wire.size, 64), gathered = round_up(sent_.gathered.size, 64);
+  const Bytes memory = pending.memory.take(own + gathered + sent_.momentum.size);
+  const auto keep = [&](ConstBytes from, std::size_t at) -> ConstBytes {
+    if (!from.empty()) std::memcpy(memory.data + at, from.data, from.size);
+    return {memory.data + at, from.size, DType::u8, Place::host, 0};
+  };
+  pending.sent.own_wire = keep(sent_.own_wire, 0);
+  pending.sent.gathered = keep(sent_.gathered, own);
+  pending.sent.momentum = keep(sent_.momentum, own + gathered);
+}
+
+void HostEngine::finish_step(std::uint64_t step) {
+  for (std::size_t i = 0; i < pending_count_; ++i) {
+    Pending& pending = pending_[i];
+    settle(*pending.bucket, step, pending.sent, step_finite_);
+    pending.bucket.reset();
+    pending.memory.end_step();
+  }
+  pending_count_ = 0;
+  for (StepScratch* scratch : {&gathered_, &messages_, &workspace_, &momenta_}) scratch->end_step();
+  if (step_finite_) started_ = true;
+  if (!step_finite_) ++nonfinite_steps_;
+  if (!started_) arena_.clear();
+  step_finite_ = true;
+
+  if (check_every_ != 0 && (step + 1) % check_every_ == 0) {
+    const int rank = communicator_.rank();
+    hashes_[std::size_t(rank)] = output_hash_;
+    const Bytes all{reinterpret_cast<std::byte*>(hashes_.data()), hashes_.size() * 8, DType::u8, Place::host, 0};
+    communicator_.all_gather(all.sub(std::size_t(rank) * 8, 8), all);
+    output_hash_ = 0;
+    for (std::size_t r = 0; r < hashes_.size(); ++r) {
+      if (hashes_[r] == hashes_[std::size_t(rank)]) continue;
+      fail(Errc::internal, "check_every: the means up to step " + std::to_string(step) + " differ between rank " + std::to_string(rank) +
+                               " and rank " + std::to_string(r) + "; the replicas have drifted apart");
+    }
+  }
+}
+
+}  // namespace thinwire
