@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstddef>
+#include <limits>
 #include <string>
 #include <thread>
 #include <vector>
@@ -103,9 +105,11 @@ class DeviceEngine final : public BucketEngine {
 
   int world() const { return parts_.communicator.size(); }
   bool clips() const { return parts_.recursion.clip_norm > 0; }
+  /// The host cannot know a scale in device memory to be 1.
+  static bool scaled(const ReduceOptions& options) { return options.device_loss_scale != nullptr || options.loss_scale != 1.0f; }
   std::shared_ptr<DevicePlan> plan_of(const std::shared_ptr<const BucketPlan>& bucket, Stream stream);
   /// Norms where somebody needs them, and the factors of a group whose messages are in true units; null: all 1.
-  const float* factors_of(DevicePlan& plan, int group, Bytes grad, std::uint64_t step, float unscale, Stream stream);
+  const float* factors_of(DevicePlan& plan, int group, Bytes grad, std::uint64_t step, const ReduceOptions& options, Stream stream);
   void write_messages(DevicePlan& plan, const DeviceRanges (&where)[2], Bytes grad, std::uint64_t step, const ReduceOptions& options,
                       std::byte* const (&to)[2], Stream stream);
   void run_plain(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Stream stream);
@@ -140,6 +144,9 @@ void DeviceEngine::write_counters() {
 
 void DeviceEngine::check() {
   for (const auto& plan : plans_) {
+    if (const std::uint64_t wrong = *plan->wrong_scale; wrong != 0)
+      fail(Errc::invalid_argument, "loss_scale=" + std::to_string(bits_float(std::uint32_t(wrong))) + " is not a positive number (bucket " +
+                                       plan->bucket->name + "; found on the GPU, so this is a later call)");
     if (plan->report->corrupt == 0) continue;
     fail(Errc::corrupt_payload, parts_.codec->describe(plan->bucket->plan(0), *plan->report) + " (bucket " + plan->bucket->name +
                                     "; found on the GPU, so this is a later call)");
@@ -169,8 +176,10 @@ void DeviceEngine::run(const std::shared_ptr<const BucketPlan>& bucket, Bytes gr
   last_stream_ = stream;
   const std::shared_ptr<DevicePlan> shared = plan_of(bucket, stream);
   DevicePlan& plan = *shared;
-  if (clips() || step % kNormsEvery == 0) plan.unscale = 1.0f / options.loss_scale;
-  device_clear({reinterpret_cast<std::byte*>(plan.flags), 4, DType::u8, Place::cuda, device_}, stream);
+  const bool norms = (clips() || step % kNormsEvery == 0) && (!options.joined || parts_.codec == nullptr);
+  const DeviceFactor loss_scale = options.device_loss_scale != nullptr ? DeviceFactor(options.device_loss_scale) : options.loss_scale;
+  launch_begin(loss_scale, 1.0f / float(world()), norms, parts_.codec != nullptr, plan.flags, plan.scales,
+               const_cast<std::uint64_t*>(plan.wrong_scale), stream);
   ConstBytes own_wire;
   if (parts_.codec == nullptr) {
     run_plain(plan, grad, step, options, stream);
@@ -199,7 +208,7 @@ void DeviceEngine::run(const std::shared_ptr<const BucketPlan>& bucket, Bytes gr
 }
 
 void DeviceEngine::run_plain(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Stream stream) {
-  factors_of(plan, 0, grad, step, 1.0f / options.loss_scale, stream);
+  factors_of(plan, 0, grad, step, options, stream);
   const float factor = 1.0f / float(world());
   const bool narrow = grad.dtype != DType::fp32;
   if (options.joined) device_clear(grad, stream);
@@ -209,20 +218,22 @@ void DeviceEngine::run_plain(DevicePlan& plan, Bytes grad, std::uint64_t step, c
   launch_scale(grad, narrow ? 1.0f : factor, plan.flags, stream);
 }
 
-const float* DeviceEngine::factors_of(DevicePlan& plan, int group, Bytes grad, std::uint64_t step, float unscale, Stream stream) {
+const float* DeviceEngine::factors_of(DevicePlan& plan, int group, Bytes grad, std::uint64_t step, const ReduceOptions& options,
+                                      Stream stream) {
   const DeviceRanges& ranges = plan.whole[group];
   if (ranges.segments == 0) return nullptr;
   const bool stateful = group != 1 && parts_.codec != nullptr;
   if ((clips() && stateful) || step % kNormsEvery == 0) launch_squared_norms(ranges, grad, plan.block_sums, plan.norms[group], stream);
-  if (!stateful || (!clips() && unscale == 1.0f)) return nullptr;
-  launch_clip_factors(parts_.recursion, ranges, plan.norms[group], unscale, world(), parts_.total_numel, plan.factors[group], stream);
+  if (!stateful || (!clips() && !scaled(options))) return nullptr;
+  launch_clip_factors(parts_.recursion, ranges, plan.norms[group], &plan.scales->unscale, world(), parts_.total_numel, plan.factors[group],
+                      stream);
   return plan.factors[group];
 }
 
 void DeviceEngine::write_messages(DevicePlan& plan, const DeviceRanges (&where)[2], Bytes grad, std::uint64_t step,
                                   const ReduceOptions& options, std::byte* const (&to)[2], Stream stream) {
-  const float* factors = factors_of(plan, 0, grad, step, 1.0f / options.loss_scale, stream);
-  factors_of(plan, 1, grad, step, 1.0f, stream);
+  const float* factors = factors_of(plan, 0, grad, step, options, stream);
+  factors_of(plan, 1, grad, step, options, stream);
   launch_dense_message(parts_.recursion, where[0], grad, factors, reinterpret_cast<float*>(to[0]), plan.flags, stream);
   launch_copy_message(where[1], grad, to[1], plan.flags, stream);
 }
@@ -239,8 +250,7 @@ void DeviceEngine::run_whole_dense(DevicePlan& plan, Bytes grad, std::uint64_t s
   launch_count_flag(plan.flags, all.as<float>() + count, stream);
   parts_.communicator.all_reduce(all, stream);
   launch_read_flag(all.as<float>() + count, plan.flags, stream);
-  const float factor = 1.0f / float(world()) * options.loss_scale;
-  launch_sum(plan.whole[0], {all.data, 0, 1, DType::fp32}, factor, grad, plan.flags, stream);
+  launch_sum(plan.whole[0], {all.data, 0, 1, DType::fp32}, &plan.scales->mean, grad, plan.flags, stream);
 }
 
 ConstBytes DeviceEngine::run_compressed(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Stream stream) {
@@ -249,7 +259,8 @@ ConstBytes DeviceEngine::run_compressed(DevicePlan& plan, Bytes grad, std::uint6
   const auto ranks = std::size_t(world()), rank = std::size_t(communicator.rank());
   const std::size_t share = bucket.contribution, capacity = bucket.layout.part_capacity;
   const Plan view = plan.plan(step);
-  const float mean = 1.0f / float(world()), factors[2] = {mean * options.loss_scale, mean};
+  // Messages without state never left the loss-scaled units.
+  const DeviceFactor factors[2] = {&plan.scales->mean, 1.0f / float(world())};
   const Passengers& stateful = bucket.passengers[0];
 
   const std::size_t received = bucket.owners ? bucket.recv_bytes.front() * ranks : 0;
@@ -285,8 +296,10 @@ ConstBytes DeviceEngine::run_compressed(DevicePlan& plan, Bytes grad, std::uint6
   const Bytes workspace = workspace_.take(std::max(bucket.layout.workspace, bucket.layout.per_payload * ranks));
   if (options.joined) {
     parts_.codec->empty(view, own_wire, kFlagJoined, stream);
+    // What this rank found as an owner.
+    launch_add_flags(plan.flags, reinterpret_cast<std::uint32_t*>(own_wire.data + offsetof(wire::Header, flags)), stream);
   } else {
-    const StateView state{bucket.states, factors_of(plan, 2, grad, step, 1.0f / options.loss_scale, stream)};
+    const StateView state{bucket.states, factors_of(plan, 2, grad, step, options, stream)};
     parts_.codec->stream(parts_.recursion, view, grad, state, workspace, own_wire, plan.flags, {plan.kept, nullptr}, stream);
   }
   if (parts_.options.record_payload) {
@@ -299,7 +312,8 @@ ConstBytes DeviceEngine::run_compressed(DevicePlan& plan, Bytes grad, std::uint6
   // 3. One gather carries all of it.
   communicator.all_gather(own, gathered, stream);
   for (std::size_t r = 0; r < ranks; ++r) wires_[r] = gathered.sub(share * r, capacity);
-  parts_.codec->decode(view, wires_, factors[0], workspace, grad, plan.flags, stream);
+  // The factor is in the plan. A codec that does not look there gives NaN, not a wrong mean.
+  parts_.codec->decode(view, wires_, std::numeric_limits<float>::quiet_NaN(), workspace, grad, plan.flags, stream);
   if (bucket.owners) {
     launch_place(plan.finished, gathered.data, grad, stream);
   } else {
@@ -383,13 +397,15 @@ void DeviceEngine::wait() {
     device_copy(kept.data(), plan->kept, 4 * kept.size(), last_stream_);
     device_wait(last_stream_);
     for (std::size_t s = 0; s < kept.size(); ++s) kept_[bucket.segments[s].parameter] = kept[s];
+    DeviceScales scales;
+    device_copy(&scales, plan->scales, sizeof scales, last_stream_);
     const std::vector<Segment>* const groups[3] = {&bucket.passengers[0].segments, &bucket.passengers[1].segments, &bucket.segments};
     for (int g = 0; g < 3; ++g) {
       std::vector<double> norms(groups[g]->size());
       device_copy(norms.data(), plan->norms[g], 8 * norms.size(), last_stream_);
       device_wait(last_stream_);
       for (std::size_t s = 0; s < norms.size(); ++s)
-        grad_norms_[(*groups[g])[s].parameter] = norms[s] * double(plan->unscale) * double(plan->unscale);
+        grad_norms_[(*groups[g])[s].parameter] = norms[s] * double(scales.norm_unscale) * double(scales.norm_unscale);
     }
   }
 }

@@ -9,6 +9,12 @@ namespace {
 
 constexpr std::size_t kAlign = 256;
 
+/// What kernels leave for the host.
+struct Mapped {
+  DeviceReport report;
+  std::uint64_t wrong_scale = 0;
+};
+
 /// Tables one after the other on the host, until their place on the device is known.
 class Writer {
  public:
@@ -71,9 +77,11 @@ void append_group(const Passengers& group, const Recursion& recursion, std::size
 
 DevicePlan::DevicePlan(std::shared_ptr<const BucketPlan> of, const Codec* codec, const Recursion& recursion, int world, int rank,
                        int device, Stream stream)
-    : bucket(std::move(of)), mapped_(sizeof(DeviceReport)) {
+    : bucket(std::move(of)), mapped_(sizeof(Mapped)) {
   const BucketPlan& plan = *bucket;
-  report = new (mapped_.data()) DeviceReport;
+  auto* const mapped = new (mapped_.data()) Mapped;
+  report = &mapped->report;
+  wrong_scale = &mapped->wrong_scale;
   Writer tables;
   std::vector<std::byte> codec_table;
   if (codec != nullptr && !plan.whole_dense) {
@@ -126,7 +134,7 @@ DevicePlan::DevicePlan(std::shared_ptr<const BucketPlan> of, const Codec* codec,
     end += round_up(bytes, kAlign);
     return at;
   };
-  const std::size_t flags_at = place(4), kept_at = place(4 * plan.segments.size());
+  const std::size_t flags_at = place(4), scales_at = place(sizeof(DeviceScales)), kept_at = place(4 * plan.segments.size());
   std::size_t norms_at[3], factors_at[3];
   for (int g = 0; g < 3; ++g) {
     norms_at[g] = place(8 * whole[g].segments);
@@ -138,6 +146,7 @@ DevicePlan::DevicePlan(std::shared_ptr<const BucketPlan> of, const Codec* codec,
   device_clear(arrays_.bytes(), stream);
   const auto pointer = [&]<class T>(std::size_t at, T*& out) { out = reinterpret_cast<T*>(arrays_.data() + at); };
   pointer(flags_at, flags);
+  pointer(scales_at, scales);
   pointer(kept_at, kept);
   pointer(sums_at, block_sums);
   for (int g = 0; g < 3; ++g) {
@@ -151,6 +160,7 @@ Plan DevicePlan::plan(std::uint64_t step) const noexcept {
   Plan out = bucket->plan(step);
   out.table = codec_table_;
   out.report = report;
+  out.factor = &scales->mean;
   return out;
 }
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "collectives/bucket_plan.hpp"
+#include "collectives/passengers_cuda.hpp"
 #include "compressors/core/codec.hpp"
 #include "compressors/core/device.hpp"
 #include "compressors/core/device_recursion.hpp"
@@ -32,9 +33,10 @@ struct DevicePlan {
   std::uint32_t *flags = nullptr, *kept = nullptr;  ///< one; per compressed segment
   double *norms[3] = {}, *block_sums = nullptr;     ///< per segment, as `whole`
   float* factors[3] = {};
+  DeviceScales* scales = nullptr;
   DeviceReport* report = nullptr;
-  std::uint64_t last_used = 0;  ///< a count of the engine's
-  float unscale = 1;            ///< of the gradients that the norms were taken of
+  volatile std::uint64_t* wrong_scale = nullptr;  ///< as launch_begin leaves it; 0: none
+  std::uint64_t last_used = 0;                    ///< a count of the engine's
 
  private:
   DeviceBuffer tables_, arrays_;

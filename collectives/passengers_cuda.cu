@@ -11,16 +11,17 @@ namespace {
 using namespace thinwire::cuda;
 
 __global__ void __launch_bounds__(kThreads)
-    sum_kernel(DeviceRanges ranges, RankMessages messages, float factor, std::byte* out, DType dtype, std::uint32_t* flags) {
+    sum_kernel(DeviceRanges ranges, RankMessages messages, DeviceFactor factor, std::byte* out, DType dtype, std::uint32_t* flags) {
   const auto& dense = *reinterpret_cast<const DeviceDense*>(ranges.base + ranges.chunk_segment[blockIdx.x] * ranges.stride);
   const std::uint64_t start = std::uint64_t(blockIdx.x - dense.range.first_chunk) * kDeviceChunk;
   const std::uint64_t end = start + kDeviceChunk < dense.range.count ? start + kDeviceChunk : dense.range.count;
+  const float product = factor.read();
   bool bad = false;
   for (std::uint64_t i = start + threadIdx.x; i < end; i += kThreads) {
     float sum = 0;
     for (int r = 0; r < messages.world; ++r)
       sum += load_element(messages.first + std::size_t(r) * messages.stride, messages.dtype, dense.packed + i);
-    bad |= !store_element(out, dtype, dense.range.first + i, sum * factor);
+    bad |= !store_element(out, dtype, dense.range.first + i, sum * product);
   }
   if (bad) atomicOr(flags, std::uint32_t(kFlagNonfinite));
 }
@@ -46,6 +47,18 @@ __global__ void __launch_bounds__(kThreads) place_kernel(DeviceRanges ranges, co
   }
 }
 
+__global__ void begin_kernel(DeviceFactor loss_scale, float mean, bool norms, bool judged, std::uint32_t* flags, DeviceScales* scales,
+                             std::uint64_t* wrong) {
+  const float scale = loss_scale.read();
+  const bool sound = scale > 0 && is_finite(scale);
+  scales->unscale = 1.0f / scale;
+  scales->mean = mean * scale;
+  if (norms) scales->norm_unscale = 1.0f / scale;
+  *flags = !sound && judged ? std::uint32_t(kFlagNonfinite) : 0u;
+  if (!sound) *static_cast<volatile std::uint64_t*>(wrong) = kWrongScale | float_bits(scale);
+}
+
+__global__ void add_flags_kernel(const std::uint32_t* flags, std::uint32_t* to) { *to |= *flags; }
 __global__ void count_flag_kernel(const std::uint32_t* flags, float* count) { *count = (*flags & kFlagNonfinite) != 0 ? 1.0f : 0.0f; }
 __global__ void read_flag_kernel(const float* count, std::uint32_t* flags) {
   if (*count != 0.0f) *flags |= kFlagNonfinite;
@@ -86,7 +99,8 @@ std::size_t blocks_for(std::size_t count) {
 
 }  // namespace
 
-void launch_sum(const DeviceRanges& ranges, const RankMessages& messages, float factor, Bytes out, std::uint32_t* flags, Stream stream) {
+void launch_sum(const DeviceRanges& ranges, const RankMessages& messages, DeviceFactor factor, Bytes out, std::uint32_t* flags,
+                Stream stream) {
   launch("sum in rank order", sum_kernel, ranges.chunks, kThreads, stream, ranges, messages, factor, out.data, out.dtype, flags);
 }
 void launch_scale(Bytes data, float factor, std::uint32_t* flags, Stream stream) {
@@ -94,6 +108,13 @@ void launch_scale(Bytes data, float factor, std::uint32_t* flags, Stream stream)
 }
 void launch_place(const DeviceRanges& ranges, const std::byte* packed, Bytes out, Stream stream) {
   launch("place", place_kernel, ranges.chunks, kThreads, stream, ranges, packed, out.data, out.dtype);
+}
+void launch_begin(DeviceFactor loss_scale, float mean, bool norms, bool judged, std::uint32_t* flags, DeviceScales* scales,
+                  std::uint64_t* wrong, Stream stream) {
+  launch("begin", begin_kernel, 1, 1, stream, loss_scale, mean, norms, judged, flags, scales, wrong);
+}
+void launch_add_flags(const std::uint32_t* flags, std::uint32_t* to, Stream stream) {
+  launch("add flags", add_flags_kernel, 1, 1, stream, flags, to);
 }
 void launch_count_flag(const std::uint32_t* flags, float* count, Stream stream) {
   launch("count flag", count_flag_kernel, 1, 1, stream, flags, count);

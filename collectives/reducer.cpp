@@ -185,6 +185,10 @@ std::uint64_t GradientReducer::Impl::reduce(std::span<const std::uint32_t> ids, 
   if (grad.dtype == DType::u8) fail(Errc::invalid_argument, "a bucket's dtype is fp32, bf16 or fp16; this one is u8");
   if (!(options.loss_scale > 0) || !is_finite(options.loss_scale))
     fail(Errc::invalid_argument, "loss_scale=" + std::to_string(options.loss_scale) + " is not a positive number");
+  if (options.device_loss_scale != nullptr && options_.device < 0)
+    fail(Errc::invalid_argument, "device_loss_scale is read by a GPU's kernels; this reducer works in host memory and takes loss_scale");
+  if (options.device_loss_scale != nullptr && options.loss_scale != 1.0f)
+    fail(Errc::invalid_argument, "loss_scale=" + std::to_string(options.loss_scale) + " beside device_loss_scale; give one of them");
   std::unique_lock lock(submit_);
   if (closed_) fail(Errc::invalid_argument, "reduce() after close()");
   queue_->rethrow();

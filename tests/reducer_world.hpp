@@ -149,6 +149,7 @@ struct Scenario {
   std::function<void(GradientReducer&, int step, int rank)> before_step = nullptr, after_step = nullptr;
   bool keep_payloads = false;
   int device = test_device();
+  bool scale_in_memory = false;  ///< the GPU's kernels read the loss scale from its memory
 };
 
 /// What came of it.
@@ -182,6 +183,10 @@ inline Outcome play(const Scenario& s) {
         out.payloads[step - first_step][std::size_t(rank)].emplace_back(payload.data, payload.data + payload.size);
       };
     }
+    const bool scale_in_memory = s.scale_in_memory && gpu != nullptr;
+    DeviceBuffer scale;
+    if (scale_in_memory) scale.reserve(sizeof(float), s.device);
+    const auto set_scale = [&](float value) { device_copy(scale.data(), &value, sizeof value, stream); };
     GradientReducer reducer(communicator, Config::parse(s.config), s.parameters, reducer_options);
     if (!s.start.empty()) {
       const bool same_world = s.start.front().world == s.world;
@@ -195,6 +200,12 @@ inline Outcome play(const Scenario& s) {
       std::vector<GradBuffer> grads;
       std::vector<Work> works;
       grads.reserve(buckets.size());
+      ReduceOptions options = s.options ? s.options(step, rank) : ReduceOptions{};
+      if (scale_in_memory) {
+        set_scale(options.loss_scale);
+        options.loss_scale = 1;
+        options.device_loss_scale = reinterpret_cast<const float*>(scale.data());
+      }
       for (const Ids& bucket : buckets) {
         std::size_t count = 0;
         for (const std::uint32_t p : bucket) count += numel_of(s.parameters[p]);
@@ -206,8 +217,9 @@ inline Outcome play(const Scenario& s) {
           for (const float x : g) grad.set(at++, x);
         }
         const Bytes data = gpu != nullptr ? grad.on_device(s.device, stream) : grad.view();
-        works.push_back(reducer.reduce(bucket, data, stream, s.options ? s.options(step, rank) : ReduceOptions{}));
+        works.push_back(reducer.reduce(bucket, data, stream, options));
       }
+      if (scale_in_memory) set_scale(std::numeric_limits<float>::quiet_NaN());  // whatever comes later in the stream must not read it
       for (Work& work : works) work.wait();
       for (GradBuffer& grad : grads)
         if (gpu != nullptr) grad.fetch(stream);

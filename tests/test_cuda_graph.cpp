@@ -44,6 +44,12 @@ struct Step {
     device_copy(table.data(), host_table.data(), host_table.size(), stream.get());
     device_wait(stream.get());
     plan.table = {table.data(), host_table.size(), DType::u8, Place::cuda, 0};
+    plan.factor = reinterpret_cast<const float*>(words.data() + 128);
+  }
+  /// What a loss scale makes of the mean; it changes between steps.
+  void set_factor(int step) {
+    const float factor = 0.5f + float(step);
+    device_copy(words.data() + 128, &factor, sizeof factor, stream.get());
   }
   void enqueue() {
     auto* const flags = reinterpret_cast<std::uint32_t*>(words.data() + 64);
@@ -78,7 +84,10 @@ TEST(CudaGraph, ReplaysDoWhatCallsDo) {
     TopKOptions options;
     options.exact = exact;
     Step called(options), captured(options);
-    for (int step = 0; step < 4; ++step) called.enqueue();
+    for (int step = 0; step < 4; ++step) {
+      called.set_factor(step);
+      called.enqueue();
+    }
 
     cudaGraph_t graph = nullptr;
     cudaGraphExec_t executable = nullptr;
@@ -89,7 +98,10 @@ TEST(CudaGraph, ReplaysDoWhatCallsDo) {
     ASSERT_EQ(cudaGraphGetNodes(graph, nullptr, &nodes), cudaSuccess);
     EXPECT_EQ(nodes, (exact ? 7u : 3u) + 2 + 1) << "kernels of a pass, a decode and a take-back, and nothing else";
     ASSERT_EQ(cudaGraphInstantiate(&executable, graph, 0), cudaSuccess);
-    for (int step = 0; step < 4; ++step) ASSERT_EQ(cudaGraphLaunch(executable, captured.stream.get().get()), cudaSuccess);
+    for (int step = 0; step < 4; ++step) {
+      captured.set_factor(step);
+      ASSERT_EQ(cudaGraphLaunch(executable, captured.stream.get().get()), cudaSuccess);
+    }
     EXPECT_EQ(captured.read(captured.out), called.read(called.out));
     EXPECT_EQ(captured.read(captured.residual), called.read(called.residual));
     cudaGraphExecDestroy(executable);

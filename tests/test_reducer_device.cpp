@@ -1,5 +1,7 @@
 // The same run in host and in device memory: equal means, states and payloads, to the bit. And what is refused.
 
+#include <cmath>
+
 #include "tests/reducer_world.hpp"
 
 namespace thinwire::test {
@@ -33,6 +35,32 @@ void expect_same_run(Scenario s) {
   }
 }
 
+/// The same for a run with steps that are not finite: NaN is NaN, and norms are those of step 0, which both take.
+void expect_same_with_accidents(Scenario s, std::uint64_t nonfinite_steps) {
+  s.parameters = kModel;
+  s.keep_payloads = true;
+  std::vector<std::vector<double>> norms(std::size_t(s.world));
+  s.after_step = [&norms](GradientReducer& reducer, int step, int rank) {
+    if (step != 0) return;
+    norms[std::size_t(rank)].clear();
+    for (const ParameterStats& p : reducer.stats().parameters) norms[std::size_t(rank)].push_back(p.grad_norm);
+  };
+  s.device = -1;
+  const Outcome host = play(s);
+  const auto host_norms = norms;
+  s.device = 0;
+  const Outcome device = play(s);
+  for (std::size_t t = 0; t < host.mean.size(); ++t)
+    for (std::size_t r = 0; r < host.mean[t].size(); ++r)
+      for (std::size_t p = 0; p < kModel.size(); ++p)
+        ASSERT_TRUE(same_values(host.mean[t][r][p], device.mean[t][r][p])) << "step " << t << " rank " << r << " " << kModel[p].name;
+  expect_same_state(host.state, device.state);
+  EXPECT_EQ(host.payloads, device.payloads);
+  EXPECT_EQ(host_norms, norms);
+  for (const Outcome* run : {&host, &device})
+    for (const Stats& stats : run->stats) EXPECT_EQ(stats.nonfinite_steps, nonfinite_steps);
+}
+
 TEST_F(ReducerDevice, IsTheHostToTheBit) {
   for (const char* config :
        {"dgc:density=0.01 min_numel=100", "dgc:density=0.002,wire=bf16,select=exact,nesterov=1 min_numel=100 start_step=1",
@@ -52,38 +80,94 @@ TEST_F(ReducerDevice, IsTheHostToTheBit) {
 }
 
 TEST_F(ReducerDevice, LossScalesNonfiniteStepsAndJoinedRanksAreTheHostsToo) {
-  for (const bool step_verdict : {false, true}) {
+  const auto clean = numbers(real_number, 12, kModel);
+  for (const char* config :
+       {"dgc:density=0.01 min_numel=100", "dgc:density=0.02,clip_norm=0.5,select=exact min_numel=100",
+        "codec=topk:density=0.1,wire=bf16 feedback=ef14 min_numel=100 start_step=3", "codec=topk:density=0.03 min_numel=100", "codec=none"})
+    for (const bool step_verdict : {false, true})
+      for (const bool in_memory : {false, true}) {
+        SCOPED_TRACE(std::string(config) + (step_verdict ? " step verdict" : "") + (in_memory ? " scale in memory" : ""));
+        Scenario s;
+        s.world = 2;
+        s.config = config;
+        s.steps = 7;
+        s.dtype = step_verdict ? DType::fp32 : DType::bf16;
+        s.reducer.step_verdict = step_verdict;
+        s.options = [](int step, int rank) {
+          constexpr float kScales[] = {1024, 1024, 512, 512, 1, 3, 0.37f};
+          return ReduceOptions{.loss_scale = kScales[step], .joined = step == 4 && rank == 1};
+        };
+        s.grad = [clean](int step, int rank, std::uint32_t p) {
+          Vec g = clean(step, rank, p);
+          if ((step == 0 || step == 3) && rank == 1 && p == 2) g[7] = std::numeric_limits<float>::infinity();
+          return g;
+        };
+        s.scale_in_memory = in_memory;
+        expect_same_with_accidents(s, 2);
+      }
+}
+
+// The finished part of a joined owner is no message of its own: its header has to say all the same that the sum overflowed.
+TEST_F(ReducerDevice, AJoinedOwnerTellsOfASumThatOverflows) {
+  for (const char* config : {"codec=topk:density=0.1 feedback=ef14 min_numel=100", "dgc:density=0.01,momentum=0 min_numel=100"}) {
     Scenario s;
-    s.world = 2;
-    s.config = "dgc:density=0.01 min_numel=100";
-    s.steps = 5;
-    s.reducer.step_verdict = step_verdict;
-    s.options = [](int step, int rank) {
-      ReduceOptions options;
-      options.loss_scale = step < 2 ? 1024.0f : 512.0f;
-      options.joined = step == 4 && rank == 1;
-      return options;
-    };
-    s.parameters = kModel;
-    s.keep_payloads = true;
-    const auto clean = numbers(real_number, 12, kModel);
-    s.grad = [clean](int step, int rank, std::uint32_t p) {
+    s.world = 3;
+    s.config = config;
+    s.steps = 2;
+    s.options = [](int step, int rank) { return ReduceOptions{.joined = step == 0 && rank == 2}; };
+    s.grad = [clean = numbers(real_number, 13, kModel)](int step, int rank, std::uint32_t p) {
       Vec g = clean(step, rank, p);
-      if ((step == 0 || step == 3) && rank == 1 && p == 2) g[7] = std::numeric_limits<float>::infinity();
+      if (step == 0 && p == 3) g.back() = 3e38f;  // the last rank owns it
       return g;
     };
-    s.device = -1;
-    const Outcome host = play(s);
-    s.device = 0;
-    const Outcome device = play(s);
-    for (std::size_t t = 0; t < host.mean.size(); ++t)
-      for (std::size_t r = 0; r < 2; ++r)
-        for (std::size_t p = 0; p < kModel.size(); ++p)
-          ASSERT_TRUE(same_values(host.mean[t][r][p], device.mean[t][r][p])) << "step " << t << " parameter " << p;
-    expect_same_state(host.state, device.state);
-    EXPECT_EQ(host.payloads, device.payloads);
-    EXPECT_EQ(device.stats[0].nonfinite_steps, 2u);
+    expect_same_with_accidents(s, 1);
   }
+}
+
+TEST_F(ReducerDevice, ALossScaleInMemoryThatIsNotAPositiveNumberIsABadStepAndThenAnError) {
+  using Limits = std::numeric_limits<float>;
+  for (const float wrong : {0.0f, -2.0f, Limits::infinity(), Limits::quiet_NaN()})
+    for (const char* config : {"dgc:density=0.1 min_numel=100", "dgc:density=0.1 min_numel=100 start_step=9"}) {
+      SCOPED_TRACE(std::string(config) + " " + std::to_string(wrong));
+      run_ranks(2, [&](std::shared_ptr<Communicator> communicator) {
+        const int rank = communicator->rank();
+        GradientReducer reducer(communicator, Config::parse(config), {{"w", {30, 40}}, {"bias", {30}}}, {.device = 0});
+        const DeviceStream stream(0);
+        DeviceBuffer scale(sizeof(float), 0);
+        const auto reduce = [&](float value) {
+          device_copy(scale.data(), &value, sizeof value, stream.get());
+          GradBuffer grad(DType::fp32, 1230);
+          for (std::size_t i = 0; i < 1230; ++i) grad.set(i, float(i) - 600);
+          const Bytes there = grad.on_device(0, stream.get());
+          reducer.reduce(Ids{0, 1}, there, stream.get(), {.device_loss_scale = reinterpret_cast<const float*>(scale.data())}).wait();
+          grad.fetch(stream.get());
+          return grad;
+        };
+        const GradBuffer good = reduce(4.0f);
+        EXPECT_TRUE(std::isfinite(good.get(0)));
+        const GradBuffer bad = reduce(rank == 1 ? wrong : 4.0f);  // both ranks hear of it
+        for (std::size_t i = 0; i < 1230; ++i) ASSERT_TRUE(std::isnan(bad.get(i))) << i;
+        communicator->barrier();
+        if (rank == 1) expect_error(Errc::invalid_argument, {"loss_scale=", "positive", "later call"}, [&] { reduce(4.0f); });
+      });
+    }
+}
+
+TEST_F(ReducerDevice, RefusesALossScaleInDeviceMemoryWhereNoKernelReadsIt) {
+  run_ranks(1, [](std::shared_ptr<Communicator> communicator) {
+    const DeviceStream stream(0);
+    DeviceBuffer scale(sizeof(float), 0);
+    const ReduceOptions options{.device_loss_scale = reinterpret_cast<const float*>(scale.data())};
+    GradBuffer grad(DType::fp32, 4);
+    GradientReducer host(communicator, Config::parse("dgc:density=0.1"), {{"w", {4}}});
+    expect_error(Errc::invalid_argument, {"device_loss_scale", "host memory"},
+                 [&] { host.reduce(Ids{0}, grad.view(), Stream::host(), options); });
+    GradientReducer reducer(communicator, Config::parse("dgc:density=0.1"), {{"w", {4}}}, {.device = 0});
+    ReduceOptions both = options;
+    both.loss_scale = 2;
+    expect_error(Errc::invalid_argument, {"loss_scale=2", "device_loss_scale"},
+                 [&] { reducer.reduce(Ids{0}, grad.on_device(0, stream.get()), stream.get(), both); });
+  });
 }
 
 TEST_F(ReducerDevice, RefusesBucketsOfAnotherPlace) {

@@ -222,6 +222,7 @@ TEST(ReducerStepVerdict, StateIsUnscaledWhateverTheScaleDoes) {
     for (const bool verdict : {false, true})
       for (const int start : {0, 3}) {
         Scenario s = with_accidents(2, config_of(c.feedback, " start_step=" + std::to_string(start)), 8, {{3, 0, 0, 3, kInf}});
+        s.scale_in_memory = start == 0;  // of a GPU
         Scenario plain = s;
         s.grad = [=, grad = s.grad](int step, int rank, std::uint32_t p) {
           Vec g = grad(step, rank, p);

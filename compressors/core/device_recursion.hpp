@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "compressors/core/dtype.hpp"
 #include "compressors/core/recursion.hpp"
 
 namespace thinwire {
@@ -28,11 +29,21 @@ struct DeviceRanges {
 
 constexpr std::size_t device_chunks(std::size_t count) noexcept { return (count + kDeviceChunk - 1) / kDeviceChunk; }
 
+/// A factor that the host knows, or that lies in device memory because a kernel made it.
+struct DeviceFactor {
+  float value = 1.0f;
+  const float* at = nullptr;
+
+  constexpr DeviceFactor(float known) noexcept : value(known) {}
+  constexpr DeviceFactor(const float* where) noexcept : at(where) {}
+  THINWIRE_HD float read() const noexcept { return at != nullptr ? *at : value; }
+};
+
 /// norms[s] as squared_norms gives them, to the bit. Two kernels; `block_sums`: one double per chunk.
 void launch_squared_norms(const DeviceRanges& ranges, ConstBytes grad, double* block_sums, double* norms, Stream stream);
 
 /// factors[s] as clip_factors gives them. One kernel.
-void launch_clip_factors(const Recursion& recursion, const DeviceRanges& ranges, const double* norms, float unscale, int world,
+void launch_clip_factors(const Recursion& recursion, const DeviceRanges& ranges, const double* norms, DeviceFactor unscale, int world,
                          std::size_t total_numel, float* factors, Stream stream);
 
 /// A segment that stays dense, or a part of one.

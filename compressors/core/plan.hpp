@@ -59,6 +59,7 @@ struct Plan {
 
   ConstBytes table = {};           ///< on a GPU: what Codec::tabulate says of this plan, in device memory
   DeviceReport* report = nullptr;  ///< on a GPU: where decoding reports
+  const float* factor = nullptr;   ///< on a GPU: where decode finds its factor; null: in its argument
 };
 
 }  // namespace thinwire

@@ -81,11 +81,11 @@ __global__ void norm_kernel(DeviceRanges ranges, const double* sums, double* nor
   if (threadIdx.x == 0) norms[blockIdx.x] = sum;
 }
 
-__global__ void clip_kernel(Recursion recursion, DeviceRanges ranges, const double* norms, float unscale, int world,
+__global__ void clip_kernel(Recursion recursion, DeviceRanges ranges, const double* norms, DeviceFactor unscale, int world,
                             std::size_t total_numel, float* factors) {
   const std::size_t s = std::size_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (s >= ranges.segments) return;
-  factors[s] = clip_factor(recursion.clip_norm, norms[s], range_of(ranges, std::uint32_t(s)).count, unscale, world, total_numel);
+  factors[s] = clip_factor(recursion.clip_norm, norms[s], range_of(ranges, std::uint32_t(s)).count, unscale.read(), world, total_numel);
 }
 
 template <Form form>
@@ -150,7 +150,7 @@ void launch_squared_norms(const DeviceRanges& ranges, ConstBytes grad, double* b
   launch("norm", norm_kernel, ranges.segments, unsigned(kPartials), stream, ranges, block_sums, norms);
 }
 
-void launch_clip_factors(const Recursion& recursion, const DeviceRanges& ranges, const double* norms, float unscale, int world,
+void launch_clip_factors(const Recursion& recursion, const DeviceRanges& ranges, const double* norms, DeviceFactor unscale, int world,
                          std::size_t total_numel, float* factors, Stream stream) {
   launch("clip factors", clip_kernel, (ranges.segments + kThreads - 1) / kThreads, kThreads, stream, recursion, ranges, norms, unscale,
          world, total_numel, factors);

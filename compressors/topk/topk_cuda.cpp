@@ -204,7 +204,7 @@ class TopKCuda final : public Codec {
                                                                      std::to_string(wires.size() * words * 4));
     call.chunk_start = workspace.as<std::uint32_t>();
     call.unit_count = call.chunk_start + wires.size() * call.shape.chunks;
-    call.factor = factor;
+    call.factor = plan.factor != nullptr ? DeviceFactor(plan.factor) : DeviceFactor(factor);
     call.out = out.data;
     call.out_dtype = out.dtype;
     call.flags = flags;

@@ -235,10 +235,9 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(DecodeCall call) {
   }
 
   bool bad = false;
+  const float factor = call.factor.read();
   const std::size_t first = segment.range.first + start;
-  for (unsigned i = threadIdx.x; i < count; i += kThreads) {
-    bad |= !store_element(call.out, call.out_dtype, first + i, sum[i] * call.factor);
-  }
+  for (unsigned i = threadIdx.x; i < count; i += kThreads) { bad |= !store_element(call.out, call.out_dtype, first + i, sum[i] * factor); }
   if (bad && call.flags != nullptr) atomicOr(call.flags, std::uint32_t(kFlagNonfinite));
 }
 

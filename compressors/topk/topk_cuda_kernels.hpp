@@ -93,7 +93,7 @@ struct DecodeCall {
   std::size_t stride = 0;           ///< bytes to the next rank's
   std::uint32_t world = 1;
   wire::Header header;  ///< what a sound one is, but for the flags
-  float factor = 1;
+  DeviceFactor factor = 1.0f;
   std::byte* out = nullptr;
   DType out_dtype = DType::fp32, wire_dtype = DType::fp32;
   std::uint32_t* flags = nullptr;

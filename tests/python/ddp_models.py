@@ -148,6 +148,26 @@ def join(rank: int, world: int) -> None:
     replicas_equal(ddp)
 
 
+@feature
+def join_calls_the_hook_outside_of_a_backward_pass(rank: int, world: int) -> None:
+    """By this the hook on a GPU knows a rank that has run out of data, without looking at gradients."""
+    for options in ({}, {"static_graph": True}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}):
+        ddp = DistributedDataParallel(mlp(), bucket_cap_mb=0.002, **options)
+        calls: list[tuple[bool, bool]] = []
+
+        def hook(state, bucket, calls=calls):  # noqa: ANN001, ANN202: torch wants annotations as objects, or none
+            calls.append((torch._C._current_graph_task_id() == -1, not bucket.buffer().any()))
+            return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
+
+        ddp.register_comm_hook(None, hook)
+        with ddp.join(divide_by_initial_world_size=True):
+            for step in range(3 + rank):
+                loss_of(ddp, batch(rank, step)).backward()
+            own = len(calls)
+        assert own > 0 and set(calls[:own]) == {(False, False)}, (options, calls)
+        assert (len(calls) > own) == (rank < world - 1) and set(calls[own:]) <= {(True, True)}, (options, calls)
+
+
 class Words(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -11,15 +11,15 @@ from ranks import Launch
 import thinwire
 
 SCRIPT = Path(__file__).parent / "gpu_rank.py"
+TWINS = Path(__file__).parent / "device_rank.py"
 SECONDS = 240
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available() or not thinwire.build_info()["devices"], reason="there is no GPU, or this build has no CUDA")
 
 
-@needs_gpu
-@pytest.mark.parametrize("world", [1, 2])
-def test_hook_is_replay_to_the_bit(world: int, tmp_path: Path) -> None:
-    launch = Launch(SCRIPT, world, tmp_path)
+def run(script: Path, world: int, folder: Path, *arguments: str) -> None:
+    """Every rank says "ok" of all it did."""
+    launch = Launch(script, world, folder, *arguments)
     codes = launch.wait(SECONDS)
     for rank in range(world):
         said = launch.result(rank)
@@ -29,6 +29,18 @@ def test_hook_is_replay_to_the_bit(world: int, tmp_path: Path) -> None:
         assert said, f"rank {rank} said nothing, exit codes {codes}\n{log}"
         assert all(s == "ok" for s in said.values()), "\n".join(f"{what}: {s}" for what, s in said.items() if s != "ok")
     assert codes == [0] * world, launch.log(0)
+
+
+@needs_gpu
+@pytest.mark.parametrize("world", [1, 2])
+def test_hook_is_replay_to_the_bit(world: int, tmp_path: Path) -> None:
+    run(SCRIPT, world, tmp_path)
+
+
+@pytest.mark.parametrize(("world", "device"), [(2, "cpu"), pytest.param(1, "cuda", marks=needs_gpu), pytest.param(2, "cuda", marks=needs_gpu)])
+def test_grad_scaler_and_join(world: int, device: str, tmp_path: Path) -> None:
+    """On a GPU the same bits as on the CPU; on the CPU what holds on both."""
+    run(TWINS, world, tmp_path, device)
 
 
 def test_build_info_tells_of_gpus() -> None:
@@ -43,5 +55,9 @@ def test_parameters_on_other_devices_are_refused() -> None:
     try:
         with pytest.raises(thinwire.Error, match="meta"):
             thinwire.HookState("dgc:density=0.1", named_parameters=[("w", parameter)])
+        scaler = torch.amp.GradScaler("cpu")
+        scaler._scale = torch.ones((), device="meta")
+        with pytest.raises(thinwire.Error, match="one float32 on the CPU, where gradients are reduced, not 1 torch.float32 on meta"):
+            thinwire.HookState("dgc:density=0.1", named_parameters=[("w", torch.nn.Parameter(torch.zeros(2, 2)))], grad_scaler=scaler)
     finally:
         torch.distributed.destroy_process_group()

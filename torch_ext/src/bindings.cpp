@@ -169,9 +169,10 @@ std::shared_ptr<Engine> make_engine(const c10::intrusive_ptr<c10d::Store>& store
   EngineOptions options;
   options.translate = &translate;
   if (loss_scale) {
-    if (!loss_scale->device().is_cpu() || loss_scale->scalar_type() != at::kFloat || loss_scale->numel() != 1) {
-      fail(Errc::invalid_argument, "the grad scaler's scale must be one float32 on the CPU, not " + std::to_string(loss_scale->numel()) +
-                                       " " + c10::toString(loss_scale->scalar_type()) + " on " + loss_scale->device().str());
+    if (!(loss_scale->is_cpu() || loss_scale->is_cuda()) || loss_scale->scalar_type() != at::kFloat || loss_scale->numel() != 1) {
+      fail(Errc::invalid_argument, "the grad scaler's scale must be one float32 on the CPU or a GPU, not " +
+                                       std::to_string(loss_scale->numel()) + " " + c10::toString(loss_scale->scalar_type()) + " on " +
+                                       loss_scale->device().str());
     }
     options.loss_scale = *loss_scale;
   }

@@ -1,6 +1,8 @@
 #include "torch_ext/src/hook.hpp"
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/any.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -108,6 +110,9 @@ void Engine::place(const std::string& name, const at::Tensor& parameter) {
 void Engine::build(std::vector<Parameter> parameters) {
   ReducerOptions options;
   options.step_verdict = options_.loss_scale.defined();
+  if (options.step_verdict && !options_.loss_scale.is_cpu() && options_.loss_scale.device() != *device_)
+    fail(Errc::invalid_argument, "the grad scaler's scale is on " + options_.loss_scale.device().str() + ", the gradients on " +
+                                     device_->str() + "; it may be there or on the CPU");
   std::shared_ptr<Communicator> group = communicator_;
   if (device_->is_cuda()) {
     options.device = device_->index();
@@ -208,7 +213,14 @@ void Engine::start(std::unique_ptr<Pending> pending) {
   ReduceOptions options;
   options.done = &Engine::finish;
   options.context = pending.get();
-  if (options_.loss_scale.defined()) options.loss_scale = *options_.loss_scale.const_data_ptr<float>();
+  if (options_.loss_scale.defined()) {
+    const float* const scale = options_.loss_scale.const_data_ptr<float>();
+    if (options_.loss_scale.is_cpu()) {
+      options.loss_scale = *scale;
+    } else {
+      options.device_loss_scale = scale;
+    }
+  }
 
   Pending& bucket = *pending;
   const at::Tensor& buffer = bucket.buffer;
@@ -247,9 +259,13 @@ void Engine::start(std::unique_ptr<Pending> pending) {
   } catch (...) { finish(&bucket, std::current_exception()); }
 }
 
-/// Zeros of a joined rank are not looked for here: that would wait for the GPU. They are gradients like any other, so such a rank goes on
-/// sending what its residual holds.
-void Engine::reduce_on_device(Pending& bucket, Bytes grad, const ReduceOptions& options) {
+/// DDP.join calls the hook of a rank that has run out of data with zeros, and not from within a backward pass. Only there are zeros looked
+/// for, because that waits for the GPU; such a rank has nothing else to do.
+void Engine::reduce_on_device(Pending& bucket, Bytes grad, ReduceOptions options) {
+  if (torch::autograd::get_current_graph_task_id() == -1) {
+    const at::NoGradGuard no_grad;
+    options.joined = !at::any(bucket.buffer).item<bool>();
+  }
   grad.place = Place::cuda;
   grad.device = device_->index();
   const at::Tensor buffer = bucket.buffer;  // the bucket is gone once it is done

@@ -29,7 +29,8 @@ struct NamedParameter {
 };
 
 struct EngineOptions {
-  /// GradScaler's one scale tensor (fp32, on the CPU), read whenever a bucket comes; undefined: gradients are not scaled.
+  /// GradScaler's one scale tensor (fp32): on the CPU it is read whenever a bucket comes, on the gradients' GPU by the bucket's kernels;
+  /// undefined: gradients are not scaled.
   at::Tensor loss_scale;
   /// Makes the group that reduces on a GPU. Collective.
   std::function<std::shared_ptr<Communicator>(int device)> make_device_group;
@@ -77,7 +78,7 @@ class Engine {
   /// All parameters are on one device, the first one's. @throws unsupported naming the one that is not.
   void place(const std::string& name, const at::Tensor& parameter);
   void build(std::vector<Parameter> parameters);
-  void reduce_on_device(Pending& bucket, Bytes grad, const ReduceOptions& options);
+  void reduce_on_device(Pending& bucket, Bytes grad, ReduceOptions options);
   void start(std::unique_ptr<Pending> pending);
   void fail_waiting(std::exception_ptr error) noexcept;
   static void finish(void* context, std::exception_ptr error) noexcept;

@@ -55,7 +55,7 @@ class HookState:
         named = None if named_parameters is None else _named(named_parameters)
         self._shapes = None if named is None else {name: p.shape for name, p in named}
         self._kept: dict[str, Any] | None = None  # a copy's state, in place of an engine
-        scale = _scale_of(grad_scaler)
+        scale = _scale_of(grad_scaler, None if named is None else named[0][1].device)
         group = _group(process_group)
         store = group.get_group_store()
         # Numbers the hooks of this group: every rank counts its own, all in the same order. A refused call is not counted: whoever corrects
@@ -246,19 +246,25 @@ def _reduced_by(ddp: DistributedDataParallel) -> list[tuple[str, torch.nn.Parame
     return [(names[id(p)], p) for p in dict.fromkeys(ddp._module_parameters) if p.requires_grad]
 
 
-def _scale_of(grad_scaler: Any) -> torch.Tensor | None:
+def _scale_of(grad_scaler: Any, device: torch.device | None) -> torch.Tensor | None:
+    """The scaler's scale, which the hook reads without Python. ``device``: of the gradients; None: not known yet."""
     if grad_scaler is None or not grad_scaler.is_enabled():
         return None
     try:
-        # Made by the first scale(), then the same tensor for ever: make it now, so that the hook can read it without Python.
+        # The first scale() makes it, where the loss is; from then on it is the same tensor for ever.
         if grad_scaler._scale is None:
-            grad_scaler._lazy_init_scale_growth_tracker(torch.device("cpu"))
+            grad_scaler._lazy_init_scale_growth_tracker(torch.device(grad_scaler._device) if device is None else device)
         scale = grad_scaler._scale
     except AttributeError as error:
         raise UnsupportedError(f"grad_scaler is a {type(grad_scaler).__name__}, which is no torch.amp.GradScaler") from error
-    if not isinstance(scale, torch.Tensor) or scale.device.type != "cpu" or scale.dtype != torch.float32 or scale.numel() != 1:
-        what = f"{scale.numel()} {scale.dtype} on {scale.device}" if isinstance(scale, torch.Tensor) else type(scale).__name__
-        raise ArgumentError(f"grad_scaler: its scale must be one float32 on the CPU, as torch.amp.GradScaler('cpu') has it, not {what}")
+    if not isinstance(scale, torch.Tensor):
+        raise ArgumentError(f"grad_scaler: its scale must be a tensor, not a {type(scale).__name__}")
+    near = scale.device.type == "cpu" or (scale.device == device if device is not None else scale.device.type == "cuda")
+    if not near or scale.dtype != torch.float32 or scale.numel() != 1:
+        where = "the CPU" if device is not None and device.type == "cpu" else f"the CPU or {device or 'a GPU'}"
+        raise ArgumentError(
+            f"grad_scaler: its scale must be one float32 on {where}, where gradients are reduced, not {scale.numel()} {scale.dtype} on {scale.device}"
+        )
     return scale
 
 
