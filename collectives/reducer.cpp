@@ -54,6 +54,8 @@ bool GradientReducer::frozen() const {
   return impl_->recursion_.averaged && impl_->step_ >= impl_->freeze_at_;
 }
 
+bool GradientReducer::averages(std::uint32_t parameter) const { return impl_->slots_.at(parameter).shared_momentum != nullptr; }
+
 GradientReducer::Impl::~Impl() { close(std::chrono::milliseconds(0)); }
 
 void GradientReducer::Impl::close(std::chrono::milliseconds limit) noexcept {

@@ -36,6 +36,7 @@ struct ParameterStats {
   std::uint64_t kept = 0;                   ///< entries sent at the last step
   double residual_norm = 0, grad_norm = 0;  ///< L2, of this rank; grad_norm of the last step's local gradient (codec=none, and on a GPU: of
                                             ///< the last step divisible by 16), in unscaled units
+  std::optional<double> momentum_norm;      ///< target=momentum: of the shared momentum
 };
 
 struct Stats {
@@ -102,7 +103,8 @@ struct ReducerOptions {
   /// The GPU in whose memory buckets and state are, or -1: the host's. On a GPU every call enqueues on the stream it is given, in the
   /// calling thread, and returns; one stream, or streams that wait for each other, for all buckets.
   int device = -1;
-  /// target=momentum: an optimizer keeps the momentum until it is handed over by freeze().
+  /// target=momentum: an optimizer keeps the momentum and decides: everything stays dense until it calls freeze(), whatever the config's
+  /// freeze says.
   bool momentum_elsewhere = false;
   /// Keep the calling thread: no queue thread even where the transport would allow one.
   bool inline_queue = false;
@@ -149,6 +151,8 @@ class GradientReducer {
   void freeze(std::span<const Handover> handover = {});
   /// Whether the momentum is compressed by now.
   bool frozen() const;
+  /// target=momentum: whether what comes back of this parameter is its momentum once that is compressed; false: its mean gradient, always.
+  bool averages(std::uint32_t parameter) const;
   /// Zeroes all state and counters (not the step). Between steps, on all ranks.
   void reset();
   /// Fails what is queued and stops the thread; idempotent. Waits at most `limit` for work under way before it aborts the group.

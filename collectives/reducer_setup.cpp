@@ -57,7 +57,12 @@ GradientReducer::Impl::Impl(std::shared_ptr<Communicator> communicator, const Co
       two_phase_(codec_ != nullptr && codec_->combine() == Combine::reencode && config.exchange().name != "gather"),
       policy_(make_policy(config)) {
   before_freeze_.clip_norm = recursion_.clip_norm;
-  if (recursion_.averaged && config.target().text("freeze") != "auto") freeze_at_ = config.target().integer("freeze");
+  if (recursion_.averaged && !options_.momentum_elsewhere) {
+    if (config.target().text("freeze") == "auto")
+      fail(Errc::invalid_config,
+           "target=momentum: freeze=auto is decided by an optimizer, and there is none; give freeze=STEP, or optimizer=OneBitAdam(...)");
+    freeze_at_ = config.target().integer("freeze");
+  }
   THINWIRE_EXPECTS(parent_ != nullptr, "a reducer needs a communicator");
   std::set<std::string> names;
   for (Parameter& parameter : parameters) {

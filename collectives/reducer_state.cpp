@@ -112,13 +112,15 @@ Stats GradientReducer::Impl::stats() const {
     s.density = s.compressed ? slot.setting.density : 1.0;
     s.kept = pass_reasons_[p].empty() ? engine_->kept()[p] : 0;
     s.grad_norm = std::sqrt(engine_->grad_norms()[p]);
-    if (const float* at = slot.compressible ? residual_of(recursion_, slot.state) : nullptr) {
+    const auto norm = [&](const float* at) {
       double sum = 0;
       residual.resize(slot.numel);
       arena_.read(at, residual);
       for (const float x : residual) sum += double(x) * x;
-      s.residual_norm = std::sqrt(sum);
-    }
+      return std::sqrt(sum);
+    };
+    if (const float* at = slot.compressible ? residual_of(recursion_, slot.state) : nullptr) s.residual_norm = norm(at);
+    if (slot.shared_momentum != nullptr) s.momentum_norm = norm(slot.shared_momentum);
   }
   return out;
 }
@@ -275,7 +277,7 @@ void GradientReducer::Impl::load_state(std::span<const ReducerState> states, con
   }
   step_ = front.step;
   if (recursion_.averaged) {
-    freeze_at_ = front.frozen.value_or(config_.target().text("freeze") == "auto" ? UINT64_MAX : config_.target().integer("freeze"));
+    freeze_at_ = front.frozen.value_or(options_.momentum_elsewhere ? UINT64_MAX : config_.target().integer("freeze"));
     if (was_frozen_ != is_frozen()) ++epoch_;
   }
   std::fill(seen_.begin(), seen_.end(), step_);

@@ -74,11 +74,15 @@ struct Avx2 {
     const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(word & 255)), each), each));
   }
-  /// table[a + 2·b] for the low bits a, b of two words.
-  static V look_up(const float* table, std::uint64_t a, std::uint64_t b) noexcept {
-    const std::uint64_t spread = _pdep_u64(a & 255, 0x0101010101010101u) | _pdep_u64(b & 255, 0x0202020202020202u);
-    const __m128i bytes = _mm_cvtsi64_si128(static_cast<long long>(spread));
-    return _mm256_permutevar_ps(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(table)), _mm256_cvtepu8_epi32(bytes));
+  /// Four numbers, to be looked up by two bits.
+  static V table(const float* four) noexcept { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(four)); }
+  /// Element i of 16: the table's entry for bits 2i and 2i + 1 of word `k` of 32 bits. `step` 1: elements 8 to 15.
+  static V look_up(V table, const void* words, std::size_t k, std::size_t step) noexcept {
+    std::int32_t pairs;
+    std::memcpy(&pairs, static_cast<const char*>(words) + 4 * k + 2 * step,
+                4);  // of the last half the upper bits are the next word's: unused
+    const __m256i shift = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
+    return _mm256_permutevar_ps(table, _mm256_srlv_epi32(_mm256_set1_epi32(pairs), shift));  // it looks at two bits only
   }
   static void stream_halves(float* p, V x) noexcept {
     _mm_stream_ps(p, _mm256_castps256_ps128(x));

@@ -39,10 +39,14 @@ struct Avx512 {
   }
   /// A lane of a word's low bits.
   static Mask mask_of(std::uint64_t word) noexcept { return Mask(word); }
-  /// table[a + 2·b] for the low bits a, b of two words.
-  static V look_up(const float* table, std::uint64_t a, std::uint64_t b) noexcept {
-    const V low = _mm512_mask_blend_ps(Mask(a), set(table[0]), set(table[1]));
-    return _mm512_mask_mov_ps(low, Mask(b), _mm512_mask_blend_ps(Mask(a), set(table[2]), set(table[3])));
+  /// Four numbers, to be looked up by two bits.
+  static V table(const float* four) noexcept { return _mm512_broadcast_f32x4(_mm_loadu_ps(four)); }
+  /// Element i of 16: the table's entry for bits 2i and 2i + 1 of word `k` of 32 bits. `step`: of narrower vectors.
+  static V look_up(V table, const void* words, std::size_t k, std::size_t) noexcept {
+    std::int32_t pairs;
+    std::memcpy(&pairs, static_cast<const char*>(words) + 4 * k, 4);
+    const __m512i shift = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return _mm512_permutevar_ps(table, _mm512_srlv_epi32(_mm512_set1_epi32(pairs), shift));  // it looks at two bits only
   }
   static void stream_halves(float* p, V x) noexcept {
     _mm256_stream_ps(p, _mm512_castps512_ps256(x));

@@ -236,6 +236,7 @@ void Sign::decode(const Plan& plan, std::span<const ConstBytes> wires, float fac
     }
     offset += bit_bytes(segment.count);
   }
+  kernels_.fence();
   if (flags != nullptr) *flags |= found;
 }
 

@@ -57,6 +57,7 @@ using DecodeRange = bool (*)(const Peers& peers, std::size_t from, std::size_t t
 struct Kernels {
   std::array<std::array<std::array<EncodeKernel, kDTypes>, feedback::kForms>, kScales> encode;  ///< null for forms of momentum correction
   LeaveKernel leave;
+  void (*fence)();                           ///< after the last decode past the caches: other threads see it all
   std::array<DecodeKernel, kDTypes> decode;  ///< by out's dtype
 };
 

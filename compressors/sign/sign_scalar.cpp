@@ -79,7 +79,7 @@ constexpr std::array<std::array<EncodeKernel, kDTypes>, feedback::kForms> kScale
     kFormEncoders<scale, Form::averaged>, kFormEncoders<scale, Form::averaged_feedback>};
 
 constexpr Kernels kScalar = {
-    {kScaleEncoders<Scale::l1>, kScaleEncoders<Scale::l2>}, leave, {decode<DType::fp32>, decode<DType::bf16>, decode<DType::fp16>}};
+    {kScaleEncoders<Scale::l1>, kScaleEncoders<Scale::l2>}, leave, [] {}, {decode<DType::fp32>, decode<DType::bf16>, decode<DType::fp16>}};
 
 }  // namespace
 

@@ -88,76 +88,122 @@ void leave(float* residual, const std::uint8_t* live, std::size_t count, float s
 
 enum class Write { plain, halves, streaming };
 
-/// Sums of pairs of ranks come from a table of four: {−s0 − s1, s0 − s1, −s0 + s1, s0 + s1}.
-inline void fill_table(const float* scales, float* table) noexcept {
-  for (int b = 0; b < 4; ++b) table[b] = value_of((b & 1) != 0, scales[0]) + value_of((b & 2) != 0, scales[1]);
-}
-inline constexpr std::size_t kTables = 32;  // pairs whose tables are made once per call
+/// Pairs of ranks in a table; an odd last rank is a pair with one that sends nothing.
+inline constexpr std::size_t kPairs = 128;
 
-template <class L, DType dtype, Write write>
-bool decode_rows(const Peers& peers, std::size_t count, float factor, void* out) {
-  using V = typename L::V;
-  constexpr std::size_t kVectors = kRow / L::kWidth;
-  const std::size_t pairs = peers.count / 2;
-  alignas(64) float tables[4 * kTables], spare[4];
-  for (std::size_t p = 0; p < std::min(pairs, kTables); ++p) fill_table(peers.scales + 2 * p, tables + 4 * p);
-  const float last = peers.scales[peers.count - 1], single[4] = {-last, last, -last, last};
-  const V f = L::set(factor), infinity = L::set(bits_float(0x7f800000u));
-  auto bad = L::lanes(false);
-  std::size_t i = 0;
-  for (; i + kRow <= count; i += kRow) {
-    V sum[kVectors];
-    const auto word = [&](std::size_t r) { return word_at(peers.bits[r] + peers.offset + i / 8); };
-    const auto add = [&](const float* table, std::uint64_t a, std::uint64_t b, bool first) {
-      for (std::size_t j = 0; j < kVectors; ++j) {
-        const V value = L::look_up(table, a >> (j * L::kWidth), b >> (j * L::kWidth));
-        sum[j] = first ? value : sum[j] + value;
-      }
-    };
-    if (pairs == 0) {
-      add(single, word(0), 0, true);
-    } else {
-      add(tables, word(0), word(1), true);
-    }
-    for (std::size_t p = 1; p < pairs; ++p) {
-      const float* table = tables + 4 * p;
-      if (p >= kTables) {
-        fill_table(peers.scales + 2 * p, spare);
-        table = spare;
-      }
-      add(table, word(2 * p), word(2 * p + 1), false);
-    }
-    if (peers.count % 2 != 0 && pairs != 0) add(single, word(peers.count - 1), 0, false);
-    const std::uint64_t live = peers.live != nullptr ? word_at(peers.live + i / 8) : ~std::uint64_t(0);
-    for (std::size_t j = 0; j < kVectors; ++j) {
-      V mean = sum[j] * f;
-      if (peers.live != nullptr) mean = L::choose(L::mask_of(live >> (j * L::kWidth)), mean, L::set(0.0f));
-      const std::size_t at = i + j * L::kWidth;
-      if constexpr (dtype == DType::bf16) mean = L::nearest_bf16(mean);
-      if constexpr (dtype == DType::fp16) mean = L::nearest_fp16(mean);
-      bad = L::either(bad, L::not_less(L::abs(mean), infinity));
-      if constexpr (dtype == DType::bf16) L::store_bf16(static_cast<std::uint16_t*>(out) + at, mean);
-      if constexpr (dtype == DType::fp16) L::store_fp16(static_cast<std::uint16_t*>(out) + at, mean);
-      if constexpr (dtype == DType::fp32) {
-        float* p = static_cast<float*>(out) + at;
-        if constexpr (write == Write::plain) L::store(p, mean);
-        if constexpr (write == Write::halves) L::stream_halves(p, mean);
-        if constexpr (write == Write::streaming) L::template store_out<true>(p, mean);
+/// Sums of pairs of ranks are looked up: {−s0 − s1, s0 − s1, −s0 + s1, s0 + s1} by the two ranks' bits.
+struct PairTables {
+  alignas(64) float sums[kPairs][4];  // only what there are pairs for
+  std::size_t pairs;
+
+  explicit PairTables(const Peers& peers) noexcept : pairs((peers.count + 1) / 2) {
+    if (pairs == 0) __builtin_unreachable();
+    for (std::size_t p = 0; p < pairs; ++p) {
+      for (int b = 0; b < 4; ++b) {
+        const float value = value_of((b & 1) != 0, peers.scales[2 * p]);
+        sums[p][b] = 2 * p + 1 < peers.count ? value + value_of((b & 2) != 0, peers.scales[2 * p + 1]) : value;
       }
     }
   }
-  if constexpr (write != Write::plain) _mm_sfence();
-  return !L::any(bad) & decode_range(peers, i, count, factor, dtype, out);
+  /// No sum of ranks exceeds that of their scales, added in the same order: rounding is monotonous.
+  float most() const noexcept {
+    float sum = sums[0][3];
+    for (std::size_t p = 1; p < pairs; ++p) sum += sums[p][3];
+    return sum;
+  }
+};
+
+/// Rows whose bits are brought side by side at once: a cache line of every rank's.
+inline constexpr std::size_t kRows = 8;
+/// Every rank's bits are a slow stream of their own, which hardware does not prefetch in time.
+inline constexpr std::size_t kAhead = 512;
+
+/// Words of two bits per element, those of a pair's two ranks: in memory, where broadcasts cost nothing.
+using Words = std::uint64_t[kRows][kPairs + 1][2];
+
+[[gnu::always_inline]] inline void interleave(const Peers& peers, std::size_t i, std::size_t rows, Words& words) noexcept {
+  constexpr std::uint64_t kEven = 0x5555555555555555u, kOdd = 0xaaaaaaaaaaaaaaaau;
+  const std::size_t at = peers.offset + i / 8, even = peers.count & ~std::size_t(1);
+  for (std::size_t r = 0; r < even; r += 2) {
+    const std::uint8_t* const first = peers.bits[r] + at;
+    const std::uint8_t* const second = peers.bits[r + 1] + at;
+    __builtin_prefetch(first + kAhead);
+    __builtin_prefetch(second + kAhead);
+    std::uint64_t(*out)[2] = &words[0][r / 2];
+    for (std::size_t row = 0; row < rows; ++row, out += kPairs + 1) {
+      const std::uint64_t a = word_at(first + 8 * row), b = word_at(second + 8 * row);
+      (*out)[0] = _pdep_u64(a, kEven) | _pdep_u64(b, kOdd);
+      (*out)[1] = _pdep_u64(a >> 32, kEven) | _pdep_u64(b >> 32, kOdd);
+    }
+  }
+  if (even == peers.count) return;
+  for (std::size_t row = 0; row < rows; ++row) {
+    const std::uint64_t a = word_at(peers.bits[even] + at + 8 * row);
+    words[row][even / 2][0] = _pdep_u64(a, kEven);
+    words[row][even / 2][1] = _pdep_u64(a >> 32, kEven);
+  }
+}
+
+template <class L, DType dtype, Write write>
+[[gnu::always_inline]] inline void put(void* out, std::size_t at, typename L::V mean) noexcept {
+  if constexpr (dtype == DType::bf16) L::store_bf16(static_cast<std::uint16_t*>(out) + at, L::nearest_bf16(mean));
+  if constexpr (dtype == DType::fp16) L::store_fp16(static_cast<std::uint16_t*>(out) + at, mean);
+  if constexpr (dtype == DType::fp32) {
+    float* p = static_cast<float*>(out) + at;
+    if constexpr (write == Write::plain) L::store(p, mean);
+    if constexpr (write == Write::halves) L::stream_halves(p, mean);
+    if constexpr (write == Write::streaming) L::template store_out<true>(p, mean);
+  }
+}
+
+template <class L, DType dtype, Write write>
+void decode_rows(const Peers& peers, const PairTables& tables, std::size_t count, float factor, void* out) {
+  using V = typename L::V;
+  constexpr std::size_t kVectors = kRow / L::kWidth, kSteps = 16 / L::kWidth;
+  const std::size_t whole = count / kRow, pairs = tables.pairs;
+  const std::uint8_t* const live = peers.live;
+  const V f = L::set(factor);
+  Words words;
+  for (std::size_t first = 0; first < whole; first += kRows) {
+    const std::size_t rows = std::min(kRows, whole - first);
+    interleave(peers, first * kRow, rows, words);
+    for (std::size_t row = 0; row < rows; ++row) {
+      V sum[kVectors];
+      const auto values = [&](std::size_t p, auto&& take) {
+        const V table = L::table(tables.sums[p]);
+        for (std::size_t j = 0; j < kVectors; ++j) take(sum[j], L::look_up(table, words[row][p], j / kSteps, j % kSteps));
+      };
+      values(0, [](V& into, const V& value) { into = value; });
+      for (std::size_t p = 1; p < pairs; ++p) values(p, [](V& into, const V& value) { into += value; });
+      const std::size_t i = (first + row) * kRow;
+      for (std::size_t j = 0; j < kVectors; ++j) sum[j] *= f;
+      if (live != nullptr) {
+        const std::uint64_t word = word_at(live + i / 8);
+        for (std::size_t j = 0; j < kVectors; ++j) sum[j] = L::choose(L::mask_of(word >> (j * L::kWidth)), sum[j], L::set(0.0f));
+      }
+      for (std::size_t j = 0; j < kVectors; ++j) put<L, dtype, write>(out, i + j * L::kWidth, sum[j]);
+    }
+  }
 }
 
 template <class L, DType dtype>
 bool decode(const Peers& peers, std::size_t count, float factor, void* out, bool streaming) {
-  if constexpr (dtype == DType::fp32) {
-    const auto place = reinterpret_cast<std::uintptr_t>(out);
-    if (streaming && place % (4 * L::kWidth) == 0) return decode_rows<L, dtype, Write::streaming>(peers, count, factor, out);
-    if (streaming && place % (2 * L::kWidth) == 0) return decode_rows<L, dtype, Write::halves>(peers, count, factor, out);
+  if (peers.count > 2 * kPairs) return decode_range(peers, 0, count, factor, dtype, out);
+  const PairTables tables(peers);
+  const float most = tables.most() * factor;
+  const bool finite = dtype == DType::fp32   ? is_finite(most)
+                      : dtype == DType::bf16 ? is_finite(bf16_to_float(float_to_bf16(most)))
+                                             : magnitude(most) < 65520.0f;
+  if (!finite) return decode_range(peers, 0, count, factor, dtype, out);  // it looks at every element
+  const auto place = reinterpret_cast<std::uintptr_t>(out);
+  if (dtype == DType::fp32 && streaming && place % (4 * L::kWidth) == 0) {
+    decode_rows<L, dtype, Write::streaming>(peers, tables, count, factor, out);
+  } else if (dtype == DType::fp32 && streaming && place % (2 * L::kWidth) == 0) {
+    decode_rows<L, dtype, Write::halves>(peers, tables, count, factor, out);
+  } else {
+    decode_rows<L, dtype, Write::plain>(peers, tables, count, factor, out);
   }
-  return decode_rows<L, dtype, Write::plain>(peers, count, factor, out);
+  return decode_range(peers, count / kRow * kRow, count, factor, dtype, out);
 }
 
 template <class L>
@@ -176,6 +222,7 @@ constexpr Kernels make_kernels() noexcept {
   fill_scale.template operator()<Scale::l1>();
   fill_scale.template operator()<Scale::l2>();
   out.leave = leave<L>;
+  out.fence = [] { _mm_sfence(); };
   out.decode = {decode<L, DType::fp32>, decode<L, DType::bf16>, decode<L, DType::fp16>};
   return out;
 }

@@ -110,6 +110,7 @@ py::dict dict_of(const ReducerState& state) {
   dict["config"] = state.config;
   dict["started"] = state.started;
   dict["nonfinite_steps"] = state.nonfinite_steps;
+  if (state.frozen) dict["frozen"] = *state.frozen;
   dict["parameters"] = std::move(parameters);
   return dict;
 }
@@ -122,6 +123,7 @@ ReducerState state_of(const py::dict& dict) {
   state.config = dict["config"].cast<std::string>();
   state.started = dict["started"].cast<bool>();
   state.nonfinite_steps = dict["nonfinite_steps"].cast<std::uint64_t>();
+  if (dict.contains("frozen")) state.frozen = dict["frozen"].cast<std::uint64_t>();
   for (const auto& [name, arrays] : dict["parameters"].cast<py::dict>()) {
     auto& parameter = state.parameters[name.cast<std::string>()];
     for (const auto& [key, value] : arrays.cast<py::dict>()) {
@@ -144,6 +146,7 @@ py::dict dict_of(const Stats& stats) {
     one["kept"] = p.kept;
     one["residual_norm"] = p.residual_norm;
     one["grad_norm"] = p.grad_norm;
+    if (p.momentum_norm) one["momentum_norm"] = *p.momentum_norm;
     parameters[py::str(p.name)] = std::move(one);
   }
   py::dict dict;
@@ -153,6 +156,7 @@ py::dict dict_of(const Stats& stats) {
   dict["dense_bytes"] = stats.dense_bytes;
   dict["factor"] = stats.factor;
   dict["nonfinite_steps"] = stats.nonfinite_steps;
+  dict["frozen"] = stats.frozen;
   dict["parameters"] = std::move(parameters);
   return dict;
 }
@@ -160,7 +164,8 @@ py::dict dict_of(const Stats& stats) {
 using Names = std::optional<std::vector<std::pair<std::string, at::Tensor>>>;
 
 std::shared_ptr<Engine> make_engine(const c10::intrusive_ptr<c10d::Store>& store, const std::string& prefix, int rank, int size,
-                                    const Config& config, const Names& names, const std::optional<at::Tensor>& loss_scale) {
+                                    const Config& config, const Names& names, const std::optional<at::Tensor>& loss_scale,
+                                    bool momentum_elsewhere) {
   std::optional<std::vector<NamedParameter>> parameters;
   if (names) {
     parameters.emplace();
@@ -168,6 +173,7 @@ std::shared_ptr<Engine> make_engine(const c10::intrusive_ptr<c10d::Store>& store
   }
   EngineOptions options;
   options.translate = &translate;
+  options.momentum_elsewhere = momentum_elsewhere;
   if (loss_scale) {
     if (!(loss_scale->is_cpu() || loss_scale->is_cuda()) || loss_scale->scalar_type() != at::kFloat || loss_scale->numel() != 1) {
       fail(Errc::invalid_argument, "the grad scaler's scale must be one float32 on the CPU or a GPU, not " +
@@ -204,6 +210,23 @@ template <class Call>
 void changing(const Engine& engine, const char* what, Call&& call) {
   const py::gil_scoped_release no_gil;
   call(ready(engine.open_reducer(), what));
+}
+
+using Given = std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>, double>;  // momentum, live bits, beta1
+
+void freeze(const Engine& engine, const std::vector<Given>& given) {
+  std::vector<at::Tensor> kept;  // what the spans point into
+  const auto on_host = [&](const std::optional<at::Tensor>& tensor, at::ScalarType type) {
+    return tensor ? kept.emplace_back(tensor->detach().to(at::kCPU, type).contiguous()) : at::Tensor();
+  };
+  std::vector<Handover> handover;
+  for (const auto& [momentum, live, beta1] : given) {
+    Handover& one = handover.emplace_back();
+    one.beta1 = float(beta1);
+    if (const at::Tensor m = on_host(momentum, at::kFloat); m.defined()) one.momentum = {m.const_data_ptr<float>(), std::size_t(m.numel())};
+    if (const at::Tensor l = on_host(live, at::kByte); l.defined()) one.live = {l.const_data_ptr<std::uint8_t>(), std::size_t(l.numel())};
+  }
+  changing(engine, "freeze", [&](GradientReducer& r) { r.freeze(handover); });
 }
 
 /// A Python tensor inside an IValue, as torch's Python hooks give it. Its last owner needs the GIL.
@@ -377,7 +400,7 @@ void bind_config(py::module_& m) {
 void bind_engine(py::module_& m) {
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine", "The reducer behind a hook. Internal: use HookState.")
       .def(py::init(&make_engine), py::arg("store"), py::arg("prefix"), py::arg("rank"), py::arg("size"), py::arg("config"),
-           py::arg("names"), py::arg("loss_scale"))
+           py::arg("names"), py::arg("loss_scale"), py::arg("momentum_elsewhere") = false)
       .def("submit", &submit, py::arg("bucket"))
       .def("known", [](const Engine& e) { return e.reducer() != nullptr; })
       .def("step", [](const Engine& e) { return reading(e, "step", [](GradientReducer& r) { return r.step(); }); })
@@ -391,6 +414,12 @@ void bind_engine(py::module_& m) {
             changing(e, "load_state_dict", [&](GradientReducer& r) { r.load_state(states, refused); });
           },
           py::arg("states"), py::arg("refused") = "")
+      .def("frozen", [](const Engine& e) { return reading(e, "frozen", [](GradientReducer& r) { return r.frozen(); }); })
+      .def("averages",
+           [](const Engine& e, std::uint32_t parameter) {
+             return reading(e, "averages", [&](GradientReducer& r) { return r.averages(parameter); });
+           })
+      .def("freeze", &freeze, py::arg("handover"))
       .def("flush", [](const Engine& e) { changing(e, "flush", [](GradientReducer& r) { r.flush(); }); })
       .def("reset", [](const Engine& e) { changing(e, "reset", [](GradientReducer& r) { r.reset(); }); })
       .def(

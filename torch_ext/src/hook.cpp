@@ -110,6 +110,7 @@ void Engine::place(const std::string& name, const at::Tensor& parameter) {
 void Engine::build(std::vector<Parameter> parameters) {
   ReducerOptions options;
   options.step_verdict = options_.loss_scale.defined();
+  options.momentum_elsewhere = options_.momentum_elsewhere;
   if (options.step_verdict && !options_.loss_scale.is_cpu() && options_.loss_scale.device() != *device_)
     fail(Errc::invalid_argument, "the grad scaler's scale is on " + options_.loss_scale.device().str() + ", the gradients on " +
                                      device_->str() + "; it may be there or on the CPU");

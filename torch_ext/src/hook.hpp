@@ -32,6 +32,7 @@ struct EngineOptions {
   /// GradScaler's one scale tensor (fp32): on the CPU it is read whenever a bucket comes, on the gradients' GPU by the bucket's kernels;
   /// undefined: gradients are not scaled.
   at::Tensor loss_scale;
+  bool momentum_elsewhere = false;  ///< see ReducerOptions
   /// Makes the group that reduces on a GPU. Collective.
   std::function<std::shared_ptr<Communicator>(int device)> make_device_group;
   /// Turns an error of ours into the exception that autograd shows; null: as it is.

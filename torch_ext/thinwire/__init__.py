@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from . import _extension  # first: checks torch before anything loads the extension
 from . import optim
-from .config import Config, dgc, error_feedback
+from .config import Config, dgc, error_feedback, onebit_adam
 from .errors import ConfigError, Error
 from .hook import HookState, attach, hook
 from .info import build_info
@@ -30,6 +30,7 @@ __all__ = [
     "dgc",
     "error_feedback",
     "hook",
+    "onebit_adam",
     "optim",
     "replay",
 ]

@@ -40,6 +40,28 @@ def dgc(
     )
 
 
+def onebit_adam(
+    *,
+    beta1: float = 0.9,
+    freeze: str | int = "auto",
+    clip_norm: float | None = None,
+    scale: str = "l1",
+    block: int | str = 1024,
+    **slots: Any,
+) -> Config:
+    """1-bit Adam: once the variance is frozen, signs of the momentum with a scale per block, with error feedback on both sides.
+
+    Use it with ``optim.OneBitAdam``, whose groups' beta1 counts. ``freeze``: ``"auto"``, or synchronised steps that stay dense first.
+    ``slots``: any other slot.
+    """
+    return Config(
+        codec=f"sign:scale={scale},block={block}",
+        feedback="ef14",
+        target=f"momentum:beta1={beta1},freeze={freeze},clip_norm={0 if clip_norm is None else clip_norm}",
+        **slots,
+    )
+
+
 def error_feedback(kind: str = "ef14", *, codec: str, **keys_and_slots: Any) -> Config:
     """Error feedback around any codec: what was not sent is added to the next message. Use it with any optimizer.
 

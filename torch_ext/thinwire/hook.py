@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ._extension import native
 from .config import Config
 from .errors import ArgumentError, Error, UnsupportedError
+from .onebit_adam import OneBitAdam, check_pair
 from .optim import DGCSGD
 from .replay import shaped
 
@@ -34,7 +35,8 @@ class HookState:
     left out). Without them the
     parameters are learnt from the first step, whose buckets then wait for its last one; the state has no names, so ``state_dict()``
     refuses. ``grad_scaler``: the
-    GradScaler that scales the loss, so that the state holds unscaled gradients.
+    GradScaler that scales the loss, so that the state holds unscaled gradients. ``optimizer``: the OneBitAdam of a config whose target is
+    the momentum.
 
     A copy or a pickle holds the configuration and the state, but no process group: it reads (``state_dict()``, ``step``), but reduces
     nothing. To go on from it:
@@ -48,22 +50,30 @@ class HookState:
         *,
         named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None = None,
         grad_scaler: Any = None,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         self._config = Config.parse(config) if isinstance(config, str) else config
         if not isinstance(self._config, Config):
             raise ArgumentError(f"config must be a Config or a string, not {type(config).__name__}")
+        check_pair(self._config.target, optimizer)
         named = None if named_parameters is None else _named(named_parameters)
+        paired = optimizer if isinstance(optimizer, OneBitAdam) else None
+        if paired is not None and named is None:
+            raise ArgumentError("OneBitAdam hands its momentum over by parameter: give named_parameters as well")
         self._shapes = None if named is None else {name: p.shape for name, p in named}
         self._kept: dict[str, Any] | None = None  # a copy's state, in place of an engine
         scale = _scale_of(grad_scaler, None if named is None else named[0][1].device)
-        group = _group(process_group)
+        self._group = group = _group(process_group)
+        self._optimizer = paired
         store = group.get_group_store()
         # Numbers the hooks of this group: every rank counts its own, all in the same order. A refused call is not counted: whoever corrects
         # it meets the peers that wait for it.
         nth = store.add(f"thinwire/hooks/{group.rank()}", 1)
-        self._engine = native.Engine(store, f"thinwire/{nth}", group.rank(), group.size(), self._config, named, scale)
+        self._engine = native.Engine(store, f"thinwire/{nth}", group.rank(), group.size(), self._config, named, scale, paired is not None)
         # Exit must not find a thread of ours at work; no Python object is needed for it any more.
         self._finalizer = weakref.finalize(self, self._engine.close, _CLOSE_MS)
+        if paired is not None and named is not None:
+            paired._pair(self, [p for _, p in named])
 
     @property
     def config(self) -> Config:
@@ -84,9 +94,14 @@ class HookState:
         of the same gradients would have sent; ``factor`` = dense_bytes / wire_bytes; ``nonfinite_steps``; ``parameters``: name -> ``numel,
         compressed, reason`` (why
         not), ``density`` (configured now), ``kept`` (entries sent at the last step), ``residual_norm, grad_norm`` (this rank's;
-        with ``codec=none`` the gradient's is taken at every 16th step).
+        with ``codec=none`` the gradient's is taken at every 16th step), ``momentum_norm`` where the target is the momentum; ``frozen``:
+        whether it is compressed by now. With OneBitAdam ``freeze``: ``step`` and ``reason``, once it has frozen, and ``max_update``, the
+        largest update seen since, in units of the learning rate.
         """
-        return dict(self._live("stats").stats())
+        stats = dict(self._live("stats").stats())
+        if self._optimizer is not None:
+            stats["freeze"] = dict(self._optimizer._frozen)
+        return stats
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state: tensors keyed by parameter name, independent of buckets. Between steps; save it on every rank, as it differs
@@ -123,6 +138,8 @@ class HookState:
                 engine.load_state([], str(error))
             raise
         engine.load_state(states)
+        if self._optimizer is not None and self._optimizer.frozen and engine.frozen():
+            self._optimizer._hand_over(momenta=False)
 
     def flush(self) -> None:
         """Makes the next synchronised step dense, so that it empties the residuals. Call it on all ranks."""
@@ -152,6 +169,7 @@ class HookState:
         self._shapes = state["shapes"]
         self._kept = state["kept"] or {"step": 0}  # made without names and never used: there is no state to give
         self._engine = None
+        self._optimizer = None
 
     def __repr__(self) -> str:
         return f"HookState('{self._config}'{', a copy without process group' if self._kept is not None else ''})"
@@ -186,13 +204,15 @@ def attach(
 
     ``optimizer``: the one that will apply the gradients; it is only checked against the config: ``feedback=dgc`` has the momentum in the
     hook, so it takes
-    ``optim.DGCSGD`` or SGD without momentum. ``grad_scaler``: see HookState. @raises ConfigError, Error, with nothing changed.
+    ``optim.DGCSGD`` or SGD without momentum; ``target=momentum`` takes ``optim.OneBitAdam``, and is paired with it. ``grad_scaler``: see HookState. @raises ConfigError, Error, with nothing changed.
     """
     config = Config.parse(config) if isinstance(config, str) else config
     _check_model(ddp)
     if optimizer is not None:
         _check_optimizer(config, optimizer)
-    state = HookState(config, ddp.process_group, named_parameters=_reduced_by(ddp), grad_scaler=grad_scaler)
+    paired = optimizer if isinstance(optimizer, OneBitAdam) else None
+    check_pair(config.target, optimizer)
+    state = HookState(config, ddp.process_group, named_parameters=_reduced_by(ddp), grad_scaler=grad_scaler, optimizer=paired)
     try:
         native.install(ddp.reducer, state._engine)
     except Exception:

@@ -1,4 +1,4 @@
-"""Optimizers that leave to the hook what the hook does better."""
+"""SGD for gradients whose momentum the hook applies; 1-bit Adam's optimizer is in onebit_adam.py."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
+
+from .onebit_adam import OneBitAdam
+
+__all__ = ["DGCSGD", "OneBitAdam"]
 
 
 class DGCSGD(Optimizer):

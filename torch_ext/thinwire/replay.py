@@ -46,5 +46,5 @@ def shaped(arrays: Mapping[str, torch.Tensor], shape: torch.Size) -> dict[str, t
     return {key: value.view(shape) if key not in FLAT and value.numel() == shape.numel() else value for key, value in arrays.items()}
 
 
-FLAT = frozenset({"threshold"})
+FLAT = frozenset({"threshold", "server_residual"})
 """State that is no array over the parameter's elements."""
