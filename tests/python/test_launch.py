@@ -15,6 +15,9 @@ from pathlib import Path
 
 import numpy
 import pytest
+import torch
+
+import thinwire
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
@@ -229,12 +232,25 @@ def test_trainer_refuses_what_it_cannot_do(digits: Path, tmp_path: Path) -> None
     for arguments, words in (
         (["--config", "dgc:density=2"], "density=2"),
         (["--epochs", "0"], "--epochs"),
+        (["--device", "gpu"], "gpu not in {cpu,cuda}"),
         (["--data", str(tmp_path)], "missing train-images-idx3-ubyte"),
         (["--data", str(digits), "--batch", "1000"], "too few"),
         (["--data", str(digits), "--json", str(tmp_path / "no" / "folder.json")], "cannot be written"),
     ):
         result = trainer(*arguments, seconds=60)
         assert result.returncode != 0 and words in result.stderr + result.stdout, (arguments, result.stderr)
+
+
+@needs_mpi
+def test_trainer_refuses_gpus_that_are_not_there(tmp_path: Path) -> None:
+    """Without CUDA in the build, without a GPU, or with more ranks than GPUs: exit status 2 and the reason, once, before any data is read."""
+    built = "nccl" in thinwire.build_info()["transports"]
+    gpus = torch.cuda.device_count() if built else 0
+    words = f"{gpus + 1} ranks for {gpus} GPU" if gpus else "there is no GPU" if built else "made without CUDA"
+    result = trainer("--device", "cuda", "--data", tmp_path / "nowhere", ranks=gpus + 1, seconds=60)
+    assert result.returncode == 2
+    assert result.stderr.count("thinwire_train: --device cuda: rank 0: ") == 1 and words in result.stderr, result.stderr
+    assert "nowhere" not in result.stderr
 
 
 @needs_mpi
