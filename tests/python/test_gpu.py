@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 
 import pytest
@@ -42,7 +42,8 @@ def test_a_step_with_the_hook_waits_for_nothing(tmp_path: Path) -> None:
     said = launch.result(0)
     plain = said.pop("plain")
     by_design = said.pop("check_every")
-    print(json.dumps({"plain": plain["calls"], "check_every": by_design["calls"]} | {name: one["calls"] for name, one in said.items()}, indent=1))
+    if "THINWIRE_CALLS" in os.environ:
+        Path(os.environ["THINWIRE_CALLS"]).write_text((tmp_path / "rank0.json").read_text())
     assert by_design["calls"].get("copies to the host", 0) >= plain["calls"].get("copies to the host", 0) + 20
     for name, one in said.items():
         assert one["kernels"] > plain["kernels"], f"{name}: the profiler saw no kernels of ours"
