@@ -77,7 +77,7 @@ def main() -> int:
     if options.json:
         gpu = torch.cuda.get_device_name() if options.device == "cuda" else None
         about = report.machine(torch=torch.__version__.partition("+")[0], link=None, batch=options.batch, lr=options.lr, gpu=gpu)
-        report.write(options.json, report.command_line(), about, rows)
+        report.write(options.json, report.script_line(), about, rows)
     print("\n".join(failed))
     return 1 if failed else 0
 

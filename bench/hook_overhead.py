@@ -141,7 +141,7 @@ def main():
     if options.json:
         gpu = torch.cuda.get_device_name() if options.device == "cuda" else None
         rows = [row | {"time_to_plain": x} for row, x in zip(rows, paired)]
-        report.write(options.json, report.command_line(), report.machine(torch=torch.__version__, gpu=gpu), rows)
+        report.write(options.json, report.script_line(), report.machine(torch=torch.__version__, gpu=gpu), rows)
     ours = paired[[row["kernel"] for row in rows].index("hook_none")]
     print(f"hook with codec=none against plain DDP: {ours:.3f}x")
     return 0
