@@ -11,8 +11,11 @@ import report
 
 
 def read(folder: pathlib.Path, name: str) -> dict:
-    file = folder / name
-    return json.loads(file.read_text()) if file.exists() else {}
+    """{} where the part did not run, or was ended while it wrote."""
+    try:
+        return json.loads((folder / name).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
 
 
 def reached(folder: pathlib.Path) -> list[tuple[str, str, float, float | None]]:
