@@ -26,7 +26,8 @@ GpuChoice choose_gpu() {
   MPI_Comm_free(&peers);
   MPI_Comm_free(&host);
   if (std::string refusal = torch_ext::device_refusal(); !refusal.empty()) return {-1, std::move(refusal)};
-  return choose_gpu(place, ranks, device_count(), std::getenv("NCCL_HOSTID") != nullptr);
+  const char* const host_id = std::getenv("NCCL_HOSTID");
+  return choose_gpu(place, ranks, device_count(), host_id != nullptr && *host_id != 0);
 }
 
 std::shared_ptr<Communicator> make_gpu_group(int device, std::chrono::milliseconds timeout) {
