@@ -19,11 +19,11 @@ Recursion recursion_named(const std::string& name);
 /// What a stream kernel is made of.
 struct StreamCase {
   std::string recursion = "dgc";
-  std::string variant;  ///< appended to the name
+  std::string variant = {};  ///< appended to the name
   double density = 0.01;
-  TopKOptions topk;
+  TopKOptions topk = {};
   DType grad = DType::fp32;
-  std::vector<std::size_t> layers;  ///< elements per segment; empty: one segment of all elements
+  std::vector<std::size_t> layers = {};  ///< elements per segment; empty: one segment of all elements
   Isa isa = Isa::scalar;
 };
 

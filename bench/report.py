@@ -68,6 +68,11 @@ def command_line():
     return shlex.join(["./bench/run", pathlib.Path(sys.argv[0]).stem, *sys.argv[1:]])
 
 
+def script_line():
+    """Of a measurement that bench/run does not start: it would set up a machine that tests/run_gpu takes as it is."""
+    return shlex.join(["python", f"bench/{pathlib.Path(sys.argv[0]).name}", *sys.argv[1:]])
+
+
 def table(headers, rows):
     """Text columns, the first one left, the others right."""
     cells = [[str(cell) for cell in row] for row in [headers, *rows]]

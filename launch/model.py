@@ -32,6 +32,6 @@ def fingerprint(model: nn.Module) -> str:
     """CRC-32 and Adler-32 of the parameters' bytes in order: equal on two ranks exactly if their replicas are (and equal in C++ and Python)."""
     crc, adler = 0, 1
     for parameter in model.parameters():
-        raw = parameter.detach().contiguous().numpy().tobytes()
+        raw = parameter.detach().contiguous().cpu().numpy().tobytes()
         crc, adler = zlib.crc32(raw, crc), zlib.adler32(raw, adler)
     return f"{crc:08x}{adler:08x}"

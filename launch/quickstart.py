@@ -36,6 +36,7 @@ def command_of_a_rank(options: argparse.Namespace, config: str) -> list[str]:
     command = [sys.executable, str(HERE / "train_rank.py"), "--events", "--config", config]
     for name in ("epochs", "batch", "lr", "momentum", "weight_decay", "seed", "subset", "timeout"):
         command += ["--" + name.replace("_", "-"), str(getattr(options, name))]
+    command += ["--device", options.device] + ["--share-gpus"] * options.share_gpus
     return command + (["--data", options.data] if options.data else [])
 
 

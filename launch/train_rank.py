@@ -1,4 +1,4 @@
-"""One rank of a data-parallel training of launch/model.py over Gloo. launch/quickstart starts several; so does torchrun:
+"""One rank of a data-parallel training of launch/model.py over Gloo, on GPUs over NCCL. launch/quickstart starts several; so does torchrun:
 
     torchrun --nproc-per-node 2 launch/train_rank.py --config dgc:density=0.01 --epochs 1
 """
@@ -33,22 +33,42 @@ def options_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class DeviceError(RuntimeError):
+    """The device that was asked for is not to be had."""
+
+
+def pick_device(options: argparse.Namespace) -> torch.device:
+    """The CPU, or the GPU of this rank's place among its host's. Before the process group: NCCL reads the environment when it starts."""
+    if options.device == "cpu":
+        return torch.device("cpu")
+    place, ranks_here, gpus = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if gpus == 0:
+        raise DeviceError("--device cuda: there is no GPU, or no driver for it, or this torch has no CUDA")
+    if ranks_here > gpus and not options.share_gpus:
+        raise DeviceError(f"--device cuda: {ranks_here} ranks for {gpus} GPUs: start one rank per GPU, or, to test several on one, add --share-gpus")
+    if options.share_gpus:
+        os.environ.update(NCCL_HOSTID=f"rank{os.environ.get('RANK', '0')}", NCCL_NET="Socket", NCCL_IB_DISABLE="1", NCCL_SOCKET_IFNAME="lo", NCCL_MAX_CTAS="2")
+    device = torch.device("cuda", place % gpus)
+    torch.cuda.set_device(device)
+    return device
+
+
 class Trainer:
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
+    def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
+        self.options, self.device = options, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.data = datasets.load(options.data)
         keep = options.subset or len(self.data.train_images)
-        self.images, self.labels = (torch.from_numpy(array[:keep].copy()) for array in (self.data.train_images, self.data.train_labels))
+        self.images, self.labels = (torch.from_numpy(array[:keep].copy()).to(device) for array in (self.data.train_images, self.data.train_labels))
         keep = max(1, options.subset // 5) if options.subset else len(self.data.test_images)
-        self.test_images, self.test_labels = (torch.from_numpy(array[:keep].copy()) for array in (self.data.test_images, self.data.test_labels))
+        self.test_images, self.test_labels = (torch.from_numpy(array[:keep].copy()).to(device) for array in (self.data.test_images, self.data.test_labels))
         self.epoch_steps = len(self.images) // (self.world * options.batch)
         if self.epoch_steps == 0:
             raise datasets.DataError(f"{len(self.images)} images are too few for {self.world} ranks of batch {options.batch}")
         self.steps = self.epoch_steps * options.epochs
 
         torch.manual_seed(options.seed)
-        self.model = network.Net()
+        self.model = network.Net().to(device)  # the CPU's generator has initialised it: the same bits on any device
         self.ddp = DistributedDataParallel(self.model)
         self.state, self.config = None, ""
         if options.config:
@@ -94,7 +114,7 @@ class Trainer:
     @torch.no_grad()
     def accuracy(self, count: int) -> float:
         """Share of the first `count` test images that are classified right; each rank takes every world-th."""
-        right = torch.zeros(1, dtype=torch.float64)
+        right = torch.zeros(1, dtype=torch.float64, device=self.device)
         for first in range(self.rank, count, self.world * 500):
             part = slice(first, min(count, first + self.world * 500), self.world)
             right += (self.model(network.pixels(self.test_images[part])).argmax(1) == self.test_labels[part]).sum()
@@ -103,8 +123,8 @@ class Trainer:
 
     def epoch(self, epoch: int) -> dict:
         generator = torch.Generator().manual_seed(self.options.seed * 1000003 + epoch)
-        order = torch.randperm(len(self.images), generator=generator)
-        loss_sum = torch.zeros(1, dtype=torch.float64)
+        order = torch.randperm(len(self.images), generator=generator).to(self.device)
+        loss_sum = torch.zeros(1, dtype=torch.float64, device=self.device)
         quick = {self.epoch_steps * part // QUICK_TESTS for part in range(1, QUICK_TESTS)} if self.options.events else set()
         for step in range(self.epoch_steps):
             first = step * self.world * self.options.batch + self.rank
@@ -129,8 +149,8 @@ class Trainer:
         return prints[0]
 
 
-def train(options: argparse.Namespace) -> None:
-    trainer = Trainer(options)
+def train(options: argparse.Namespace, device: torch.device) -> None:
+    trainer = Trainer(options, device)
     try:
         if trainer.rank == 0 and options.events:
             ranks.emit("start", source=trainer.data.source, images=len(trainer.images), steps=trainer.steps, parameters=trainer.numel, config=trainer.config)
@@ -152,10 +172,11 @@ def main() -> int:
     if options.events:
         ranks.die_with_parent()
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=options.timeout))
     try:
-        train(options)
-    except datasets.DataError as error:
+        device = pick_device(options)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=options.timeout))
+        train(options, device)
+    except (datasets.DataError, DeviceError) as error:
         print(f"train_rank: {error}", file=sys.stderr)
         return 1
     dist.destroy_process_group()

@@ -123,7 +123,7 @@ DeviceTable table_at(const DeviceShape& shape, const std::byte* base) {
 
 class TopKCuda final : public Codec {
  public:
-  explicit TopKCuda(const TopKOptions& options) : options_(options) {}
+  TopKCuda(const TopKOptions& options, void (*encode)(const EncodeCall&, Form, Stream)) : options_(options), encode_(encode) {}
 
   Combine combine() const noexcept override { return Combine::gather; }
   std::size_t memory(const Segment&) const noexcept override { return options_.exact ? 0 : 1; }
@@ -299,17 +299,20 @@ class TopKCuda final : public Codec {
       const DeviceRanges ranges{plan.table.data, sizeof(DeviceSegment), call.shape.segments, call.shape.chunks, call.table.chunk_segment};
       launch_squared_norms(ranges, grad, call.scratch.block_sums, counts.norms, stream);
     }
-    launch_encode(call, feedback::form_of(recursion), stream);
+    encode_(call, feedback::form_of(recursion), stream);
   }
 
   TopKOptions options_;
+  void (*encode_)(const EncodeCall&, Form, Stream);
 };
 
 }  // namespace
 
-std::unique_ptr<const Codec> make_topk_cuda(const TopKOptions& options) {
+std::unique_ptr<const Codec> topk::make_topk_cuda_with(const TopKOptions& options, void (*encode)(const EncodeCall&, Form, Stream)) {
   THINWIRE_EXPECTS(options.wire != DType::u8, "topk: wire values are fp32, bf16 or fp16");
-  return std::make_unique<TopKCuda>(options);
+  return std::make_unique<TopKCuda>(options, encode);
 }
+
+std::unique_ptr<const Codec> make_topk_cuda(const TopKOptions& options) { return make_topk_cuda_with(options, launch_encode); }
 
 }  // namespace thinwire

@@ -331,33 +331,39 @@ __global__ void __launch_bounds__(kThreads) stream_kernel(EncodeCall call) {
   }
 }
 
-template <Form form, DType dtype>
-void launch_as(const EncodeCall& call, Stream stream) {
-  constexpr std::size_t kClearedByOne = 65536;  // bytes: what a block of the first kernel may be asked to clear
-  const std::size_t blocks = std::max(call.shape.sample_blocks, call.shape.payload_bytes / kClearedByOne + 1);
-  launch("topk sample", sample_kernel<form, dtype>, blocks, kThreads, stream, call);
-  launch("topk threshold", threshold_kernel, call.shape.segments == 0 ? 1 : call.shape.segments, kSelectThreads, stream, call);
-  if (call.exact) {
-    launch("topk candidates", stream_kernel<form, dtype, true>, call.shape.chunks, kThreads, stream, call);
-  } else {
-    launch("topk stream", stream_kernel<form, dtype, false>, call.shape.chunks, kThreads, stream, call);
-  }
+/// Calls launch<form, dtype>() for the call's.
+template <Form form, class Launch>
+void with_dtype(const EncodeCall& call, Launch&& launch) {
+  if (call.grad_dtype == DType::fp32) launch.template operator()<form, DType::fp32>();
+  if (call.grad_dtype == DType::bf16) launch.template operator()<form, DType::bf16>();
+  if (call.grad_dtype == DType::fp16) launch.template operator()<form, DType::fp16>();
 }
-
-template <Form form>
-void launch_form(const EncodeCall& call, Stream stream) {
-  if (call.grad_dtype == DType::fp32) launch_as<form, DType::fp32>(call, stream);
-  if (call.grad_dtype == DType::bf16) launch_as<form, DType::bf16>(call, stream);
-  if (call.grad_dtype == DType::fp16) launch_as<form, DType::fp16>(call, stream);
+template <class Launch>
+void with_form(const EncodeCall& call, Form form, Launch&& launch) {
+  if (form == Form::none) with_dtype<Form::none>(call, launch);
+  if (form == Form::error_feedback) with_dtype<Form::error_feedback>(call, launch);
+  if (form == Form::momentum) with_dtype<Form::momentum>(call, launch);
+  if (form == Form::nesterov) with_dtype<Form::nesterov>(call, launch);
 }
 
 }  // namespace
 
+void launch_thresholds(const EncodeCall& call, Form form, Stream stream) {
+  constexpr std::size_t kClearedByOne = 65536;  // bytes: what a block of the first kernel may be asked to clear
+  const std::size_t blocks = std::max(call.shape.sample_blocks, call.shape.payload_bytes / kClearedByOne + 1);
+  with_form(call, form, [&]<Form f, DType d>() { launch("topk sample", sample_kernel<f, d>, blocks, kThreads, stream, call); });
+  launch("topk threshold", threshold_kernel, call.shape.segments == 0 ? 1 : call.shape.segments, kSelectThreads, stream, call);
+}
+
 void launch_encode(const EncodeCall& call, Form form, Stream stream) {
-  if (form == Form::none) launch_form<Form::none>(call, stream);
-  if (form == Form::error_feedback) launch_form<Form::error_feedback>(call, stream);
-  if (form == Form::momentum) launch_form<Form::momentum>(call, stream);
-  if (form == Form::nesterov) launch_form<Form::nesterov>(call, stream);
+  launch_thresholds(call, form, stream);
+  with_form(call, form, [&]<Form f, DType d>() {
+    if (call.exact) {
+      launch("topk candidates", stream_kernel<f, d, true>, call.shape.chunks, kThreads, stream, call);
+    } else {
+      launch("topk stream", stream_kernel<f, d, false>, call.shape.chunks, kThreads, stream, call);
+    }
+  });
   if (call.exact) launch_cut(call, stream);
 }
 

@@ -4,7 +4,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
+#include "compressors/core/codec.hpp"
 #include "compressors/core/device_recursion.hpp"
 #include "compressors/core/plan.hpp"
 #include "compressors/core/stream.hpp"
@@ -80,6 +82,8 @@ struct EncodeCall {
 
 /// sampled: 3 kernels; exact: 7. @throws Error{device}.
 void launch_encode(const EncodeCall& call, Form form, Stream stream);
+/// Its first two: a sample, and the thresholds from it; what the pass counts in and the payload are zero after them.
+void launch_thresholds(const EncodeCall& call, Form form, Stream stream);
 /// The part of launch_encode that only exact selection has: from candidates to payload.
 void launch_cut(const EncodeCall& call, Stream stream);
 
@@ -107,5 +111,8 @@ void launch_decode(const DecodeCall& call, Stream stream);
 void launch_take_back(const DecodeCall& call, const std::uint32_t* verdict, Stream stream);
 /// One kernel: a payload without entries. @throws Error{device}.
 void launch_empty(std::byte* wire, const wire::Header& header, Stream stream);
+
+/// make_topk_cuda with another way to encode, for measurements.
+std::unique_ptr<const Codec> make_topk_cuda_with(const TopKOptions& options, void (*encode)(const EncodeCall&, Form, Stream));
 
 }  // namespace thinwire::topk

@@ -9,10 +9,12 @@ namespace thinwire::launch {
 
 Buckets::Buckets(GradientReducer& reducer, std::vector<torch::Tensor> parameters, std::size_t bucket_bytes)
     : reducer_(reducer), parameters_(std::move(parameters)) {
+  const torch::Device device = parameters_.front().device();
+  if (device.is_cuda()) side_ = std::make_unique<torch_ext::SideStream>(device.index());
   std::size_t filled = bucket_bytes;  // opens the first bucket
   for (std::size_t i = parameters_.size(); i-- > 0;) {
-    THINWIRE_EXPECTS(parameters_[i].is_contiguous() && parameters_[i].scalar_type() == torch::kFloat32 && parameters_[i].device().is_cpu(),
-                     "parameter " + std::to_string(i) + " is not contiguous fp32 on the host");
+    THINWIRE_EXPECTS(parameters_[i].is_contiguous() && parameters_[i].scalar_type() == torch::kFloat32 && parameters_[i].device() == device,
+                     "parameter " + std::to_string(i) + " is not contiguous fp32 on " + device.str());
     if (filled >= bucket_bytes || filled + parameters_[i].nbytes() > 2 * bucket_bytes) {
       buckets_.emplace_back();
       filled = 0;
@@ -24,7 +26,7 @@ Buckets::Buckets(GradientReducer& reducer, std::vector<torch::Tensor> parameters
     Bucket& bucket = buckets_[b];
     std::int64_t count = 0, first = 0;
     for (const std::uint32_t id : bucket.parameters) count += parameters_[id].numel();
-    bucket.grad = torch::zeros({count});
+    bucket.grad = torch::zeros({count}, parameters_.front().options().requires_grad(false));
     for (const std::uint32_t id : bucket.parameters) {
       torch::Tensor& parameter = parameters_[id];
       parameter.mutable_grad() = bucket.grad.narrow(0, first, parameter.numel()).view(parameter.sizes());
@@ -56,7 +58,14 @@ void Buckets::zero() {
 }
 
 void Buckets::start(Bucket& bucket) {
-  bucket.work = reducer_.reduce(bucket.parameters, host_bytes(bucket.grad.data_ptr<float>(), std::size_t(bucket.grad.numel())));
+  Bytes grad = host_bytes(bucket.grad.data_ptr<float>(), std::size_t(bucket.grad.numel()));
+  if (side_ == nullptr) {
+    bucket.work = reducer_.reduce(bucket.parameters, grad);
+    return;
+  }
+  grad.place = Place::cuda;
+  grad.device = bucket.grad.device().index();
+  side_->run(bucket.grad, [&](Stream stream) { bucket.work = reducer_.reduce(bucket.parameters, grad, stream); });
 }
 
 void Buckets::arrived(std::size_t bucket) {
@@ -67,6 +76,7 @@ void Buckets::arrived(std::size_t bucket) {
 void Buckets::finish() {
   for (; next_ < buckets_.size(); ++next_) start(buckets_[next_]);  // of parameters that the loss did not depend on
   for (Bucket& bucket : buckets_) bucket.work.wait();
+  if (side_ != nullptr) side_->join();
 }
 
 }  // namespace thinwire::launch

@@ -37,7 +37,7 @@ inline torch::Tensor pixels(const torch::Tensor& images) {
 inline std::string fingerprint(const torch::nn::Module& model) {
   uLong crc = crc32(0, nullptr, 0), adler = adler32(0, nullptr, 0);
   for (const torch::Tensor& parameter : model.parameters()) {
-    const torch::Tensor raw = parameter.detach().contiguous();
+    const torch::Tensor raw = parameter.detach().contiguous().cpu();
     const auto* bytes = static_cast<const Bytef*>(raw.const_data_ptr());
     crc = crc32_z(crc, bytes, raw.nbytes());
     adler = adler32_z(adler, bytes, raw.nbytes());

@@ -15,6 +15,9 @@ from pathlib import Path
 
 import numpy
 import pytest
+import torch
+
+import thinwire
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
@@ -229,12 +232,32 @@ def test_trainer_refuses_what_it_cannot_do(digits: Path, tmp_path: Path) -> None
     for arguments, words in (
         (["--config", "dgc:density=2"], "density=2"),
         (["--epochs", "0"], "--epochs"),
+        (["--device", "gpu"], "gpu not in {cpu,cuda}"),
         (["--data", str(tmp_path)], "missing train-images-idx3-ubyte"),
         (["--data", str(digits), "--batch", "1000"], "too few"),
         (["--data", str(digits), "--json", str(tmp_path / "no" / "folder.json")], "cannot be written"),
     ):
         result = trainer(*arguments, seconds=60)
         assert result.returncode != 0 and words in result.stderr + result.stdout, (arguments, result.stderr)
+
+
+@needs_mpi
+def test_trainer_refuses_gpus_that_are_not_there(tmp_path: Path) -> None:
+    """Without CUDA in the build, without a GPU, or with more ranks than GPUs: exit status 2 and the reason, once, before any data is read."""
+    built = "nccl" in thinwire.build_info()["transports"]
+    gpus = torch.cuda.device_count() if built else 0
+    words = f"{gpus + 1} ranks for {gpus} GPU" if gpus else "there is no GPU" if built else "made without CUDA"
+    result = trainer("--device", "cuda", "--data", tmp_path / "nowhere", ranks=gpus + 1, seconds=60)
+    assert result.returncode == 2
+    assert result.stderr.count("thinwire_train: --device cuda: rank 0: ") == 1 and words in result.stderr, result.stderr
+    assert "nowhere" not in result.stderr
+
+
+def test_a_rank_refuses_gpus_that_are_not_there() -> None:
+    gpus = torch.cuda.device_count()
+    result = python("launch/train_rank.py", "--device", "cuda", env={"LOCAL_WORLD_SIZE": str(gpus + 1)}, seconds=60)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert (f"{gpus + 1} ranks for {gpus} GPUs" if gpus else "there is no GPU") in result.stderr
 
 
 @needs_mpi
@@ -375,6 +398,33 @@ def test_quickstart_over_links_leaves_nothing_even_if_killed(digits: Path, tmp_p
         process.kill()
     poll(lambda: not namespaces(f"thinwire-run{process.pid}-"), 30)
     poll(lambda: not [pid for pid in ranks if Path(f"/proc/{pid}").exists()], 10)
+
+
+# --- what tests/run_gpu starts ----------------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_training_of_gpus_runs_on_the_cpu(digits: Path, tmp_path: Path) -> None:
+    result = python("bench/gpu_training.py", "--device", "cpu", "--world", 2, "--batch", 32, "--data", digits, "--json", tmp_path / "rows.json")
+    assert result.returncode == 0, result.stdout + result.stderr
+    dense, ours = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert (dense["world"], dense["steps"], dense["payload_bytes"]) == (2, 22, 22 * 4 * NUMEL)
+    assert ours["full_config"].count("exchange=gather") == 1 and ours["payload_bytes"] < dense["payload_bytes"] / 2
+    none = python("bench/gpu_training.py", "--data", tmp_path / "nowhere")
+    assert none.returncode == 77 and "nowhere" in none.stdout  # run_gpu then skips it by name
+
+
+def test_goals_are_told_from_what_was_reached(tmp_path: Path) -> None:
+    rows = [{"kernel": kernel, "density": density, "ratio_memcpy": ratio, "seconds_median": 1e-3, "numel": 4096}
+            for kernel, density, ratio in (("dgc_topk_sampled", 0.0098, 0.84), ("dgc_topk_sampled", 0.0011, 0.85), ("none_topk_exact", 0.01, 0.5), ("ef14_topk_sampled", 0.011, 0.9))]
+    (tmp_path / "kernels-cuda.json").write_text(json.dumps({"rows": rows, "pairs": [{"pair": "ordered against unordered selection", "ratio": 1.2}]}))
+    topk = python("bench/gpu_topk.py", tmp_path / "kernels-cuda.json", "--device", "cpu", "--json", tmp_path / "topk.json")
+    assert topk.returncode == 0, topk.stderr
+    table = python("bench/gpu_goals.py", tmp_path).stdout
+    words = {line[:46].strip(): line.split()[-1] for line in table.splitlines()}
+    assert words["dgc_topk_sampled, 0.1%, x copy"] == "met" and words["dgc_topk_sampled, 1.0%, x copy"] == "MISSED"
+    assert words["ordered against unordered selection, time"] == "MISSED" and words["exact selection by the fused EF14 step, time"] == "met"
+    assert table.count("not measured") == 8, table  # dgc 8 %, two of ef14, both bf16, decode, the layers, the hook
+    assert python("bench/gpu_goals.py").returncode == 2
 
 
 # --- bench/run training -----------------------------------------------------------------------------------------------------------------------------------------------

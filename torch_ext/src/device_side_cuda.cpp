@@ -15,32 +15,44 @@ namespace thinwire::torch_ext {
 
 std::string device_refusal() { return {}; }
 
+std::vector<std::uint8_t> make_device_group_id() {
+  const ncclUniqueId id = nccl_unique_id();
+  const auto* bytes = reinterpret_cast<const std::uint8_t*>(&id);
+  return {bytes, bytes + sizeof id};
+}
+
+std::shared_ptr<Communicator> make_device_group(std::span<const std::uint8_t> bytes, int rank, int size, int device,
+                                                std::chrono::milliseconds timeout) {
+  ncclUniqueId id;
+  if (bytes.size() != sizeof id)
+    fail(Errc::transport, "rank 0's NCCL id has " + std::to_string(bytes.size()) + " bytes, expected " + std::to_string(sizeof id));
+  std::memcpy(&id, bytes.data(), sizeof id);
+  return make_nccl(id, size, rank, device, timeout);
+}
+
 std::shared_ptr<Communicator> make_device_group(c10d::Store& store, int attempt, int rank, int size, int device,
                                                 std::chrono::milliseconds timeout) {
   const std::string key = "nccl_unique_id/" + std::to_string(attempt);
-  ncclUniqueId id;
+  std::vector<std::uint8_t> id;
   try {
     if (rank == 0) {
-      id = nccl_unique_id();
-      const auto* bytes = reinterpret_cast<const std::uint8_t*>(&id);
-      store.set(key, std::vector<std::uint8_t>(bytes, bytes + sizeof id));
+      id = make_device_group_id();
+      store.set(key, id);
     } else {
       store.wait({key}, timeout);
-      const std::vector<std::uint8_t> bytes = store.get(key);
-      if (bytes.size() != sizeof id) fail(Errc::transport, "rank 0's NCCL id has " + std::to_string(bytes.size()) + " bytes");
-      std::memcpy(&id, bytes.data(), sizeof id);
+      id = store.get(key);
     }
   } catch (const Error&) { throw; } catch (const std::exception& error) {
     const std::string text = error.what();
     fail(Errc::timeout, "rank " + std::to_string(rank) + " got no NCCL id from rank 0: " + text.substr(0, text.find('\n')));
   }
-  return make_nccl(id, size, rank, device, timeout);
+  return make_device_group(id, rank, size, device, timeout);
 }
 
 struct SideStream::Impl {
   explicit Impl(int device) : stream(c10::cuda::getStreamFromPool(/*isHighPriority=*/true, c10::DeviceIndex(device))) {}
   c10::cuda::CUDAStream stream;
-  at::cuda::CUDAEvent ready;
+  at::cuda::CUDAEvent ready, done;
 };
 
 SideStream::SideStream(int device) : impl_(std::make_unique<Impl>(device)) {}
@@ -53,6 +65,11 @@ void SideStream::run(const at::Tensor& buffer, const std::function<void(Stream)>
   c10::cuda::CUDACachingAllocator::recordStream(buffer.storage().data_ptr(), side);
   const c10::cuda::CUDAStreamGuard guard(side);
   body(Stream::cuda(side.stream(), side.device_index()));
+}
+
+void SideStream::join() {
+  impl_->done.record(impl_->stream);
+  impl_->done.block(c10::cuda::getCurrentCUDAStream(impl_->stream.device_index()));
 }
 
 }  // namespace thinwire::torch_ext
