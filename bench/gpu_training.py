@@ -8,7 +8,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "launch"))
 import quickstart
-from options import add_training_options, number
+from options import add_training_options, learning_rate, number
 
 import report
 
@@ -76,7 +76,7 @@ def main() -> int:
             failed.append(f"{world} ranks: {accuracies[0] - accuracies[1]:.2%} below dense, allowed are {MOST_BELOW_DENSE:.0%}")
     if options.json:
         gpu = torch.cuda.get_device_name() if options.device == "cuda" else None
-        about = report.machine(torch=torch.__version__.partition("+")[0], link=None, batch=options.batch, lr=options.lr, gpu=gpu)
+        about = report.machine(torch=torch.__version__.partition("+")[0], link=None, batch=options.batch, lr=learning_rate(options, adam=False), gpu=gpu)
         report.write(options.json, report.script_line(), about, rows)
     print("\n".join(failed))
     return 1 if failed else 0

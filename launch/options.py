@@ -22,12 +22,18 @@ def with_timeout(config: str, seconds: float) -> str:
     return config if given else f"{config} timeout={seconds:g}"
 
 
+def learning_rate(options: argparse.Namespace, adam: bool) -> float:
+    return options.lr if options.lr is not None else 0.001 if adam else 0.05
+
+
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     """What quickstart and its ranks have in common."""
     parser.add_argument("--epochs", type=number(int, 1), default=3, metavar="N", help="default 3")
     parser.add_argument("--batch", type=number(int, 1), default=64, metavar="B", help="images per rank and step; default 64")
-    parser.add_argument("--lr", type=number(float, 0), default=0.05, metavar="X", help="learning rate of the first step, which falls to 0 linearly; default 0.05")
-    parser.add_argument("--momentum", type=number(float, 0, 1), default=0.9, metavar="X", help="of the optimizer, default 0.9; under feedback=dgc the config's own counts")
+    parser.add_argument("--optimizer", choices=("auto", "sgd", "adam"), default="auto", help="auto: adam (AdamW) where a config's target is the momentum, else sgd")
+    parser.add_argument("--lr", type=number(float, 0), metavar="X", help="learning rate of the first step, which falls to 0 linearly; default 0.05, with adam 0.001")
+    parser.add_argument("--momentum", type=number(float, 0, 1), default=0.9, metavar="X", help="of sgd, default 0.9; under feedback=dgc the config's own counts")
+    parser.add_argument("--beta2", type=number(float, 0, 0.999999), default=0.99, metavar="X", help="of adam's variance; default 0.99, as three epochs are short; its beta1 is the config's, else 0.9")
     parser.add_argument("--weight-decay", type=number(float, 0), default=0.0, metavar="X", help="default 0")
     parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="of the initial parameters and of the order of the images")
     parser.add_argument("--data", metavar="DIR", help="folder with the four idx files of Fashion-MNIST or MNIST, gzipped or not")

@@ -7,13 +7,14 @@ import sys
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(HERE), str(ROOT / "bench")]
-from options import add_training_options, number
+from options import add_training_options, learning_rate, number
 
 DEFAULT_CONFIG = "dgc:density=0.01,warmup_steps=10"
 EXAMPLES = """examples
   launch/quickstart                                    dense and DGC at 1 %, two processes, three epochs of Fashion-MNIST
   launch/quickstart --config dgc:density=0.001         another density; repeat --config to compare several
   launch/quickstart --config 'codec=topk:density=0.01,wire=bf16 feedback=ef14'
+  launch/quickstart --config onebit_adam               1-bit Adam beside Adam; it freezes its variance by itself
   sudo launch/quickstart --link 1gbit --world 4        four hosts in network namespaces, joined by links of that rate
   launch/quickstart --epochs 1 --subset 6000           a minute's look
 """
@@ -34,7 +35,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def command_of_a_rank(options: argparse.Namespace, config: str) -> list[str]:
     command = [sys.executable, str(HERE / "train_rank.py"), "--events", "--config", config]
-    for name in ("epochs", "batch", "lr", "momentum", "weight_decay", "seed", "subset", "timeout"):
+    if options.lr is not None:
+        command += ["--lr", str(options.lr)]
+    for name in ("optimizer", "epochs", "batch", "momentum", "beta2", "weight_decay", "seed", "subset", "timeout"):
         command += ["--" + name.replace("_", "-"), str(getattr(options, name))]
     command += ["--device", options.device] + ["--share-gpus"] * options.share_gpus
     return command + (["--data", options.data] if options.data else [])
@@ -155,8 +158,12 @@ def main() -> int:
 
     console = Console(highlight=False)
     try:
-        for config in options.config:
-            thinwire.Config.parse(config)
+        targets = [thinwire.Config.parse(config).target for config in options.config]
+        if options.optimizer == "auto":  # dense training by the same optimizer, so that one thing differs
+            averaged = [target.startswith("momentum") for target in targets]
+            if any(averaged) and not all(averaged):
+                raise thinwire.ConfigError("configs with target=momentum train with Adam, the others with SGD: compare them in runs of their own, or give --optimizer adam")
+            options.optimizer = "adam" if any(averaged) else "sgd"
         datasets.load(options.data)  # bad data is one message here, not one per rank
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +173,7 @@ def main() -> int:
         plot(runs, picture)
         console.print(f"picture: {picture}", soft_wrap=True)
         if options.json:
-            about = report.machine(isa=thinwire.build_info()["isa"], torch=torch.__version__.partition("+")[0], link=options.link, batch=options.batch, lr=options.lr)
+            about = report.machine(isa=thinwire.build_info()["isa"], torch=torch.__version__.partition("+")[0], link=options.link, batch=options.batch, optimizer=options.optimizer, lr=learning_rate(options, options.optimizer == "adam"))
             rows = [row | {"full_config": run.full_config, "data": run.source} for run in runs for row in run.rows]
             report.write(options.json, " ".join(["./launch/quickstart", *sys.argv[1:]]), about, rows)
             console.print(f"rows: {options.json}", soft_wrap=True)

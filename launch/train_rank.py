@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 import data as datasets
 import model as network
-from options import add_training_options, with_timeout
+from options import add_training_options, learning_rate, with_timeout
 import ranks
 
 QUICK_TEST = 2000  # images of an evaluation within an epoch
@@ -70,24 +70,31 @@ class Trainer:
         torch.manual_seed(options.seed)
         self.model = network.Net().to(device)  # the CPU's generator has initialised it: the same bits on any device
         self.ddp = DistributedDataParallel(self.model)
-        self.state, self.config = None, ""
+        self.state, self.config, self.adam = None, "", options.optimizer == "adam"
         if options.config:
             import thinwire
 
             config = thinwire.Config.parse(with_timeout(options.config, options.timeout))
+            averaged = config.target.startswith("momentum")
+            self.adam |= averaged and options.optimizer == "auto"
             # Momentum correction brings the momentum into the hook: an optimizer with its own would apply it twice.
-            if config.feedback.startswith("dgc"):
-                self.optimizer = thinwire.optim.DGCSGD(self.model.parameters(), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
+            if averaged and self.adam:
+                betas = (float(config.keys_of("target")["beta1"]), options.beta2)
+                self.optimizer = thinwire.optim.OneBitAdam(self.model.parameters(), betas=betas, weight_decay=options.weight_decay)
+            elif config.feedback.startswith("dgc") and not self.adam:
+                self.optimizer = thinwire.optim.DGCSGD(self.model.parameters(), lr=0, momentum=options.momentum, weight_decay=options.weight_decay)
             else:
-                self.optimizer = self.sgd()
+                self.optimizer = self.plain()
             self.state, self.config = thinwire.attach(self.ddp, config, self.optimizer), str(config)
         else:
-            self.optimizer = self.sgd()
+            self.optimizer = self.plain()
         self.numel = sum(parameter.numel() for parameter in self.model.parameters())
         self.done, self.seconds, self.loss_sum = 0, 0.0, 0.0
 
-    def sgd(self) -> torch.optim.SGD:
-        return torch.optim.SGD(self.model.parameters(), lr=self.options.lr, momentum=self.options.momentum, weight_decay=self.options.weight_decay)
+    def plain(self) -> torch.optim.Optimizer:
+        if self.adam:
+            return torch.optim.AdamW(self.model.parameters(), betas=(0.9, self.options.beta2), weight_decay=self.options.weight_decay)
+        return torch.optim.SGD(self.model.parameters(), lr=0, momentum=self.options.momentum, weight_decay=self.options.weight_decay)
 
     def bytes_so_far(self) -> dict[str, int]:
         """Of this rank: bytes handed to the transport, bytes that left it, and those that a dense ring all-reduce of the same gradients would have sent."""
@@ -101,7 +108,7 @@ class Trainer:
     def step(self, batch: torch.Tensor) -> float:
         start = time.perf_counter()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.options.lr * (1 - self.done / self.steps)
+            group["lr"] = learning_rate(self.options, self.adam) * (1 - self.done / self.steps)
         self.optimizer.zero_grad()
         loss = functional.cross_entropy(self.ddp(network.pixels(self.images[batch])), self.labels[batch].long())
         loss.backward()

@@ -68,7 +68,10 @@ void run(const Options& options, torch::Device device, int rank, const std::stri
     }
     if (file.is_open()) {
       nlohmann::json machine = describe_machine();
-      machine.update({{"link", nullptr}, {"batch", options.batch}, {"lr", options.lr}, {"torch", TORCH_VERSION}});
+      machine.update({{"link", nullptr},
+                      {"batch", options.batch},
+                      {"lr", learning_rate(options, Config::parse(options.config))},
+                      {"torch", TORCH_VERSION}});
       if (!gpu.empty()) machine["gpu"] = gpu;
       file << nlohmann::json{{"command", command}, {"version", kVersion}, {"machine", machine}, {"rows", rows}}.dump(1) << '\n';
       file.close();

@@ -2,6 +2,8 @@
 
 #include <sstream>
 
+#include "compressors/core/error.hpp"
+
 namespace thinwire::launch {
 
 void declare(CLI::App& app, Options& o) {
@@ -12,11 +14,16 @@ void declare(CLI::App& app, Options& o) {
       ->capture_default_str();
   app.add_option("--epochs", o.epochs)->check(CLI::Range(1, 1000000))->capture_default_str();
   app.add_option("--batch", o.batch, "images per rank and step")->check(CLI::Range(1, 1000000))->capture_default_str();
-  app.add_option("--lr", o.lr, "learning rate of the first step, which falls to 0 linearly")
-      ->check(CLI::Range(0.0, 1e6))
+  app.add_option("--optimizer", o.optimizer, "auto: adam (AdamW) where the config's target is the momentum, else sgd")
+      ->check(CLI::IsMember({"auto", "sgd", "adam"}))
       ->capture_default_str();
-  app.add_option("--momentum", o.momentum, "of the optimizer; under feedback=dgc the config's own counts")
+  app.add_option("--lr", o.lr, "learning rate of the first step, which falls to 0 linearly; default 0.05, with adam 0.001")
+      ->check(CLI::Range(0.0, 1e6));
+  app.add_option("--momentum", o.momentum, "of sgd; under feedback=dgc the config's own counts")
       ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
+  app.add_option("--beta2", o.beta2, "of adam's variance; its beta1 is the config's, else 0.9")
+      ->check(CLI::Range(0.0, 0.999999))
       ->capture_default_str();
   app.add_option("--weight-decay", o.weight_decay)->check(CLI::Range(0.0, 1e6))->capture_default_str();
   app.add_option("--seed", o.seed, "of the initial parameters and of the order of the images")->capture_default_str();
@@ -33,6 +40,21 @@ void declare(CLI::App& app, Options& o) {
       ->check(CLI::Range(1.0, 1e9))
       ->capture_default_str();
   app.add_option("--json", o.json, "write the results: one row per epoch")->type_name("FILE");
+}
+
+bool uses_adam(const Options& options, const Config& config) {
+  return options.optimizer == "adam" || (options.optimizer == "auto" && config.target().name == "momentum");
+}
+
+double learning_rate(const Options& options, const Config& config) {
+  return options.lr.value_or(uses_adam(options, config) ? 0.001 : 0.05);
+}
+
+void check_optimizer(const Options& options, const Config& config) {
+  if (config.target().name == "momentum" && options.optimizer == "sgd")
+    fail(Errc::invalid_config, "target=momentum puts Adam's momentum into the gradients: --optimizer sgd does not go with it");
+  if (config.feedback().name == "dgc" && options.optimizer == "adam")
+    fail(Errc::invalid_config, "feedback=dgc applies momentum in the reducer: --optimizer adam does not go with it");
 }
 
 Config with_timeout(const std::string& config, double seconds) {

@@ -3,6 +3,7 @@
 
 #include <CLI/CLI.hpp>
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "compressors/core/config.hpp"
@@ -10,11 +11,19 @@
 namespace thinwire::launch {
 
 struct Options {
-  std::string config = "codec=none", data, json, device = "cpu";
+  std::string config = "codec=none", data, json, device = "cpu", optimizer = "auto";
   std::int64_t epochs = 3, batch = 64, subset = 0, bucket_kb = 1024;
   std::uint64_t seed = 0;
-  double lr = 0.05, momentum = 0.9, weight_decay = 0, timeout = 120;
+  std::optional<double> lr;
+  double momentum = 0.9, beta2 = 0.99, weight_decay = 0, timeout = 120;
 };
+
+/// Adam where --optimizer says so, or leaves it to a config whose target is the momentum.
+bool uses_adam(const Options& options, const Config& config);
+/// Of the first step.
+double learning_rate(const Options& options, const Config& config);
+/// @throws Error{invalid_config} if the config needs another optimizer than was asked for.
+void check_optimizer(const Options& options, const Config& config);
 
 void declare(CLI::App& app, Options& options);
 

@@ -1,5 +1,5 @@
 #pragma once
-// The two optimizers of the trainer, operation for operation those of Python, so that both trainers reach the same bits.
+// SGD of the trainer, as it is and for DGC, operation for operation those of Python, so that both trainers reach the same bits.
 
 #include <torch/torch.h>
 

@@ -27,8 +27,9 @@ Net seeded(std::uint64_t seed, torch::Device device) {
   return net;
 }
 
-ReducerOptions on(torch::Device device) {
+ReducerOptions on(torch::Device device, bool adam) {
   ReducerOptions options;
+  options.momentum_elsewhere = adam;  // until it freezes its variance
   if (device.is_cuda()) options.device = device.index();
   return options;
 }
@@ -52,9 +53,11 @@ Trainer::Trainer(const Options& options, std::shared_ptr<Communicator> gradients
       config_(with_timeout(options.config, options.timeout)),
       net_(seeded(options.seed, device)),
       parameters_(net_.parameters()),
-      reducer_(std::move(gradients), config_, described(), on(device)),
+      reducer_(std::move(gradients), config_, described(), on(device, uses_adam(options, config_))),
       buckets_(reducer_, parameters_, std::size_t(options.bucket_kb) * 1024),
       sgd_(parameters_, config_, options.momentum, options.weight_decay) {
+  check_optimizer(options, config_);
+  if (uses_adam(options, config_)) adam_.emplace(parameters_, reducer_, config_, options.beta2, options.weight_decay);
   epoch_steps_ = train_.count() / (world_ * options.batch);
   THINWIRE_EXPECTS(epoch_steps_ > 0, std::to_string(train_.count()) + " images are too few for " + std::to_string(world_) +
                                          " ranks of batch " + std::to_string(options.batch));
@@ -111,7 +114,12 @@ torch::Tensor Trainer::step(const torch::Tensor& batch) {
       torch::nn::functional::cross_entropy(net_.forward(images), train_.labels.index_select(0, batch).to(torch::kLong));
   loss.backward();
   buckets_.finish();
-  sgd_.step(options_.lr * (1 - double(done_) / double(steps_)));
+  const double lr = learning_rate(options_, config_) * (1 - double(done_) / double(steps_));
+  if (adam_) {
+    adam_->step(lr);
+  } else {
+    sgd_.step(lr);
+  }
   ++done_;
   return loss.detach();
 }

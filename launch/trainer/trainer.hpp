@@ -11,6 +11,7 @@
 
 #include "collectives/reducer.hpp"
 #include "compressors/core/config.hpp"
+#include "launch/trainer/adam.hpp"
 #include "launch/trainer/buckets.hpp"
 #include "launch/trainer/idx.hpp"
 #include "launch/trainer/model.hpp"
@@ -59,6 +60,7 @@ class Trainer {
   GradientReducer reducer_;
   Buckets buckets_;
   Sgd sgd_;
+  std::optional<Adam> adam_;  ///< in its place
   std::int64_t epoch_steps_ = 0, steps_ = 0, done_ = 0;
   double seconds_ = 0;
 };

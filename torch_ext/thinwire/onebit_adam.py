@@ -143,7 +143,7 @@ class OneBitAdam(AdamW):
 
     def _look_at_update(self, largest: float, t: float) -> None:
         warned = self._frozen.get("max_update", 0.0) > _UNUSUAL
-        self._frozen["max_update"] = max(largest, self._frozen.get("max_update", 0.0))
+        self._frozen["max_update"] = max(self._frozen.get("max_update", 0.0), largest)
         if largest > _UNUSUAL and not warned:
             warnings.warn(
                 f"OneBitAdam: an update of {largest:.3g} times the learning rate at step {int(t)}; Adam's are about 1. The variance was frozen at step "

@@ -1,0 +1,36 @@
+#pragma once
+// AdamW and, with a config whose target is the momentum, the optimizer's half of 1-bit Adam: operation for operation that of
+// torch_ext/thinwire/onebit_adam.py, so that both trainers reach the same bits.
+
+#include <torch/torch.h>
+
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "collectives/reducer.hpp"
+#include "compressors/core/config.hpp"
+
+namespace thinwire::launch {
+
+class Adam {
+ public:
+  /// `parameters[i]` is the reducer's parameter i. @throws invalid_config on freeze=auto: this optimizer freezes at a step.
+  Adam(std::vector<torch::Tensor> parameters, GradientReducer& reducer, const Config& config, double beta2, double weight_decay);
+
+  /// w ← w − lr·(weight_decay·w + m / (1 − beta1^t) / (sqrt(v / (1 − beta2^t)) + eps)); where the reducer compresses the momentum, m is the
+  /// gradient that it left, and v and its correction are those of the freeze.
+  void step(double lr);
+
+ private:
+  void freeze();
+
+  std::vector<torch::Tensor> parameters_, momenta_, variances_;
+  GradientReducer& reducer_;
+  std::optional<std::uint64_t> freeze_at_;  ///< synchronised steps; none: plain AdamW
+  double beta1_ = 0.9, beta2_, decay_, eps_ = 1e-8;
+  double steps_ = 0, frozen_steps_ = 0;  ///< 0: not frozen
+};
+
+}  // namespace thinwire::launch
