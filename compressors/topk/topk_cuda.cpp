@@ -123,7 +123,7 @@ DeviceTable table_at(const DeviceShape& shape, const std::byte* base) {
 
 class TopKCuda final : public Codec {
  public:
-  TopKCuda(const TopKOptions& options, void (*encode)(const EncodeCall&, Form, Stream)) : options_(options), encode_(encode) {}
+  TopKCuda(const TopKOptions& options, void (*encoder)(const EncodeCall&, Form, Stream)) : options_(options), encode_(encoder) {}
 
   Combine combine() const noexcept override { return Combine::gather; }
   std::size_t memory(const Segment&) const noexcept override { return options_.exact ? 0 : 1; }
