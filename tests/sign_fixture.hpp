@@ -14,15 +14,17 @@
 
 #include "compressors/core/codec.hpp"
 #include "compressors/sign/sign.hpp"
+#include "compressors/sign/sign_cuda.hpp"
 #include "tests/codec_backends.hpp"
+#include "tests/device_codec.hpp"
 #include "tests/sign_oracle.hpp"
 
 namespace thinwire {
 
 using Scale = SignOptions::Scale;
-using SignBackends = testing::Types<Scalar, Avx2, Avx512>;
-
-inline std::unique_ptr<const Codec> make_on(Backend backend, const SignOptions& options) { return make_sign(options, backend.isa); }
+inline std::unique_ptr<const Codec> make_on(Backend backend, const SignOptions& options) {
+  return backend.cuda ? on_device(make_sign_cuda(options)) : make_sign(options, backend.isa);
+}
 
 inline Recursion averaged(Recursion r) {
   r.averaged = true;

@@ -8,7 +8,7 @@ namespace {
 
 template <class T>
 class SignStream : public OnBackend<T> {};
-TYPED_TEST_SUITE(SignStream, SignBackends, BackendName);
+TYPED_TEST_SUITE(SignStream, Backends, BackendName);
 
 SignOptions with(Scale scale, std::size_t block) {
   SignOptions o;
@@ -31,14 +31,16 @@ struct Pass {
 // to the bit.
 template <class T>
 void fused_is_unfused(const Recursion& recursion, const SignOptions& options, const Pass& pass, unsigned seed) {
-  SignRig fused(T::kBackend, options, recursion, pass.counts, pass.ends),
-      unfused(T::kBackend, options, no_feedback(), pass.counts, pass.ends);
-  fused.output = unfused.output = pass.output;
-  if (pass.masked) fused.mask(seed), unfused.mask(seed);
+  SignRig fused(T::kBackend, options, recursion, pass.counts, pass.ends), here(T::kBackend, options, no_feedback(), pass.counts, pass.ends),
+      reference(Isa::scalar, options, no_feedback(), pass.counts, pass.ends);
+  for (SignRig* rig : {&fused, &here, &reference}) {
+    rig->output = pass.output;
+    if (pass.masked) rig->mask(seed);
+  }
   for (std::size_t s = 0; s < pass.counts.size(); ++s) fused.factors[s] = s % 3 == 2 ? 0.3f : 1.0f;
   fused.age(seed);
   for (unsigned step = 0; step < 2; ++step) {
-    fused.step = unfused.step = step;
+    fused.step = here.step = reference.step = step;
     const auto grad = oracle::to_bytes(gradients(fused.numel, 17 * step + seed, pass.wild), pass.dtype);
     const auto name = [&] {
       return describe(recursion) + describe(options) + " grad " + to_string(pass.dtype) + " step " + std::to_string(step);
@@ -57,15 +59,17 @@ void fused_is_unfused(const Recursion& recursion, const SignOptions& options, co
       if (testing::Test::HasFatalFailure()) return;
     }
 
-    std::vector<float> message(unfused.numel, NAN);
+    std::vector<float> message(fused.numel, NAN);
     for (std::size_t s = 0; s < pass.counts.size(); ++s)
-      std::copy(expected.message[s].begin(), expected.message[s].end(), message.begin() + std::ptrdiff_t(unfused.segments[s].first));
-    unfused.prepare();
-    unfused.codec->encode(0, unfused.plan(), host_bytes(std::as_const(message).data(), message.size()), {}, {},
-                          SignRig::bytes(unfused.workspace), SignRig::bytes(unfused.payload), Stream::host());
-    for (std::size_t r = 0; r < fused.parts(); ++r)  // the message has forgotten which of its elements met a bad gradient
-      std::memcpy(&unfused.payload[r * unfused.payload.size() / fused.parts() + 8], &expected.flags, 4);
-    ASSERT_EQ(fused.payload, unfused.payload) << name();
+      std::copy(expected.message[s].begin(), expected.message[s].end(), message.begin() + std::ptrdiff_t(fused.segments[s].first));
+    for (SignRig* unfused : {&here, &reference}) {
+      unfused->prepare();
+      unfused->codec->encode(0, unfused->plan(), host_bytes(std::as_const(message).data(), message.size()), {}, {},
+                             SignRig::bytes(unfused->workspace), SignRig::bytes(unfused->payload), Stream::host());
+      for (std::size_t r = 0; r < fused.parts(); ++r)  // the message has forgotten which of its elements met a bad gradient
+        std::memcpy(&unfused->payload[r * unfused->payload.size() / fused.parts() + 8], &expected.flags, 4);
+      ASSERT_EQ(fused.payload, unfused->payload) << name() << (unfused == &here ? " here" : " on the reference");
+    }
   }
 }
 
@@ -106,6 +110,18 @@ TYPED_TEST(SignStream, TensorsOfManyBlocks) {
       if (this->HasFatalFailure()) return;
     }
   }
+}
+
+// A mean of 1 + 2^-24 + 2^-52 lies just above the middle of two floats. The last term is two sums of 2^-34, of blocks 1 and 65: together
+// they are half of the least that a sum of 2^19 holds, apart they vanish.
+TYPED_TEST(SignStream, TheOrderOfBlockSumsIsVisible) {
+  SignRig rig(TypeParam::kBackend, with(Scale::l1, 0), no_feedback(), {128 * 4096});
+  std::vector<float> grad(rig.numel, 0.0f);
+  std::fill_n(grad.begin() + 1, 4096, 128.0f);
+  grad[1 + 1 * 4096 + 5] = grad[1 + 65 * 4096 + 3000] = 0x1p-34f;
+  grad[1 + 2 * 4096] = 0x1p-5f;
+  rig.stream(grad);
+  EXPECT_EQ(rig.signs()[0].scales[0], 1 + 0x1p-23f);
 }
 
 // Invariant 17: what is decoded is ±scale by the one predicate, for every length and every kind of element.
@@ -303,18 +319,20 @@ TYPED_TEST(SignStream, NonfiniteGradientsRaiseTheFlagAndEnterNoState) {
   }
 }
 
-// Message 3e38 + 3e38 does not exist: the news is dropped, what was held is sent on.
+// A message beyond the largest float does not exist: the news is dropped, and what was held is sent on.
 TYPED_TEST(SignStream, AnOverflowingAccumulatorDropsItsNews) {
-  for (const auto& recursion : {ef14(), averaged(ef14())}) {
+  for (const auto& recursion : {ef14(), ef14(0.75f), averaged(ef14()), averaged(ef14(0.75f))}) {
     SignRig rig(TypeParam::kBackend, with(Scale::l1, 64), recursion, {64});
     rig.beta1[0] = 0.125f;
     rig.residual[0][20] = 3e38f;
+    rig.momentum[0][20] = 1e37f;
     std::vector<float> grad(rig.numel, 0.0f);
     grad[1 + 20] = 3e38f;
     rig.stream(grad);
+    const float held = recursion.decay * 3e38f, message = recursion.averaged ? held + 0.125f * 1e37f : held;
     EXPECT_EQ(rig.flags, unsigned(kFlagNonfinite));
-    EXPECT_EQ(rig.signs()[0].scales[0], 3e38f / 64);
-    EXPECT_EQ(rig.residual[0][20], 3e38f - 3e38f / 64);
+    EXPECT_EQ(rig.signs()[0].scales[0], message / 64);
+    EXPECT_EQ(rig.residual[0][20], message - message / 64);
   }
 }
 

@@ -10,7 +10,7 @@ namespace {
 
 template <class T>
 class SignWire : public OnBackend<T> {};
-TYPED_TEST_SUITE(SignWire, SignBackends, BackendName);
+TYPED_TEST_SUITE(SignWire, Backends, BackendName);
 
 SignOptions with(std::size_t block, Scale scale = Scale::l1) {
   SignOptions o;
@@ -244,6 +244,10 @@ TYPED_TEST(SignWire, CorruptPayloadsAreNamed) {
   };
   for (const std::size_t length : {std::size_t(0), std::size_t(63), std::size_t(64), good.size() - 8})
     expect(good, length, {std::to_string(length).c_str()});
+  auto shorter = good;  // and says so itself
+  const std::uint64_t bytes = good.size() - 8;
+  std::memcpy(&shorter[16], &bytes, 8);
+  expect(shorter, bytes, {std::to_string(bytes).c_str(), std::to_string(good.size()).c_str()});
   const struct {
     std::size_t at;
     int bytes;

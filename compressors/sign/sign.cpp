@@ -276,7 +276,7 @@ void Sign::take_back(const Recursion& recursion, const Plan& plan, ConstBytes ow
 }  // namespace
 
 std::unique_ptr<const Codec> make_sign(const SignOptions& options, Isa isa) {
-  THINWIRE_EXPECTS(options.block % 8 == 0, "sign: block=" + std::to_string(options.block) + " is not a multiple of 8");
+  check_options(options);
   return std::make_unique<Sign>(options, isa);
 }
 

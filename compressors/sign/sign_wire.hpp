@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <string>
 
 #include "compressors/core/plan.hpp"
 #include "compressors/core/span.hpp"
@@ -13,6 +14,9 @@
 #include "compressors/sign/sign.hpp"
 
 namespace thinwire::sign {
+
+/// @throws Error{invalid_argument} on a block that is no multiple of 8.
+void check_options(const SignOptions& options);
 
 constexpr std::size_t block_of(const SignOptions& options, std::size_t count) noexcept {
   return options.block == 0 ? std::max<std::size_t>(count, 1) : options.block;
@@ -45,5 +49,8 @@ wire::Header payload_header(const Plan& plan, std::span<const Segment> part, con
 /// Checks everything about a payload that is not a bit of an element. @returns the header's flags. @throws Error{corrupt_payload} naming
 /// the rank and what is wrong.
 std::uint32_t check_payload(const Plan& plan, const SignOptions& options, ConstBytes wire, std::size_t rank);
+
+/// What is wrong with a scale, after whose payload it is in.
+std::string describe_scale_fault(std::size_t place, std::size_t scales, float scale);
 
 }  // namespace thinwire::sign
