@@ -346,6 +346,13 @@ TYPED_TEST(SignWire, RefusedCallsChangeNothing) {
   EXPECT_STREQ(code([&] { stream(rig.numel, bytes, rig.recursion, no_beta); }), "invalid_argument");
   EXPECT_STREQ(code([&] { stream(rig.numel, bytes, correction, sound); }), "invalid_argument");
   EXPECT_STREQ(code([&] { make_on(TypeParam::kBackend, with(12)); }), "invalid_argument");
+  const auto take_back = [&](const StateView& state) {
+    rig.codec->take_back(rig.recursion, rig.plan(), SignRig::bytes(std::as_const(rig.payload)), state, nullptr, Stream::host());
+  };
+  EXPECT_STREQ(code([&] { take_back(no_beta); }), "invalid_argument");
+  if (!TypeParam::kBackend.cuda) {
+    EXPECT_STREQ(code([&] { take_back({}); }), "invalid_argument");
+  }  // there the table has it
   for (const auto& residual : rig.residual) {
     for (const float v : residual) ASSERT_EQ(v, 0);
   }

@@ -166,8 +166,7 @@ void Sign::run(const Recursion& recursion, const Plan& plan, ConstBytes grad, co
   kChecks.input(plan, grad);
   kChecks.state(plan, recursion, state.segments.size());
   const Form form = feedback::form_of(recursion);
-  THINWIRE_EXPECTS(!feedback::has_momentum(form), "sign: momentum correction belongs to sparse codecs");
-  THINWIRE_EXPECTS(!recursion.averaged || state.beta1 != nullptr || plan.segments.empty(), "sign: an averaged gradient needs beta1");
+  check_recursion(recursion, plan, state);
 
   std::uint32_t found = flags != nullptr ? *flags : 0;
   std::size_t s = 0;
@@ -245,6 +244,8 @@ void Sign::take_back(const Recursion& recursion, const Plan& plan, ConstBytes ow
   const std::size_t capacity = part_capacity(plan, options_);
   kChecks.payload_size(own_wire.size, capacity * parts_of(plan));
   if (!feedback::has_residual(feedback::form_of(recursion))) return;
+  kChecks.state(plan, recursion, state.segments.size());
+  check_recursion(recursion, plan, state);
   std::size_t s = 0;
   for (std::size_t r = 0; r < parts_of(plan); ++r) {
     const std::span<const Segment> part = part_of(plan, r);

@@ -195,7 +195,7 @@ class SignCuda final : public Codec {
     if (!feedback::has_residual(feedback::form_of(recursion))) return;
     DecodeCall call = decode_call(plan);
     kChecks.payload_size(own_wire.size, call.shape.capacity * call.shape.parts);
-    THINWIRE_EXPECTS(!recursion.averaged || state.beta1 != nullptr || plan.segments.empty(), kNoBeta1);
+    check_recursion(recursion, plan, state);
     call.wire = own_wire.data;
     launch_take_back(call, recursion.averaged ? state.beta1 : nullptr, verdict, stream);
   }
@@ -208,8 +208,6 @@ class SignCuda final : public Codec {
   }
 
  private:
-  static constexpr const char* kNoBeta1 = "sign: an averaged gradient needs beta1";
-
   DeviceTable table_of(const Plan& plan, const DeviceShape& shape) const {
     THINWIRE_EXPECTS(plan.table.size >= table_size(shape) && plan.table.place == Place::cuda,
                      "sign: on a GPU a plan brings the table that tabulate() wrote, " + std::to_string(table_size(shape)) + " bytes");
@@ -239,8 +237,7 @@ class SignCuda final : public Codec {
                    std::uint32_t* flags, const PassCounts& counts, Stream stream) const {
     kChecks.input(plan, grad);
     const Form form = feedback::form_of(recursion);
-    THINWIRE_EXPECTS(!feedback::has_momentum(form), "sign: momentum correction belongs to sparse codecs");
-    THINWIRE_EXPECTS(!recursion.averaged || state.beta1 != nullptr || plan.segments.empty(), kNoBeta1);
+    check_recursion(recursion, plan, state);
     EncodeCall call = encode_call(plan, wire);
     kChecks.workspace(workspace.size, place_scratch(call.shape, workspace.data, &call.scratch));
     call.grad = grad.data;

@@ -25,6 +25,11 @@ void check_options(const SignOptions& options) {
   THINWIRE_EXPECTS(options.block % 8 == 0, "sign: block=" + std::to_string(options.block) + " is not a multiple of 8");
 }
 
+void check_recursion(const Recursion& recursion, const Plan& plan, const StateView& state) {
+  THINWIRE_EXPECTS(recursion.kind != Recursion::Kind::momentum_correction, "sign: momentum correction belongs to sparse codecs");
+  THINWIRE_EXPECTS(!recursion.averaged || state.beta1 != nullptr || plan.segments.empty(), "sign: an averaged gradient needs beta1");
+}
+
 PartWire part_wire(std::span<const Segment> part, const SignOptions& options) noexcept {
   PartWire out;
   for (const Segment& segment : part) {

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "compressors/core/plan.hpp"
+#include "compressors/core/recursion.hpp"
 #include "compressors/core/span.hpp"
 #include "compressors/core/wire.hpp"
 #include "compressors/sign/sign.hpp"
@@ -17,6 +18,8 @@ namespace thinwire::sign {
 
 /// @throws Error{invalid_argument} on a block that is no multiple of 8.
 void check_options(const SignOptions& options);
+/// @throws Error{invalid_argument} on momentum correction, and on an averaged gradient without beta1.
+void check_recursion(const Recursion& recursion, const Plan& plan, const StateView& state);
 
 constexpr std::size_t block_of(const SignOptions& options, std::size_t count) noexcept {
   return options.block == 0 ? std::max<std::size_t>(count, 1) : options.block;
