@@ -89,7 +89,7 @@ void decodes(SignRig& rig, std::size_t world, float factor) {
 
 TYPED_TEST(SignWire, DecodeSumsPairsOfRanksFirst) {
   for (const std::size_t world : {1, 2, 3, 4, 7, 8, 70}) {
-    for (const std::size_t block : {24, 1024, 0}) {
+    for (const std::size_t block : {24, 1024, 5000, 0}) {
       for (const bool masked : {false, true}) {
         SignRig rig(TypeParam::kBackend, with(world % 2 != 0 ? Scale::l2 : Scale::l1, block), no_feedback(), {1, 33, 9000, 64, 0, 1025});
         if (masked) rig.mask(unsigned(world));
