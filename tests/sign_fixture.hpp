@@ -26,6 +26,15 @@ inline std::unique_ptr<const Codec> make_on(Backend backend, const SignOptions& 
   return backend.cuda ? on_device(make_sign_cuda(options)) : make_sign(options, backend.isa);
 }
 
+inline SignOptions with(Scale scale, std::size_t block) {
+  SignOptions o;
+  o.scale = scale;
+  o.block = block;
+  return o;
+}
+inline const std::vector<Scale> kScales = {Scale::l1, Scale::l2};
+inline const std::vector<std::size_t> kBlocks = {8, 24, 512, 1024, 4096, 5000, 8192, 0};  // 0: one per tensor
+
 inline Recursion averaged(Recursion r) {
   r.averaged = true;
   return r;

@@ -12,16 +12,9 @@ template <class T>
 class SignWire : public OnBackend<T> {};
 TYPED_TEST_SUITE(SignWire, Backends, BackendName);
 
-SignOptions with(std::size_t block, Scale scale = Scale::l1) {
-  SignOptions o;
-  o.block = block;
-  o.scale = scale;
-  return o;
-}
-
 // Bytes by hand: 12 elements and 3, blocks of 8.
 TYPED_TEST(SignWire, TheDocumentedExample) {
-  SignRig rig(TypeParam::kBackend, with(8), no_feedback(), {12, 3});
+  SignRig rig(TypeParam::kBackend, with(Scale::l1, 8), no_feedback(), {12, 3});
   rig.step = 5;
   std::vector<float> grad(rig.numel, 0.0f);
   const float x[12] = {1, -1, 2, -2, 3, -3, 4, -0.0f, -6, 2, 2, -2}, y[3] = {0.5f, -0.25f, -0.75f};
@@ -36,7 +29,7 @@ TYPED_TEST(SignWire, TheDocumentedExample) {
 TYPED_TEST(SignWire, LayoutIsTheDocumentedOne) {
   const std::vector<std::size_t> counts = {0, 1, 7, 8, 9, 1023, 1024, 1025, 4095, 4097, 65537};
   for (const std::size_t block : {8, 24, 512, 1024, 4096, 8192, 0}) {
-    SignRig rig(TypeParam::kBackend, with(block), no_feedback(), counts);
+    SignRig rig(TypeParam::kBackend, with(Scale::l1, block), no_feedback(), counts);
     std::size_t bytes = 64;
     for (const std::size_t n : counts) bytes += 4 * (block == 0 ? n != 0 : (n + block - 1) / block) + (n + 7) / 8;
     EXPECT_EQ(rig.codec->layout(rig.plan()).part_capacity, (bytes + 7) / 8 * 8);
@@ -96,9 +89,9 @@ void decodes(SignRig& rig, std::size_t world, float factor) {
 
 TYPED_TEST(SignWire, DecodeSumsPairsOfRanksFirst) {
   for (const std::size_t world : {1, 2, 3, 4, 7, 8, 70}) {
-    for (const std::size_t block : {24, 1024, 0}) {
+    for (const std::size_t block : {24, 1024, 5000, 0}) {
       for (const bool masked : {false, true}) {
-        SignRig rig(TypeParam::kBackend, with(block, world % 2 != 0 ? Scale::l2 : Scale::l1), no_feedback(), {1, 33, 9000, 64, 0, 1025});
+        SignRig rig(TypeParam::kBackend, with(world % 2 != 0 ? Scale::l2 : Scale::l1, block), no_feedback(), {1, 33, 9000, 64, 0, 1025});
         if (masked) rig.mask(unsigned(world));
         decodes<TypeParam>(rig, world, 1.0f / float(world));
         if (this->HasFatalFailure()) return;
@@ -109,7 +102,7 @@ TYPED_TEST(SignWire, DecodeSumsPairsOfRanksFirst) {
 
 // Pairs first is another sum than rank by rank: the scales here tell them apart.
 TYPED_TEST(SignWire, ThePairsAreVisibleInTheSum) {
-  SignRig rig(TypeParam::kBackend, with(8), no_feedback(), {8});
+  SignRig rig(TypeParam::kBackend, with(Scale::l1, 8), no_feedback(), {8});
   std::vector<std::vector<std::byte>> payloads;
   for (const float x : {1.0f, 0x1p-24f, 0x1p-24f, 0x1p-24f}) {
     rig.stream(std::vector<float>(rig.numel, x));
@@ -121,7 +114,7 @@ TYPED_TEST(SignWire, ThePairsAreVisibleInTheSum) {
 // Outputs from which on stores go past the caches, at every alignment of a float.
 TYPED_TEST(SignWire, LargeOutputsGoTheSameWay) {
   const std::size_t n = (std::size_t(1) << 18) + 77;
-  SignRig rig(TypeParam::kBackend, with(1024), no_feedback(), {n});
+  SignRig rig(TypeParam::kBackend, with(Scale::l1, 1024), no_feedback(), {n});
   const auto grad = gradients(rig.numel, 5, false);
   rig.stream(grad);
   const auto first = rig.payload;
@@ -147,7 +140,7 @@ TYPED_TEST(SignWire, LargeOutputsGoTheSameWay) {
 
 TYPED_TEST(SignWire, ANonfiniteSumOrAnOverflowingRoundingRaisesTheFlag) {
   for (const std::size_t n : {8, 100}) {
-    SignRig rig(TypeParam::kBackend, with(8), no_feedback(), {n});
+    SignRig rig(TypeParam::kBackend, with(Scale::l1, 8), no_feedback(), {n});
     rig.stream(std::vector<float>(rig.numel, 3e38f));
     EXPECT_EQ(rig.flags, 0u);
     rig.decode({rig.payload});
@@ -166,7 +159,7 @@ TYPED_TEST(SignWire, ANonfiniteSumOrAnOverflowingRoundingRaisesTheFlag) {
 }
 
 TYPED_TEST(SignWire, EmptyPayloadsDecodeToNothingAndCarryTheirFlags) {
-  SignRig rig(TypeParam::kBackend, with(1024), ef14(), {100, 7000}, {1, 2});
+  SignRig rig(TypeParam::kBackend, with(Scale::l1, 1024), ef14(), {100, 7000}, {1, 2});
   rig.stream(gradients(rig.numel, 3, false));
   rig.prepare();
   rig.codec->empty(rig.plan(), SignRig::bytes(rig.payload), kFlagJoined, Stream::host());
@@ -175,7 +168,7 @@ TYPED_TEST(SignWire, EmptyPayloadsDecodeToNothingAndCarryTheirFlags) {
   const std::size_t capacity = rig.payload.size() / 2;
   for (std::size_t r = 0; r < 2; ++r) EXPECT_EQ(rig.payload[r * capacity + 8], std::byte(kFlagJoined));
 
-  SignRig talks(TypeParam::kBackend, with(1024), no_feedback(), {100, 7000});
+  SignRig talks(TypeParam::kBackend, with(Scale::l1, 1024), no_feedback(), {100, 7000});
   talks.stream(gradients(rig.numel, 4, false));
   const auto signs = talks.signs();
   const auto said = talks.payload;
@@ -189,7 +182,7 @@ TYPED_TEST(SignWire, EmptyPayloadsDecodeToNothingAndCarryTheirFlags) {
 
 /// Phase two of an owner: a plan's parts are decoded one by one, each by a plan of its own.
 TYPED_TEST(SignWire, PartsAreDecodedByTheirOwners) {
-  SignRig rig(TypeParam::kBackend, with(24), ef14(), {1000, 50, 3000}, {1, 3});
+  SignRig rig(TypeParam::kBackend, with(Scale::l1, 24), ef14(), {1000, 50, 3000}, {1, 3});
   rig.mask(2);
   rig.stream(gradients(rig.numel, 3, false));
   const auto signs = rig.signs();
@@ -232,7 +225,7 @@ std::string refusal(SignRig& rig, const std::vector<std::byte>& payload, std::si
 }
 
 TYPED_TEST(SignWire, CorruptPayloadsAreNamed) {
-  SignRig rig(TypeParam::kBackend, with(64), no_feedback(), {100, 9000});
+  SignRig rig(TypeParam::kBackend, with(Scale::l1, 64), no_feedback(), {100, 9000});
   rig.step = 7;
   rig.stream(gradients(rig.numel, 1, false));
   const auto good = rig.payload;
@@ -283,7 +276,7 @@ TYPED_TEST(SignWire, CorruptPayloadsAreNamed) {
 
 // Nothing is written before everything was validated.
 TYPED_TEST(SignWire, ARefusedPayloadWritesNothing) {
-  SignRig rig(TypeParam::kBackend, with(64), no_feedback(), {5000});
+  SignRig rig(TypeParam::kBackend, with(Scale::l1, 64), no_feedback(), {5000});
   rig.stream(gradients(rig.numel, 1, false));
   auto bad = rig.payload;
   const float nan = std::numeric_limits<float>::quiet_NaN();
@@ -303,7 +296,7 @@ TYPED_TEST(SignWire, MutatedPayloadsNeverFault) {
   std::mt19937 random(12);
   std::size_t refused = 0, accepted = 0;
   for (const std::size_t block : {8, 1024, 0}) {
-    SignRig rig(TypeParam::kBackend, with(block), no_feedback(), {5, 3000, 9000});
+    SignRig rig(TypeParam::kBackend, with(Scale::l1, block), no_feedback(), {5, 3000, 9000});
     rig.stream(gradients(rig.numel, 1, false));
     for (int round = 0; round < 60; ++round) {
       auto bad = rig.payload;
@@ -320,7 +313,7 @@ TYPED_TEST(SignWire, MutatedPayloadsNeverFault) {
 }
 
 TYPED_TEST(SignWire, RefusedCallsChangeNothing) {
-  SignRig rig(TypeParam::kBackend, with(64), averaged(ef14()), {100, 200}, {1, 2});
+  SignRig rig(TypeParam::kBackend, with(Scale::l1, 64), averaged(ef14()), {100, 200}, {1, 2});
   const auto grad = gradients(rig.numel, 1, false);
   rig.prepare();
   const auto code = [&](auto&& call) {
@@ -345,7 +338,7 @@ TYPED_TEST(SignWire, RefusedCallsChangeNothing) {
   EXPECT_STREQ(code([&] { stream(rig.numel, bytes, rig.recursion, {}); }), "invalid_argument");
   EXPECT_STREQ(code([&] { stream(rig.numel, bytes, rig.recursion, no_beta); }), "invalid_argument");
   EXPECT_STREQ(code([&] { stream(rig.numel, bytes, correction, sound); }), "invalid_argument");
-  EXPECT_STREQ(code([&] { make_on(TypeParam::kBackend, with(12)); }), "invalid_argument");
+  EXPECT_STREQ(code([&] { make_on(TypeParam::kBackend, with(Scale::l1, 12)); }), "invalid_argument");
   const auto take_back = [&](const StateView& state) {
     rig.codec->take_back(rig.recursion, rig.plan(), SignRig::bytes(std::as_const(rig.payload)), state, nullptr, Stream::host());
   };
@@ -361,9 +354,9 @@ TYPED_TEST(SignWire, RefusedCallsChangeNothing) {
 
 // Options that read the same bytes differently do not meet: their payloads' fingerprints differ.
 TYPED_TEST(SignWire, OtherOptionsAreAnotherPlan) {
-  SignRig rig(TypeParam::kBackend, with(512), no_feedback(), {512});
+  SignRig rig(TypeParam::kBackend, with(Scale::l1, 512), no_feedback(), {512});
   rig.stream(gradients(rig.numel, 1, false));
-  for (const SignOptions& other : {with(1024), with(0), with(512, Scale::l2)}) {
+  for (const SignOptions& other : {with(Scale::l1, 1024), with(Scale::l1, 0), with(Scale::l2, 512)}) {
     SignRig receiver(TypeParam::kBackend, other, no_feedback(), {512});
     receiver.stream(gradients(rig.numel, 1, false));
     const std::string text = refusal(receiver, rig.payload, rig.payload.size());
