@@ -14,7 +14,12 @@ set(THINWIRE_NCCL AUTO CACHE STRING "NCCL transport: ON, OFF, or AUTO (if CUDA a
 set(THINWIRE_BENCH AUTO CACHE STRING "Google Benchmark programs: ON, OFF, or AUTO (if found)")
 option(THINWIRE_FUZZ "Build the libFuzzer targets instead of the tests (Clang)" OFF)
 set(THINWIRE_SANITIZE "" CACHE STRING "Value for -fsanitize=, for example address,undefined or thread; empty: none")
-set_property(CACHE THINWIRE_TESTS THINWIRE_MPI THINWIRE_TORCH THINWIRE_CUDA THINWIRE_NCCL THINWIRE_BENCH PROPERTY STRINGS ON OFF AUTO)
+foreach(option THINWIRE_TESTS THINWIRE_MPI THINWIRE_TORCH THINWIRE_CUDA THINWIRE_NCCL THINWIRE_BENCH)
+  set_property(CACHE ${option} PROPERTY STRINGS ON OFF AUTO)
+  if(NOT ${option} MATCHES "^(ON|OFF|AUTO|1|0|TRUE|FALSE|YES|NO)$")
+    message(FATAL_ERROR "${option}=${${option}} is not one of ON, OFF, AUTO")
+  endif()
+endforeach()
 
 if(NOT CMAKE_BUILD_TYPE AND NOT CMAKE_CONFIGURATION_TYPES AND PROJECT_IS_TOP_LEVEL)
   set(CMAKE_BUILD_TYPE Release CACHE STRING "Debug, Release, RelWithDebInfo" FORCE)

@@ -99,6 +99,14 @@ void lay_out_phases(BucketPlan& bucket, const Codec& codec, int world, int rank)
 
 std::size_t BucketPlan::sent_bytes() const noexcept { return std::accumulate(send_bytes.begin(), send_bytes.end(), std::size_t(0)); }
 
+std::size_t scratch_bytes(const BucketPlan& bucket, std::size_t world) noexcept {
+  if (bucket.whole_dense) return (bucket.count + 1) * sizeof(float);
+  const std::size_t workspace = std::max(bucket.layout.workspace, bucket.layout.per_payload * world);
+  const std::size_t received = bucket.owners && !bucket.two_phase ? bucket.recv_bytes.front() * world : 0;
+  const std::size_t arrived = std::max({bucket.contribution * world, bucket.phases.slot * world, received});
+  return arrived + std::max(bucket.sent_bytes(), bucket.phases.slot * world) + bucket.phases.own_count * sizeof(float) + workspace;
+}
+
 bool dense_sends_less(const Codec& codec, const Segment& segment, DType dtype, int world) {
   const std::uint32_t end = 1;
   const double capacity = double(codec.layout({std::span(&segment, 1), std::span(&end, 1), 0}).part_capacity - sizeof(wire::Header));

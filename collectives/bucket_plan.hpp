@@ -128,6 +128,9 @@ inline constexpr std::size_t kRawPassengerBytes = 64 * 1024;
 /// way, and dense is simpler.
 bool dense_sends_less(const Codec& codec, const Segment& segment, DType dtype, int world);
 
+/// Bytes of scratch that an engine takes for one bucket.
+std::size_t scratch_bytes(const BucketPlan& bucket, std::size_t world) noexcept;
+
 /// `codec` may be null only on whole dense steps. @throws what Codec::layout throws.
 BucketPlan make_bucket_plan(std::span<const std::uint32_t> ids, DType dtype, bool whole_dense, const std::vector<ParameterSlot>& slots,
                             const Codec* codec, const Recursion& recursion, int world, int rank, bool two_phase = false);

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "collectives/reducer_impl.hpp"
+#include "compressors/core/device.hpp"
 #include "compressors/core/error.hpp"
 #include "compressors/core/wire.hpp"
 
@@ -56,7 +57,15 @@ bool GradientReducer::frozen() const {
 
 bool GradientReducer::averages(std::uint32_t parameter) const { return impl_->slots_.at(parameter).shared_momentum != nullptr; }
 
-GradientReducer::Impl::~Impl() { close(std::chrono::milliseconds(0)); }
+GradientReducer::Impl::~Impl() {
+  // On a GPU the stream is busy with what is sound as long as nothing failed: only the host's queue holds work that must not be waited for.
+  bool sound = options_.device >= 0;
+  try {
+    queue_->rethrow();
+    if (sound) engine_->check();
+  } catch (const Error&) { sound = false; }
+  close(sound ? communicator_->timeout() : std::chrono::milliseconds(0));
+}
 
 void GradientReducer::Impl::close(std::chrono::milliseconds limit) noexcept {
   {
@@ -170,7 +179,7 @@ std::shared_ptr<const BucketPlan> GradientReducer::Impl::find_plan(std::span<con
   return plan;
 }
 
-void GradientReducer::Impl::check_place(Bytes grad, Stream stream) const {
+void GradientReducer::Impl::check_place(Bytes grad, Stream stream, const float* loss_scale) const {
   const auto name = [](Place place, int device) {
     return place == Place::host ? std::string("host memory") : "GPU " + std::to_string(device);
   };
@@ -178,12 +187,21 @@ void GradientReducer::Impl::check_place(Bytes grad, Stream stream) const {
   const std::string own = name(place, options_.device);
   if (grad.place != place || (place == Place::cuda && grad.device != options_.device))
     fail(Errc::invalid_argument, "the bucket is in " + name(grad.place, grad.device) + ", this reducer works in " + own);
+  const auto lies = [&](const char* what, const void* p) {
+    if (place != Place::cuda || p == nullptr) return;
+    const int device = device_of(p);
+    if (device != options_.device)
+      fail(Errc::invalid_argument, std::string(what) + " lies in " + name(device < 0 ? Place::host : Place::cuda, device) +
+                                       ", though it is given as memory of " + own);
+  };
+  lies("the bucket", grad.size == 0 ? nullptr : grad.data);
+  lies("the loss scale", loss_scale);
   if (stream.place() != place || (place == Place::cuda && stream.device() != options_.device))
     fail(Errc::invalid_argument, "the stream is of " + name(stream.place(), stream.device()) + ", this reducer works in " + own);
 }
 
 std::uint64_t GradientReducer::Impl::reduce(std::span<const std::uint32_t> ids, Bytes grad, Stream stream, const ReduceOptions& options) {
-  check_place(grad, stream);
+  check_place(grad, stream, options.device_loss_scale);
   if (grad.dtype == DType::u8) fail(Errc::invalid_argument, "a bucket's dtype is fp32, bf16 or fp16; this one is u8");
   if (!(options.loss_scale > 0) || !is_finite(options.loss_scale))
     fail(Errc::invalid_argument, "loss_scale=" + std::to_string(options.loss_scale) + " is not a positive number");

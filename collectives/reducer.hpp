@@ -72,7 +72,8 @@ struct Handover {
 class Work {
  public:
   Work() = default;
-  /// Blocks until the mean is in the bucket. @throws the error that the reduce met (each call again).
+  /// Blocks until the mean is in the bucket; on a GPU until all of it is enqueued: what comes after it on its stream finds the mean.
+  /// @throws the error that the reduce met (each call again).
   void wait();
   bool done() const;
 
@@ -106,6 +107,9 @@ struct ReducerOptions {
   /// target=momentum: an optimizer keeps the momentum and decides: everything stays dense until it calls freeze(), whatever the config's
   /// freeze says.
   bool momentum_elsewhere = false;
+  /// On a GPU: elements of the largest bucket that will come, whose scratch must fit beside the state; 0: all parameters may come in one,
+  /// as in DDP's first step.
+  std::size_t largest_bucket = 0;
   /// Keep the calling thread: no queue thread even where the transport would allow one.
   bool inline_queue = false;
   /// Called with this rank's own payloads of every bucket (under two_phase those of phase 1 in destination order, then its second one), on
@@ -127,7 +131,8 @@ class GradientReducer {
   /// elements).
   GradientReducer(std::shared_ptr<Communicator> communicator, const Config& config, std::vector<Parameter> parameters,
                   ReducerOptions options = {});
-  /// Fails what is queued, releases the peers if work was under way, joins the thread (bounded by the timeout). Never throws.
+  /// Fails what is queued, releases the peers if work was under way, joins the thread (bounded by the timeout). On a GPU what is enqueued
+  /// may end within the timeout, before peers are released. Never throws.
   ~GradientReducer();
   GradientReducer(const GradientReducer&) = delete;
   GradientReducer& operator=(const GradientReducer&) = delete;

@@ -55,6 +55,8 @@ class GradientReducer::Impl {
 
   // reducer_setup.cpp
   void lay_out_state();
+  /// @throws device where the GPU lacks the memory that the largest bucket needs beside the state, naming the bytes.
+  void check_device_memory() const;
   /// What a rank is: all ranks compare theirs before anything of different sizes could travel. `problem`: why this rank refuses, or empty.
   void compare_cards(Communicator& communicator, std::uint64_t step, const std::string& problem) const;
   std::uint64_t own_fingerprint() const;
@@ -69,7 +71,7 @@ class GradientReducer::Impl {
   /// Whether exchange=auto makes this parameter dense at its setting.
   bool dense_by_rule(const ParameterSlot& slot, DType dtype) const;
   /// @throws invalid_argument where bucket and stream are not both in the reducer's place.
-  void check_place(Bytes grad, Stream stream) const;
+  void check_place(Bytes grad, Stream stream, const float* loss_scale) const;
   std::shared_ptr<const BucketPlan> find_plan(std::span<const std::uint32_t> ids, DType dtype);
   void run(Job& job);
   std::exception_ptr explain(const Job& job, std::exception_ptr error);

@@ -2,9 +2,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <set>
 
 #include "collectives/reducer_impl.hpp"
+#include "compressors/core/device.hpp"
 #include "compressors/core/error.hpp"
 #include "compressors/core/registry.hpp"
 #include "compressors/core/wire.hpp"
@@ -82,11 +84,30 @@ GradientReducer::Impl::Impl(std::shared_ptr<Communicator> communicator, const Co
 
   communicator_ = split_within(*parent_, std::chrono::milliseconds(std::int64_t(std::ceil(config.timeout_seconds() * 1000))));
   const EngineParts parts{*communicator_, codec_.get(), recursion_, options_, arena_, slots_.size(), total_numel_, config.check_every()};
+  if (options_.device >= 0 && codec_ != nullptr) check_device_memory();
   engine_ = options_.device < 0 ? make_host_engine(parts) : make_device_engine(parts, options_.device);
   const bool threaded = communicator_->any_thread() && !options_.inline_queue && options_.device < 0;
   queue_ = std::make_unique<WorkQueue>(
       threaded, [this](Job& job) { run(job); },
       [this](const Job& job, std::exception_ptr error) { return explain(job, std::move(error)); });
+}
+
+void GradientReducer::Impl::check_device_memory() const {
+  std::vector<std::uint32_t> ids(slots_.size());
+  std::iota(ids.begin(), ids.end(), 0u);
+  const std::size_t world = std::size_t(communicator_->size());
+  std::size_t bytes = 0;
+  for (const bool dense : {false, true}) {
+    const BucketPlan all = make_bucket_plan(ids, DType::fp32, dense, slots_, codec_.get(), recursion_, communicator_->size(),
+                                            communicator_->rank(), two_phase_);
+    bytes = std::max(bytes, scratch_bytes(all, world));
+  }
+  const std::size_t largest = options_.largest_bucket == 0 ? total_numel_ : std::min(options_.largest_bucket, total_numel_);
+  const double need = double(bytes) * double(largest) / double(std::max<std::size_t>(total_numel_, 1));
+  const std::size_t free = device_free_memory(options_.device);
+  if (need > double(free))
+    fail(Errc::device, "GPU " + std::to_string(options_.device) + ": a bucket of " + std::to_string(largest) + " elements needs " +
+                           std::to_string(std::size_t(need)) + " bytes beside the state, " + std::to_string(free) + " are free");
 }
 
 void GradientReducer::Impl::lay_out_state() {

@@ -29,6 +29,7 @@ void launch(const char* name, void (*kernel)(Parameters...), std::size_t blocks,
   config.stream = stream.get();
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
   if (error != cudaSuccess) {
+    cudaGetLastError();  // told here: it is no error of somebody's next launch
     fail(Errc::device, std::string(name) + " could not be launched: " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
   }
 }

@@ -16,6 +16,10 @@ namespace thinwire {
 int device_count() noexcept;
 /// "NVIDIA H200, compute capability 9.0, driver 13.0, runtime 13.0".
 std::string describe_device(int device);
+/// Bytes that the device could give now.
+std::size_t device_free_memory(int device);
+/// The GPU in whose memory `p` lies, or -1: the host's.
+int device_of(const void* p);
 
 /// Bytes in device memory, 256-byte aligned. Growing loses the contents and synchronises with the device.
 class DeviceBuffer {

@@ -37,6 +37,19 @@ std::string describe_device(int device) {
          std::to_string(properties.minor) + ", driver " + version(driver) + ", runtime " + version(runtime);
 }
 
+std::size_t device_free_memory(int device) {
+  const OnDevice on(device);
+  std::size_t free = 0, total = 0;
+  check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo on GPU " + std::to_string(device));
+  return free;
+}
+
+int device_of(const void* p) {
+  cudaPointerAttributes attributes{};
+  check(cudaPointerGetAttributes(&attributes, p), "cudaPointerGetAttributes");
+  return attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged ? attributes.device : -1;
+}
+
 void DeviceBuffer::Free::operator()(std::byte* p) const noexcept {
   int before = 0;
   const bool known = cudaGetDevice(&before) == cudaSuccess && cudaSetDevice(device) == cudaSuccess;

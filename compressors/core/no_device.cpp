@@ -12,6 +12,8 @@ namespace {
 
 int device_count() noexcept { return 0; }
 std::string describe_device(int) { refuse(); }
+std::size_t device_free_memory(int) { refuse(); }
+int device_of(const void*) { refuse(); }
 
 void DeviceBuffer::Free::operator()(std::byte*) const noexcept {}
 bool DeviceBuffer::reserve(std::size_t, int) { refuse(); }

@@ -29,6 +29,12 @@ THINWIRE_HD inline bool is_live(const std::uint8_t* live, std::size_t i) noexcep
   return live == nullptr || ((live[i / 8] >> (i % 8)) & 1u) != 0;
 }
 
+/// Bit j: whether element i + j is live, for the first `n` of them; all lie in one byte of the mask.
+THINWIRE_HD inline std::uint32_t live_bits(const std::uint8_t* live, std::size_t i, std::uint32_t n) noexcept {
+  const std::uint32_t there = (1u << n) - 1;
+  return live == nullptr || n == 0 ? there : there & (std::uint32_t(live[i / 8]) >> (i % 8));
+}
+
 struct Segment {
   std::uint32_t parameter = 0;          ///< id within the reducer: the parameter's place in its constructor's list
   std::size_t first = 0;                ///< first element in the flat buffer

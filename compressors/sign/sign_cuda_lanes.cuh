@@ -64,8 +64,7 @@ __device__ inline void store_group(float* to, std::uint32_t in, const float* fro
 
 /// Bit j: element i + j of a segment is one of the first `in` and alive. i is a multiple of kGroup.
 __device__ inline std::uint32_t live_group(const std::uint8_t* live, std::uint64_t i, std::uint32_t in) {
-  const std::uint32_t there = in >= kGroup ? (1u << kGroup) - 1 : (1u << in) - 1;
-  return live == nullptr || in == 0 ? there : there & (std::uint32_t(live[i / 8]) >> (i % 8));
+  return live_bits(live, i, in >= kGroup ? kGroup : in);
 }
 
 /// What live messages x leave behind.

@@ -191,7 +191,8 @@ class TopKCuda final : public Codec {
               Stream stream) const override {
     if (wires.empty()) return;
     kChecks.output(plan, out);
-    for (std::size_t r = 0; r < wires.size(); ++r) kChecks.wire_size(r, wires[r].size, shape_of(plan, options_).payload_bytes);
+    const std::size_t bytes = shape_of(plan, options_).payload_bytes;
+    for (std::size_t r = 0; r < wires.size(); ++r) kChecks.wire_size(r, wires[r].size, bytes);
     DecodeCall call = decode_call(plan, wires.front());
     call.world = std::uint32_t(wires.size());
     call.stride = wires.size() > 1 ? std::size_t(wires[1].data - wires[0].data) : 0;

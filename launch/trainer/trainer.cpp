@@ -27,8 +27,10 @@ Net seeded(std::uint64_t seed, torch::Device device) {
   return net;
 }
 
-ReducerOptions on(torch::Device device, bool adam) {
+ReducerOptions on(torch::Device device, bool adam, const std::vector<torch::Tensor>& parameters, std::int64_t bucket_kb) {
   ReducerOptions options;
+  options.largest_bucket = std::size_t(bucket_kb) * 1024 / sizeof(float);
+  for (const torch::Tensor& p : parameters) options.largest_bucket = std::max(options.largest_bucket, std::size_t(p.numel()));
   options.momentum_elsewhere = adam;  // until it freezes its variance
   if (device.is_cuda()) options.device = device.index();
   return options;
@@ -53,7 +55,7 @@ Trainer::Trainer(const Options& options, std::shared_ptr<Communicator> gradients
       config_(with_timeout(options.config, options.timeout)),
       net_(seeded(options.seed, device)),
       parameters_(net_.parameters()),
-      reducer_(std::move(gradients), config_, described(), on(device, uses_adam(options, config_))),
+      reducer_(std::move(gradients), config_, described(), on(device, uses_adam(options, config_), parameters_, options.bucket_kb)),
       buckets_(reducer_, parameters_, std::size_t(options.bucket_kb) * 1024),
       sgd_(parameters_, config_, options.momentum, options.weight_decay) {
   check_optimizer(options, config_);

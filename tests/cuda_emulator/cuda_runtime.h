@@ -53,6 +53,16 @@ unsigned warp_lanes();
 void yield();
 /// Kernels launched so far in this process.
 std::size_t launches();
+/// Calls that would wait for the device, and copies from device to host memory.
+std::size_t waits();
+std::size_t copies_to_host();
+
+// Device memory is the host's, but known as the device's.
+void* allocate(std::size_t bytes);
+void release(void* p);
+bool on_device(const void* p);
+void note_wait();
+void note_copy(const void* to, const void* from);
 
 inline unsigned lane() { return threadIdx.x % 32; }
 
@@ -171,19 +181,39 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) { re
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 0, cudaSuccess; }
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 0, cudaSuccess; }
 inline cudaError_t cudaMalloc(void** p, std::size_t bytes) {
+  *p = thinwire::emulator::allocate(bytes);
+  return *p != nullptr || bytes == 0 ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+inline cudaError_t cudaFree(void* p) { return thinwire::emulator::release(p), cudaSuccess; }
+inline cudaError_t cudaHostAlloc(void** p, std::size_t bytes, unsigned) {
   *p = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
   return *p != nullptr || bytes == 0 ? cudaSuccess : cudaErrorMemoryAllocation;
 }
-inline cudaError_t cudaFree(void* p) { return std::free(p), cudaSuccess; }
-inline cudaError_t cudaHostAlloc(void** p, std::size_t bytes, unsigned) { return cudaMalloc(p, bytes); }
+enum cudaMemoryType { cudaMemoryTypeUnregistered = 0, cudaMemoryTypeHost = 1, cudaMemoryTypeDevice = 2, cudaMemoryTypeManaged = 3 };
+struct cudaPointerAttributes {
+  cudaMemoryType type;
+  int device;
+};
+inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* p) {
+  *attributes = {thinwire::emulator::on_device(p) ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered, 0};
+  return cudaSuccess;
+}
+/// As much as a test says with THINWIRE_EMULATED_FREE, or plenty.
+inline cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
+  const char* text = std::getenv("THINWIRE_EMULATED_FREE");
+  *total = std::size_t(1) << 40;
+  *free = text != nullptr ? std::strtoull(text, nullptr, 10) : *total;
+  return cudaSuccess;
+}
 inline cudaError_t cudaFreeHost(void* p) { return std::free(p), cudaSuccess; }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  thinwire::emulator::note_copy(to, from);
   return std::memcpy(to, from, bytes), cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* p, int value, std::size_t bytes, cudaStream_t) {
   return std::memset(p, value, bytes), cudaSuccess;
 }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return thinwire::emulator::note_wait(), cudaSuccess; }
 inline cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   *stream = reinterpret_cast<cudaStream_t>(std::uintptr_t(1));  // everything is done when its call returns

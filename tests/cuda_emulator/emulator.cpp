@@ -2,7 +2,9 @@
 
 #include <array>
 #include <atomic>
+#include <cstddef>
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -208,6 +210,44 @@ void yield() {
   std::this_thread::yield();
 }
 std::size_t launches() { return launch_count; }
+
+namespace {
+
+std::atomic<std::size_t> wait_count{0}, copy_count{0};
+std::mutex memory_lock;
+std::map<const std::byte*, std::size_t> memory;  // device allocations and their sizes
+
+}  // namespace
+
+std::size_t waits() { return wait_count; }
+std::size_t copies_to_host() { return copy_count; }
+void note_wait() { ++wait_count; }
+void note_copy(const void* to, const void* from) {
+  if (on_device(from) && !on_device(to)) ++copy_count;
+}
+
+void* allocate(std::size_t bytes) {
+  void* const p = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+  const std::lock_guard lock(memory_lock);
+  if (p != nullptr) memory[static_cast<const std::byte*>(p)] = bytes;
+  return p;
+}
+
+void release(void* p) {
+  {
+    const std::lock_guard lock(memory_lock);
+    memory.erase(static_cast<const std::byte*>(p));
+  }
+  std::free(p);
+}
+
+bool on_device(const void* p) {
+  const std::lock_guard lock(memory_lock);
+  auto next = memory.upper_bound(static_cast<const std::byte*>(p));
+  if (next == memory.begin()) return false;
+  --next;
+  return static_cast<const std::byte*>(p) <= next->first + next->second;
+}
 
 void run_grid(unsigned blocks, unsigned threads, void (*thread_main)(void*), void* context) {
   ++launch_count;
