@@ -84,15 +84,10 @@ void cut_into_parts(BucketPlan& bucket, const std::vector<ParameterSlot>& slots,
   }
 }
 
-void lay_out_phases(BucketPlan& bucket, const Codec& codec, int world, int rank) {
-  TwoPhase& phases = bucket.phases;
-  std::size_t workspace = std::max(bucket.layout.workspace, bucket.layout.per_payload * std::size_t(world));
-  for (int r = 0; r < world; ++r) {
-    const WireLayout second = codec.layout(bucket.part(std::size_t(r), 0));
-    phases.second.push_back(second.part_capacity);
-    if (r == rank) workspace = std::max({workspace, second.workspace, second.per_payload * std::size_t(world)});
-  }
-  phases.workspace = workspace;
+/// Bytes of workspace for both phases.
+std::size_t phases_workspace(const BucketPlan& bucket, const Codec& codec, int world) {
+  const WireLayout own = codec.layout(bucket.own_part(0));
+  return std::max({bucket.layout.workspace, own.workspace, std::max(bucket.layout.per_payload, own.per_payload) * std::size_t(world)});
 }
 
 }  // namespace
@@ -173,10 +168,9 @@ BucketPlan make_bucket_plan(std::span<const std::uint32_t> ids, DType dtype, boo
     bucket.recv_bytes.assign(std::size_t(world), bucket.send_bytes[std::size_t(rank)]);
   }
   if (bucket.two_phase) {
-    lay_out_phases(bucket, *codec, world, rank);
-    // Both payloads' sizes are multiples of 8, as their headers' fields need: nothing else pads them.
-    const std::size_t second = *std::max_element(bucket.phases.second.begin(), bucket.phases.second.end());
-    bucket.contribution = round_up(second + beside, 8);
+    bucket.phases.workspace = phases_workspace(bucket, *codec, world);
+    // A payload's size is a multiple of 8, as its header's fields need: nothing else pads it.
+    bucket.contribution = round_up(bucket.layout.part_capacity + beside, 8);
     const std::size_t most = bucket.owners ? *std::max_element(bucket.send_bytes.begin(), bucket.send_bytes.end()) : 0;
     bucket.phases.slot = round_up(bucket.layout.part_capacity + most, 8);
     for (int r = 0; r < world; ++r) bucket.share_first.push_back(std::size_t(r) * bucket.phases.slot + bucket.layout.part_capacity);

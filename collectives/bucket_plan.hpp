@@ -77,9 +77,8 @@ struct TwoPhase {
   std::vector<SegmentState> own_states;  ///< {server_residual}
   std::vector<SegmentState> own_taken;   ///< for take-backs: {momentum, server_residual} where the target is the momentum
   std::vector<float> own_betas;
-  std::size_t own_count = 0;        ///< elements
-  std::vector<std::size_t> second;  ///< bytes of each rank's second payload
-  std::size_t slot = 0;             ///< bytes from one rank's share of the all-to-all to the next
+  std::size_t own_count = 0;  ///< elements
+  std::size_t slot = 0;       ///< bytes from one rank's share of the all-to-all to the next
   std::size_t workspace = 0;
 };
 
@@ -114,10 +113,11 @@ struct BucketPlan {
 
   Plan plan(std::uint64_t step) const noexcept { return {segments, part_end, step, context}; }
   std::size_t sent_bytes() const noexcept;  ///< owners: of the whole send buffer
-  /// two_phase: part r alone.
-  Plan part(std::size_t r, std::uint64_t step) const noexcept {
-    const std::size_t first = r == 0 ? 0 : part_end[r - 1];
-    return {std::span(segments).subspan(first, part_end[r] - first), {}, step, context};
+  /// two_phase: the part that this rank owns, as it is encoded again: payloads of all parts are of one size.
+  Plan own_part(std::uint64_t step) const noexcept {
+    Plan out{phases.own, {}, step, context};
+    out.payload_bytes = layout.part_capacity;
+    return out;
   }
 };
 

@@ -37,29 +37,26 @@ std::uint32_t HostEngine::run_two_phase(const BucketPlan& bucket, Bytes grad, st
 
   // 2. The mean of what this rank owns, encoded again; its header tells what was found so far.
   for (std::size_t r = 0; r < world; ++r) wires_[r] = received.sub(slot * r, capacity);
-  Plan own = bucket.part(rank, step);
-  own.segments = bucket.phases.own;
+  Plan own = bucket.own_part(step);
   codec_->decode(own, wires_, mean_factor, workspace, mean, &flags, Stream::host());
   // Where the gather takes this rank's share from: the payloads have been sent.
   const Bytes contribution = send.sub(0, share);
-  std::size_t used = bucket.phases.second[rank];
+  std::size_t used = capacity;
   if (bucket.owners)
     used += finish_owned(bucket, int(world), int(rank), received.sub(capacity, received.size - capacity), slot, factors,
                          contribution.sub(used, share - used), &flags);
   own.output = {grad.dtype, options.loss_scale};
-  const Bytes second = contribution.sub(0, bucket.phases.second[rank]);
+  const Bytes second = contribution.sub(0, capacity);
   codec_->stream(kOwner, own, mean, {bucket.phases.own_states, nullptr}, workspace, second, &flags, {}, Stream::host());
   if (options_.record_payload) options_.record_payload(step, second);
   std::memset(contribution.data + used, 0, share - used);
 
   // 3. Everyone's means.
   communicator_.all_gather(contribution, gathered);
-  for (std::size_t r = 0; r < world; ++r) {
-    const ConstBytes wire = gathered.sub(share * r, bucket.phases.second[r]);
-    codec_->decode(bucket.part(r, step), std::span(&wire, 1), options.loss_scale, workspace, grad, &flags, Stream::host());
-    if (bucket.owners)
-      place_owned(bucket, int(r), gathered.sub(share * r + bucket.phases.second[r], share - bucket.phases.second[r]), grad);
-  }
+  for (std::size_t r = 0; r < world; ++r) wires_[r] = gathered.sub(share * r, capacity);
+  codec_->decode(bucket.plan(step), wires_, options.loss_scale, workspace, grad, &flags, Stream::host());
+  for (std::size_t r = 0; r < world && bucket.owners; ++r)
+    place_owned(bucket, int(r), gathered.sub(share * r + capacity, share - capacity), grad);
   sent_.own_wire = second;
   sent_.gathered = gathered;
   return flags;

@@ -33,7 +33,7 @@ void HostEngine::take_back(const BucketPlan& bucket, std::uint64_t step, const S
   if (bucket.two_phase) {  // what the workers sent lies with the owners already
     Recursion owner = kOwner;
     owner.averaged = bucket.recursion.averaged;
-    Plan own = bucket.part(std::size_t(communicator_.rank()), step);
+    const Plan own = bucket.own_part(step);
     const TwoPhase& phases = bucket.phases;
     codec_->take_back(owner, own, sent.own_wire, {phases.own_taken, nullptr, phases.own_betas.data()}, nullptr, Stream::host());
   } else if (!sent.own_wire.empty() && !sent.joined) {
@@ -83,24 +83,13 @@ void HostEngine::move_momentum(const BucketPlan& bucket, std::uint64_t step, con
   // What was compressed is decoded once more, in true units, to where the momentum lies.
   const std::size_t world = std::size_t(communicator_.size()), share = bucket.contribution;
   const Bytes out = host_bytes(arena_.array(0), arena_.count(0));
-  const std::span<const Segment> segments = bucket.momentum_segments;
   std::uint32_t seen = 0;  // all of it was decoded before
   const Bytes workspace =
       workspace_.take(bucket.two_phase ? bucket.phases.workspace : std::max(bucket.layout.workspace, bucket.layout.per_payload * world));
-  if (!bucket.two_phase) {
-    Plan plan = bucket.plan(step);
-    plan.segments = segments;
-    for (std::size_t r = 0; r < world; ++r) wires_[r] = sent.gathered.sub(share * r, bucket.layout.part_capacity);
-    codec_->decode(plan, wires_, 1.0f / float(world), workspace, out, &seen, Stream::host());
-    return;
-  }
-  for (std::size_t r = 0, first = 0; r < world; ++r) {
-    Plan part = bucket.part(r, step);
-    part.segments = segments.subspan(first, part.segments.size());
-    first += part.segments.size();
-    const ConstBytes wire = sent.gathered.sub(share * r, bucket.phases.second[r]);
-    codec_->decode(part, std::span(&wire, 1), 1.0f, workspace, out, &seen, Stream::host());
-  }
+  Plan plan = bucket.plan(step);
+  plan.segments = bucket.momentum_segments;
+  for (std::size_t r = 0; r < world; ++r) wires_[r] = sent.gathered.sub(share * r, bucket.layout.part_capacity);
+  codec_->decode(plan, wires_, bucket.two_phase ? 1.0f : 1.0f / float(world), workspace, out, &seen, Stream::host());
 }
 
 void HostEngine::keep_pending(const std::shared_ptr<const BucketPlan>& bucket) {

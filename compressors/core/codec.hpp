@@ -70,8 +70,8 @@ class Codec {
 
   /// out[segment] = factor × Σ_r decode(wires[r]), added in the order of `wires`, divided (factor) once after the sum, rounded once to
   /// out.dtype. `out` is the flat buffer of the bucket; elements outside the plan's segments are untouched. ORs the headers' flags, and
-  /// kFlagNonfinite for a non-finite output, into *flags. All payloads are validated before anything is written. @throws
-  /// Error{corrupt_payload} naming rank, segment and what is wrong.
+  /// kFlagNonfinite for a non-finite output, into *flags. A plan of several parts takes one payload for each, which is decoded alone. All
+  /// payloads are validated before anything is written. @throws Error{corrupt_payload} naming rank, segment and what is wrong.
   virtual void decode(const Plan& plan, std::span<const ConstBytes> wires, float factor, Bytes workspace, Bytes out, std::uint32_t* flags,
                       Stream stream) const = 0;
 

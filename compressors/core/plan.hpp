@@ -62,6 +62,8 @@ struct Plan {
   /// Payloads that are decoded alone, each into its own place of the output: a codec whose values allow it rounds them so that the output
   /// rounds nothing.
   Output output = {};
+  /// Payloads are at least so large, zero-padded: those of parts of different sizes travel as the largest's.
+  std::size_t payload_bytes = 0;
 
   ConstBytes table = {};                 ///< on a GPU: what Codec::tabulate says of this plan, in device memory
   DeviceReport* report = nullptr;        ///< on a GPU: where decoding reports

@@ -31,7 +31,7 @@ struct Key {
   Kind kind;
   std::string_view fallback;  ///< default, canonical text; empty: the key must be given
   std::string_view allowed;   ///< number, integer: an interval such as "(0, 1]"; word: "fp32|bf16|fp16"; number_list: an interval for each;
-                             ///< integer_or_word: "auto|[0, inf)"
+                              ///< integer_or_word: "auto|[0, inf)"
   std::string_view help;
 };
 struct Name {

@@ -212,6 +212,17 @@ void Sign::run(const Recursion& recursion, const Plan& plan, ConstBytes grad, co
 
 void Sign::decode(const Plan& plan, std::span<const ConstBytes> wires, float factor, Bytes workspace, Bytes out, std::uint32_t* flags,
                   Stream) const {
+  if (parts_of(plan) > 1) {
+    THINWIRE_EXPECTS(wires.size() == parts_of(plan),
+                     "sign: " + std::to_string(wires.size()) + " payloads for a plan of " + std::to_string(parts_of(plan)) + " parts");
+    for (std::size_t r = 0; r < wires.size(); ++r) {
+      Plan part = plan;
+      part.segments = part_of(plan, r);
+      part.part_end = {};
+      decode(part, wires.subspan(r, 1), factor, workspace, out, flags, Stream::host());
+    }
+    return;
+  }
   kChecks.output(plan, out);
   kChecks.workspace(workspace.size, wires.size() * (sizeof(const std::uint8_t*) + sizeof(float)));
   std::uint32_t found = 0;

@@ -48,7 +48,7 @@ std::span<const Segment> part_of(const Plan& plan, std::size_t r) noexcept {
 }
 
 std::size_t part_capacity(const Plan& plan, const SignOptions& options) noexcept {
-  std::size_t bytes = 0;
+  std::size_t bytes = plan.payload_bytes;
   for (std::size_t r = 0; r < parts_of(plan); ++r) bytes = std::max(bytes, part_wire(part_of(plan, r), options).bytes());
   return bytes;
 }
