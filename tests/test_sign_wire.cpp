@@ -364,5 +364,36 @@ TYPED_TEST(SignWire, OtherOptionsAreAnotherPlan) {
   }
 }
 
+// What the owners of a two-phase exchange send: a payload for each part, all decoded in one call, each alone into its own segments.
+TYPED_TEST(SignWire, EachPartFromItsOwnPayload) {
+  for (const std::size_t block : {24, 1024, 0}) {
+    SignRig rig(TypeParam::kBackend, with(Scale::l1, block), no_feedback(), {9000, 100, 1, 5000, 0, 700}, {2, 2, 5, 6});
+    rig.mask(4);
+    rig.stream(gradients(rig.numel, 5, false));
+    const auto signs = rig.signs();
+    const std::size_t capacity = rig.payload.size() / rig.parts();
+    std::vector<std::vector<std::byte>> payloads;
+    for (std::size_t r = 0; r < rig.parts(); ++r)
+      payloads.emplace_back(rig.payload.begin() + std::ptrdiff_t(r * capacity), rig.payload.begin() + std::ptrdiff_t((r + 1) * capacity));
+    std::vector<float> want(rig.numel, kGap);
+    for (std::size_t s = 0; s < rig.segments.size(); ++s)
+      for (std::size_t i = 0; i < rig.segments[s].count; ++i)
+        want[rig.segments[s].first + i] = rig.alive(s, i) ? signs[s].value(i, rig.block(s)) * 4.0f : 0.0f;
+    EXPECT_EQ(rig.decode(payloads, 4.0f), want);
+
+    Plan padded{rig.part(2), {}, rig.step};
+    padded.payload_bytes = capacity;
+    EXPECT_EQ(rig.codec->layout(padded).part_capacity, capacity);
+
+    const float negative = -1;
+    std::memcpy(payloads[2].data() + 64, &negative, 4);
+    std::string said;
+    try {
+      rig.decode(payloads);
+    } catch (const Error& error) { said = error.what(); }
+    EXPECT_NE(said.find("scale 0"), std::string::npos) << said;
+  }
+}
+
 }  // namespace
 }  // namespace thinwire

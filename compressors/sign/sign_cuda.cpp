@@ -39,6 +39,7 @@ DeviceShape walk(const Plan& plan, const SignOptions& options, VisitSegment&& vi
       out.scales_at = scales_at;
       out.bits_at = bits_at;
       out.live = segment.live;
+      out.part = std::uint32_t(r);
       out.block = std::clamp<std::size_t>(segment.count, 1, block_of(options, segment.count));
       out.first_tile = std::uint32_t(shape.tiles);
       out.first_wide = std::uint32_t(shape.wides);
@@ -63,6 +64,7 @@ DeviceShape walk(const Plan& plan, const SignOptions& options, VisitSegment&& vi
     }
     DevicePart out;
     out.bytes = layout.bits_offset() + layout.bits;
+    out.scales = layout.scales;
     out.segments = std::uint32_t(part.size());
     visit_part(part, out);
   }
@@ -172,12 +174,14 @@ class SignCuda final : public Codec {
               Stream stream) const override {
     if (wires.empty()) return;
     kChecks.output(plan, out);
-    THINWIRE_EXPECTS(parts_of(plan) == 1, "sign: a plan of " + std::to_string(parts_of(plan)) + " parts is decoded part by part");
     DecodeCall call = decode_call(plan);
+    call.apart = call.shape.parts > 1;
+    THINWIRE_EXPECTS(!call.apart || wires.size() == call.shape.parts,
+                     "sign: " + std::to_string(wires.size()) + " payloads for a plan of " + std::to_string(call.shape.parts) + " parts");
     // A payload may be longer than its plan's part, where another part of the sender's is; all ranks' are then.
     for (std::size_t r = 0; r < wires.size(); ++r) kChecks.wire_size(r, wires[r].size, std::max(wires[0].size, call.shape.capacity));
     call.wire = wires.front().data;
-    call.world = std::uint32_t(wires.size());
+    call.world = call.apart ? 1 : std::uint32_t(wires.size());
     call.stride = wires.size() > 1 ? std::size_t(wires[1].data - wires[0].data) : 0;
     for (std::size_t r = 0; r < wires.size(); ++r)
       THINWIRE_EXPECTS(wires[r].data == wires[0].data + r * call.stride, "sign: on a GPU payloads are decoded equally spaced");

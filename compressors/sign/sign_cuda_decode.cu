@@ -14,13 +14,19 @@ __global__ void __launch_bounds__(kThreads) check_kernel(DecodeCall call) {
   const auto units = std::uint32_t((call.shape.scales + kScalesOfOne - 1) / kScalesOfOne + 1);
   const std::uint32_t rank = blockIdx.x / units, unit = blockIdx.x % units;
   const std::byte* const payload = call.wire + rank * call.stride;
-  if (unit == 0) return check_header(reinterpret_cast<const std::uint32_t*>(payload), call.header, rank, call.flags, call.report);
+  const DevicePart& part = call.table.parts[call.apart ? rank : 0];
+  if (unit == 0) {
+    wire::Header sound = call.header;
+    sound.plan = part.fingerprint;
+    sound.segments = part.segments;
+    return check_header(reinterpret_cast<const std::uint32_t*>(payload), sound, rank, call.flags, call.report);
+  }
   const auto* const scales = reinterpret_cast<const float*>(payload + sizeof(wire::Header));
   const std::size_t first = std::size_t(unit - 1) * kScalesOfOne;
-  for (std::size_t i = first + threadIdx.x; i < first + kScalesOfOne && i < call.shape.scales; i += kThreads) {
+  for (std::size_t i = first + threadIdx.x; i < first + kScalesOfOne && i < part.scales; i += kThreads) {
     const float scale = scales[i];
     if (!is_finite(scale) || scale < 0.0f)
-      report_corrupt(call.flags, call.report, unsigned(Fault::scale), rank, std::uint32_t(i), float_bits(scale), call.shape.scales);
+      report_corrupt(call.flags, call.report, unsigned(Fault::scale), rank, std::uint32_t(i), float_bits(scale), part.scales);
   }
 }
 
@@ -29,7 +35,8 @@ struct Values {
   std::uint32_t bits;
   float scale;
   __device__ Values(const DecodeCall& call, const DeviceSegment& segment, std::uint32_t rank, std::uint64_t i, std::uint64_t scale_index) {
-    const std::byte* const payload = call.wire + rank * call.stride;
+    // A segment's places are those of payloads without a gap between the parts.
+    const std::byte* const payload = call.wire + rank * call.stride + (call.apart ? segment.part * (call.stride - call.shape.capacity) : 0);
     bits = std::uint32_t(payload[segment.bits_at + i / 8]) >> (i % 8);
     scale = scales_of_segment(payload, segment)[scale_index];
   }
@@ -123,7 +130,7 @@ __global__ void __launch_bounds__(kThreads) take_back_kernel(DecodeCall call, co
 
 void launch_decode(const DecodeCall& call, Stream stream) {
   const std::size_t units = (call.shape.scales + kScalesOfOne - 1) / kScalesOfOne + 1;
-  launch("sign check", check_kernel, call.world * units, kThreads, stream, call);
+  launch("sign check", check_kernel, (call.apart ? call.shape.parts : call.world) * units, kThreads, stream, call);
   launch("sign decode", decode_kernel, call.shape.chunks, kThreads, stream, call);
 }
 

@@ -29,6 +29,7 @@ struct DeviceSegment {
   std::uint32_t pieces = 1;      ///< tiles of a wide block
   std::uint32_t first_tile = 0;  ///< among the plan's
   std::uint32_t first_wide = 0;  ///< its first wide block among the plan's
+  std::uint32_t part = 0;
 
   THINWIRE_HD bool wide() const noexcept { return block > kSumBlock; }
 };
@@ -36,6 +37,7 @@ struct DeviceSegment {
 /// A part's payload as kernels see it.
 struct DevicePart {
   std::uint64_t fingerprint = 0, bytes = 0;  ///< without the padding to the largest part's
+  std::uint64_t scales = 0;
   std::uint32_t segments = 0;
 };
 
@@ -90,8 +92,9 @@ struct DecodeCall {
   DeviceShape shape;
   const std::byte* wire = nullptr;  ///< of rank 0
   std::size_t stride = 0;           ///< bytes to the next rank's
-  std::uint32_t world = 1;
-  wire::Header header;  ///< what a sound one is, but for the flags
+  std::uint32_t world = 1;          ///< payloads of each part
+  bool apart = false;               ///< several parts: payload r is of part r alone
+  wire::Header header;              ///< what a sound one is, but for the flags and what differs from part to part
   DeviceFactor factor = 1.0f;
   std::byte* out = nullptr;
   DType dtype = DType::fp32;
