@@ -127,7 +127,7 @@ BucketPlan make_bucket_plan(std::span<const std::uint32_t> ids, DType dtype, boo
     bucket.count += slot.numel;
     if (slot.shared_momentum != nullptr) {
       bucket.momenta.push_back(
-          {segment.first, segment.count, slot.shared_momentum, slot.beta1, segment.live, whole_dense || slot.dense_now});
+          {id, segment.first, segment.count, slot.shared_momentum, slot.beta1, segment.live, whole_dense || slot.dense_now});
       if (segment.live != nullptr) bucket.context = wire::hash_bytes(segment.live, slot.live.size(), bucket.context);
     }
     if (!whole_dense && slot.compressible && !slot.dense_now) {

@@ -63,12 +63,16 @@ struct OwnerShare {
 
 /// target=momentum: where a parameter's shared momentum is, and where in the bucket what becomes of it.
 struct SharedMomentum {
+  std::uint32_t parameter = 0;
   std::size_t first = 0, count = 0;  ///< in the bucket
   float* momentum = nullptr;
   float beta1 = 0;
   const std::uint8_t* live = nullptr;
   bool dense = false;  ///< at this step
 };
+
+/// The owner's side of two_phase, whatever the workers use: EF14 on the mean.
+inline constexpr Recursion kOwner{Recursion::Kind::error_feedback, 1.0f};
 
 /// What two_phase knows beside the plan whose parts go to their owners.
 struct TwoPhase {

@@ -29,7 +29,7 @@ std::shared_ptr<DevicePlan> DeviceEngine::plan_of(const std::shared_ptr<const Bu
   device_wait(stream);
   check();
   std::erase_if(plans_, [](const auto& plan) { return plan->bucket.use_count() == 1 && plan.use_count() == 1; });
-  auto plan = std::make_shared<DevicePlan>(bucket, parts_.codec, parts_.recursion, world(), parts_.communicator.rank(), device_, stream);
+  auto plan = std::make_shared<DevicePlan>(bucket, parts_.codec, world(), parts_.communicator.rank(), device_, stream);
   plan->last_used = ++uses_;
   return plans_.emplace_back(std::move(plan));
 }
@@ -46,24 +46,23 @@ void DeviceEngine::run(const std::shared_ptr<const BucketPlan>& bucket, Bytes gr
   const DeviceFactor loss_scale = options.device_loss_scale != nullptr ? DeviceFactor(options.device_loss_scale) : options.loss_scale;
   launch_begin(loss_scale, 1.0f / float(world()), norms, parts_.codec != nullptr, plan.flags, plan.scales,
                const_cast<std::uint64_t*>(plan.wrong_scale), stream);
-  ConstBytes own_wire;
+  Sent sent;
   if (parts_.codec == nullptr) {
     run_plain(plan, grad, step, options, stream);
   } else if (bucket->whole_dense) {
     run_whole_dense(plan, grad, step, options, stream);
+  } else if (bucket->two_phase) {
+    sent = run_two_phase(plan, grad, step, options, stream);
   } else {
-    own_wire = run_compressed(plan, grad, step, options, stream);
+    sent = run_compressed(plan, grad, step, options, stream);
   }
+  sent.joined = options.joined;
+  if (!bucket->momenta.empty()) sent.momenta = note_momenta(plan, grad, step, stream);
   launch_verdict(grad, plan.flags, &counters_->step_flags, stream);
-  if (!parts_.options.step_verdict) {
-    settle(plan, step, own_wire, options.joined, plan.flags, stream);
+  if (parts_.options.step_verdict) {
+    keep_pending(shared, sent, stream);
   } else {
-    if (pending_count_ == pending_.size()) pending_.emplace_back(device_);
-    Pending& pending = pending_[pending_count_++];
-    pending.plan = shared;
-    pending.joined = options.joined;
-    pending.bytes = own_wire.size;
-    if (own_wire.size != 0) device_copy(pending.payload.take(own_wire.size).data, own_wire.data, own_wire.size, stream);
+    settle(plan, step, sent, plan.flags, stream);
   }
   if (parts_.check_every != 0) {  // the one thing that reads gradients back, for those who ask for it
     std::vector<std::byte> mean(grad.size);
@@ -93,6 +92,10 @@ const float* DeviceEngine::factors_of(DevicePlan& plan, int group, Bytes grad, s
   if (!stateful || (!clips() && !scaled(options))) return nullptr;
   launch_clip_factors(parts_.recursion, ranges, plan.norms[group], &plan.scales->unscale, world(), parts_.total_numel, plan.factors[group],
                       stream);
+  // Parts of a parameter have its factor.
+  if (group == 2)
+    for (std::size_t s = ranges.segments; s < plan.bucket->segments.size(); s += ranges.segments)
+      device_copy(plan.factors[2] + s, plan.factors[2], ranges.segments * sizeof(float), stream);
   return plan.factors[group];
 }
 
@@ -100,7 +103,8 @@ void DeviceEngine::write_messages(DevicePlan& plan, const DeviceRanges (&where)[
                                   const ReduceOptions& options, std::byte* const (&to)[2], Stream stream) {
   const float* factors = factors_of(plan, 0, grad, step, options, stream);
   factors_of(plan, 1, grad, step, options, stream);
-  launch_dense_message(parts_.recursion, where[0], grad, factors, reinterpret_cast<float*>(to[0]), plan.flags, stream);
+  launch_dense_message(plan.bucket->recursion, where[0], grad, factors, reinterpret_cast<float*>(to[0]), plan.flags, stream,
+                       plan.passenger_betas);
   launch_copy_message(where[1], grad, to[1], plan.flags, stream);
 }
 
@@ -113,19 +117,66 @@ void DeviceEngine::run_whole_dense(DevicePlan& plan, Bytes grad, std::uint64_t s
   } else {
     write_messages(plan, {plan.whole[0], plan.whole[1]}, grad, step, options, {all.data, all.data}, stream);
   }
+  launch_add_server_residuals(plan.server, world(), all.as<float>(), stream);
   launch_count_flag(plan.flags, all.as<float>() + count, stream);
   parts_.communicator.all_reduce(all, stream);
   launch_read_flag(all.as<float>() + count, plan.flags, stream);
   launch_sum(plan.whole[0], {all.data, 0, 1, DType::fp32}, &plan.scales->mean, grad, plan.flags, stream);
 }
 
-ConstBytes DeviceEngine::run_compressed(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Stream stream) {
+void DeviceEngine::write_for_owners(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Bytes send,
+                                    Stream stream) {
+  device_clear(send, stream);  // what pads the shares, and all of a joined rank's
+  if (!options.joined) write_messages(plan, plan.sent, grad, step, options, {send.data, send.data}, stream);
+  launch_add_server_residuals(plan.sent_server, world(), send.as<float>(), stream);
+}
+
+std::size_t DeviceEngine::sum_owned(DevicePlan& plan, const std::byte* received, std::size_t stride, Bytes finished, Stream stream) {
+  const BucketPlan& bucket = *plan.bucket;
+  // Messages without state never left the loss-scaled units.
+  const DeviceFactor factors[2] = {&plan.scales->mean, 1.0f / float(world())};
+  std::size_t in = 0, out = 0;
+  for (std::size_t g = 0; g < 2; ++g) {
+    const Passengers& group = bucket.shares[std::size_t(parts_.communicator.rank())].parts[g];
+    const std::size_t bytes = group.count * size_of(bucket.dtype);
+    Bytes means = finished.sub(out, bytes);
+    means.dtype = bucket.dtype;
+    launch_sum(plan.owned[g], {received + in, stride, world(), group.dtype}, factors[g], means, plan.flags, stream);
+    in += group.bytes();
+    out += bytes;
+  }
+  return out;
+}
+
+void DeviceEngine::encode(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Bytes workspace, Bytes wire,
+                          Stream stream) {
+  const BucketPlan& bucket = *plan.bucket;
+  const Plan view = plan.plan(step);
+  if (options.joined) {
+    parts_.codec->empty(view, wire, kFlagJoined, stream);
+    // What this rank has found so far, in every part's header.
+    for (std::size_t at = 0; at < wire.size; at += bucket.layout.part_capacity)
+      launch_add_flags(plan.flags, reinterpret_cast<std::uint32_t*>(wire.data + at + offsetof(wire::Header, flags)), stream);
+    return;
+  }
+  const StateView state{bucket.states, factors_of(plan, 2, grad, step, options, stream), plan.betas};
+  parts_.codec->stream(bucket.recursion, view, grad, state, workspace, wire, plan.flags, {plan.kept, nullptr}, stream);
+}
+
+void DeviceEngine::record(std::uint64_t step, ConstBytes wire, Stream stream) {
+  if (!parts_.options.record_payload) return;
+  std::vector<std::byte> payload(wire.size);
+  device_copy(payload.data(), wire.data, wire.size, stream);
+  device_wait(stream);
+  parts_.options.record_payload(step, {payload.data(), payload.size(), DType::u8, Place::host, 0});
+}
+
+DeviceEngine::Sent DeviceEngine::run_compressed(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options,
+                                                Stream stream) {
   const BucketPlan& bucket = *plan.bucket;
   Communicator& communicator = parts_.communicator;
   const auto ranks = std::size_t(world()), rank = std::size_t(communicator.rank());
   const std::size_t share = bucket.contribution, capacity = bucket.layout.part_capacity;
-  const Plan view = plan.plan(step);
-  // Messages without state never left the loss-scaled units.
   const DeviceFactor factors[2] = {&plan.scales->mean, 1.0f / float(world())};
   const Passengers& stateful = bucket.passengers[0];
 
@@ -136,50 +187,28 @@ ConstBytes DeviceEngine::run_compressed(DevicePlan& plan, Bytes grad, std::uint6
   // 1. What stays dense.
   if (bucket.owners) {
     const Bytes send = messages_.take(bucket.sent_bytes());
-    device_clear(send, stream);  // what pads the shares, and all of a joined rank's
-    if (!options.joined) write_messages(plan, plan.sent, grad, step, options, {send.data, send.data}, stream);
+    write_for_owners(plan, grad, step, options, send, stream);
     communicator.all_to_all_v(send, bucket.send_bytes, memory.sub(0, received), bucket.recv_bytes, stream);
-    std::size_t in = 0, out = 0;
-    for (std::size_t g = 0; g < 2; ++g) {
-      const Passengers& group = bucket.shares[rank].parts[g];
-      const std::size_t bytes = group.count * size_of(bucket.dtype);
-      Bytes finished = send.sub(out, bytes);
-      finished.dtype = bucket.dtype;
-      launch_sum(plan.owned[g], {memory.data + in, bucket.recv_bytes.front(), world(), group.dtype}, factors[g], finished, plan.flags,
-                 stream);
-      in += group.bytes();
-      out += bytes;
-    }
+    const std::size_t out = sum_owned(plan, memory.data, bucket.recv_bytes.front(), send, stream);
     device_clear(beside, stream);
     device_copy(beside.data, send.data, out, stream);
   } else {
     device_clear(beside, stream);
     if (!options.joined)
       write_messages(plan, {plan.whole[0], plan.whole[1]}, grad, step, options, {beside.data, beside.data + stateful.bytes()}, stream);
+    launch_add_server_residuals(plan.server, world(), beside.as<float>(), stream);
   }
 
   // 2. The payload, whose header tells what all of this found.
   const Bytes workspace = workspace_.take(std::max(bucket.layout.workspace, bucket.layout.per_payload * ranks));
-  if (options.joined) {
-    parts_.codec->empty(view, own_wire, kFlagJoined, stream);
-    // What this rank found as an owner.
-    launch_add_flags(plan.flags, reinterpret_cast<std::uint32_t*>(own_wire.data + offsetof(wire::Header, flags)), stream);
-  } else {
-    const StateView state{bucket.states, factors_of(plan, 2, grad, step, options, stream)};
-    parts_.codec->stream(parts_.recursion, view, grad, state, workspace, own_wire, plan.flags, {plan.kept, nullptr}, stream);
-  }
-  if (parts_.options.record_payload) {
-    std::vector<std::byte> payload(capacity);
-    device_copy(payload.data(), own_wire.data, capacity, stream);
-    device_wait(stream);
-    parts_.options.record_payload(step, {payload.data(), capacity, DType::u8, Place::host, 0});
-  }
+  encode(plan, grad, step, options, workspace, own_wire, stream);
+  record(step, own_wire, stream);
 
   // 3. One gather carries all of it.
   communicator.all_gather(own, gathered, stream);
   for (std::size_t r = 0; r < ranks; ++r) wires_[r] = gathered.sub(share * r, capacity);
   // The factor is in the plan. A codec that does not look there gives NaN, not a wrong mean.
-  parts_.codec->decode(view, wires_, std::numeric_limits<float>::quiet_NaN(), workspace, grad, plan.flags, stream);
+  parts_.codec->decode(plan.plan(step), wires_, std::numeric_limits<float>::quiet_NaN(), workspace, grad, plan.flags, stream);
   if (bucket.owners) {
     launch_place(plan.finished, gathered.data, grad, stream);
   } else {
@@ -189,7 +218,7 @@ ConstBytes DeviceEngine::run_compressed(DevicePlan& plan, Bytes grad, std::uint6
       at += bucket.passengers[g].bytes();
     }
   }
-  return own_wire;
+  return {own_wire, {}, false};
 }
 
 std::unique_ptr<BucketEngine> make_device_engine(const EngineParts& parts, int device) {

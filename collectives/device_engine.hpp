@@ -48,6 +48,7 @@ class DeviceEngine final : public BucketEngine {
         gathered_(device),
         messages_(device),
         workspace_(device),
+        momenta_(device),
         memory_(sizeof(DeviceCounters) + 64, device),
         kept_(parts.parameters),
         grad_norms_(parts.parameters),
@@ -88,13 +89,17 @@ class DeviceEngine final : public BucketEngine {
   std::span<const double> grad_norms() const override { return grad_norms_; }
 
  private:
-  /// What waits for the step's verdict: a bucket's own payload.
-  struct Pending {
-    explicit Pending(int device) : payload(device) {}
-    std::shared_ptr<DevicePlan> plan;
-    DeviceScratch payload;
-    std::size_t bytes = 0;
+  /// What a bucket leaves for its verdict. All of it lies in scratch, or waits for the step's verdict in a Pending.
+  struct Sent {
+    ConstBytes own_wire;  ///< what is taken back: this rank's payload, under two_phase its second one
+    ConstBytes momenta;   ///< target=momentum: what the bucket's momenta become, as DevicePlan::momenta packs them
     bool joined = false;
+  };
+  struct Pending {
+    explicit Pending(int device) : memory(device) {}
+    std::shared_ptr<DevicePlan> plan;
+    DeviceScratch memory;
+    Sent sent;
   };
 
   int world() const { return parts_.communicator.size(); }
@@ -108,15 +113,24 @@ class DeviceEngine final : public BucketEngine {
                       std::byte* const (&to)[2], Stream stream);
   void run_plain(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Stream stream);
   void run_whole_dense(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Stream stream);
-  ConstBytes run_compressed(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Stream stream);
-  void settle(DevicePlan& plan, std::uint64_t step, ConstBytes own_wire, bool joined, const std::uint32_t* verdict, Stream stream);
+  Sent run_compressed(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Stream stream);
+  Sent run_two_phase(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Stream stream);
+  /// The payload of this rank's messages, or of a rank that has none.
+  void encode(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Bytes workspace, Bytes wire, Stream stream);
+  void record(std::uint64_t step, ConstBytes wire, Stream stream);
+  /// Messages of what stays dense: what this rank holds back as an owner goes with them, also where it has no data any more.
+  void write_for_owners(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Bytes send, Stream stream);
+  std::size_t sum_owned(DevicePlan& plan, const std::byte* received, std::size_t stride, Bytes finished, Stream stream);
+  ConstBytes note_momenta(DevicePlan& plan, Bytes grad, std::uint64_t step, Stream stream);
+  void keep_pending(const std::shared_ptr<DevicePlan>& plan, const Sent& sent, Stream stream);
+  void settle(DevicePlan& plan, std::uint64_t step, const Sent& sent, const std::uint32_t* verdict, Stream stream);
   void write_counters();
 
   EngineParts parts_;
   int device_;
   DeviceStream own_stream_;
   Stream last_stream_;
-  DeviceScratch gathered_, messages_, workspace_;
+  DeviceScratch gathered_, messages_, workspace_, momenta_;
   DeviceBuffer memory_;
   DeviceCounters* counters_;
   std::uint32_t* step_verdict_;

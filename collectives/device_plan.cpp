@@ -60,7 +60,7 @@ DeviceDense dense_of(const Segment& segment, const SegmentState& state, const Re
   out.range.count = segment.count;
   out.factor = std::uint32_t(factor);
   out.packed = packed;
-  if (recursion.kind == Recursion::Kind::momentum_correction) out.momentum = state.array[0];
+  if (recursion.kind == Recursion::Kind::momentum_correction || recursion.averaged) out.momentum = state.array[0];
   out.residual = residual_of(recursion, state);
   return out;
 }
@@ -73,22 +73,117 @@ void append_group(const Passengers& group, const Recursion& recursion, std::size
   }
 }
 
+/// What a group's owner holds back, as its messages lie from element `packed` on.
+void append_server(const Passengers& group, std::size_t packed, std::vector<DeviceDense>* out) {
+  for (std::size_t s = 0; s < group.segments.size(); packed += group.segments[s++].count) {
+    const Passengers::Owned& owned = group.owned[s];
+    if (owned.residual == nullptr) continue;
+    DeviceDense dense;
+    dense.range.count = owned.count;
+    dense.packed = packed + owned.first;
+    dense.residual = owned.residual;
+    out->push_back(dense);
+  }
+}
+
 }  // namespace
 
-DevicePlan::DevicePlan(std::shared_ptr<const BucketPlan> of, const Codec* codec, const Recursion& recursion, int world, int rank,
-                       int device, Stream stream)
+void DevicePlan::upload_masks(int device, Stream stream) {
+  segments_ = bucket->segments;
+  own_ = bucket->phases.own;
+  momentum_segments_ = bucket->segments;
+  std::size_t bytes = 1;
+  for (const SharedMomentum& shared : bucket->momenta) bytes += shared.live != nullptr ? round_up(shared.count, 128) / 8 : 0;
+  masks_.reserve(bytes, device);
+  std::size_t at = 0, packed = 0;
+  for (const SharedMomentum& shared : bucket->momenta) {
+    if (shared.live != nullptr) {
+      device_copy(masks_.data() + at, shared.live, (shared.count + 7) / 8, stream);
+      const auto* const there = reinterpret_cast<const std::uint8_t*>(masks_.data() + at);
+      for (std::vector<Segment>* list : {&segments_, &own_, &momentum_segments_})
+        for (Segment& segment : *list)
+          if (segment.parameter == shared.parameter) segment.live = there + (segment.live - shared.live);
+      at += round_up(shared.count, 128) / 8;
+    }
+    for (std::size_t s = 0; s < momentum_segments_.size(); ++s)
+      if (momentum_segments_[s].parameter == shared.parameter)
+        momentum_segments_[s].first = packed + (bucket->segments[s].first - shared.first);
+    packed += shared.count;
+  }
+  momentum_count = packed;
+}
+
+DevicePlan::DevicePlan(std::shared_ptr<const BucketPlan> of, const Codec* codec, int world, int rank, int device, Stream stream)
     : bucket(std::move(of)), mapped_(sizeof(Mapped)) {
   const BucketPlan& plan = *bucket;
+  const Recursion& recursion = plan.recursion;
+  upload_masks(device, stream);
   auto* const mapped = new (mapped_.data()) Mapped;
   report = &mapped->report;
   wrong_scale = &mapped->wrong_scale;
   Writer tables;
-  std::vector<std::byte> codec_table;
+  // Codecs' tables first: at the start of their buffer, whose alignment is the tables'.
+  struct Table {
+    ConstBytes* out;
+    std::size_t at, bytes;
+  };
+  std::vector<Table> codec_tables;
+  const auto tabulate = [&](const Recursion& of_states, Plan view, std::span<const Segment> segments, std::span<const SegmentState> states,
+                            ConstBytes* out) {
+    view.segments = segments;
+    std::vector<std::byte> table(codec->table_bytes(view));
+    codec->tabulate(of_states, view, states, table.data());
+    codec_tables.push_back({out, tables.append(table.data(), table.size()), table.size()});
+  };
   if (codec != nullptr && !plan.whole_dense) {
-    codec_table.resize(codec->table_bytes(plan.plan(0)));
-    codec->tabulate(recursion, plan.plan(0), plan.states, codec_table.data());
+    tabulate(recursion, plan.plan(0), segments_, plan.states, &codec_table_);
+    if (plan.two_phase) {
+      Recursion taken = kOwner;
+      taken.averaged = recursion.averaged;
+      tabulate(kOwner, plan.own_part(0), own_, plan.phases.own_states, &own_table_);
+      tabulate(taken, plan.own_part(0), own_, plan.phases.own_taken, &taken_table_);
+    }
+    if (!plan.momenta.empty()) tabulate(Recursion{}, plan.plan(0), momentum_segments_, {}, &momentum_table_);
   }
-  tables.append(codec_table.data(), codec_table.size());  // first: at the start of its buffer, whose alignment is the table's
+  struct Betas {
+    const float** out;
+    std::size_t at;
+  };
+  std::vector<Betas> beta_arrays;
+  const auto append_betas = [&](const std::vector<float>& values, const float** out) {
+    beta_arrays.push_back({out, tables.append(values.data(), 4 * values.size())});
+  };
+  append_betas(plan.betas, &betas);
+  append_betas(plan.phases.own_betas, &own_betas);
+  append_betas(plan.passengers[0].betas, &passenger_betas);
+  {
+    std::vector<DeviceDense> all, dense;
+    std::vector<float> values;
+    std::size_t packed = 0, masked = 0;
+    for (const SharedMomentum& shared : plan.momenta) {
+      DeviceDense one;
+      one.range.first = shared.first;
+      one.range.count = shared.count;
+      one.factor = std::uint32_t(values.size());
+      one.packed = packed;
+      one.momentum = shared.momentum;
+      if (shared.live != nullptr) one.live = reinterpret_cast<const std::uint8_t*>(masks_.data() + masked);
+      masked += shared.live != nullptr ? round_up(shared.count, 128) / 8 : 0;
+      packed += shared.count;
+      values.push_back(shared.beta1);
+      all.push_back(one);
+      if (shared.dense) dense.push_back(one);
+    }
+    append_betas(values, &momenta_betas);
+    tables.append(std::move(all), &momenta);
+    tables.append(std::move(dense), &dense_momenta);
+    std::vector<DeviceDense> held, sent_held;
+    append_server(plan.passengers[0], 0, &held);
+    for (std::size_t owner = 0; owner < plan.shares.size(); ++owner)
+      append_server(plan.shares[owner].parts[0], plan.share_first[owner] / sizeof(float), &sent_held);
+    tables.append(std::move(held), &server);
+    tables.append(std::move(sent_held), &sent_server);
+  }
   for (int g = 0; g < 2; ++g) {
     std::vector<DeviceDense> dense;
     append_group(plan.passengers[g], recursion, 0, &dense);
@@ -96,7 +191,9 @@ DevicePlan::DevicePlan(std::shared_ptr<const BucketPlan> of, const Codec* codec,
   }
   {
     std::vector<DeviceDense> dense;
-    for (std::size_t s = 0; s < plan.segments.size(); ++s) dense.push_back(dense_of(plan.segments[s], plan.states[s], recursion, s, 0));
+    // Norms and factors are of whole parameters.
+    const std::vector<Segment>& normed = plan.two_phase ? plan.phases.whole : plan.segments;
+    for (std::size_t s = 0; s < normed.size(); ++s) dense.push_back(dense_of(normed[s], {}, {}, s, 0));
     tables.append(std::move(dense), &whole[2]);
   }
   if (plan.owners) {
@@ -104,10 +201,9 @@ DevicePlan::DevicePlan(std::shared_ptr<const BucketPlan> of, const Codec* codec,
     std::vector<DeviceDense> parts;
     for (std::size_t g = 0; g < 2; ++g) {
       std::vector<DeviceDense> dense;
-      std::size_t at = 0;  // bytes
-      for (std::size_t r = 0; r < plan.shares.size(); at += plan.send_bytes[r++]) {
+      for (std::size_t r = 0; r < plan.shares.size(); ++r) {
         const auto& share = plan.shares[r].parts;
-        append_group(share[g], recursion, (at + (g == 0 ? 0 : share[0].bytes())) / size_of(share[g].dtype), &dense);
+        append_group(share[g], recursion, (plan.share_first[r] + (g == 0 ? 0 : share[0].bytes())) / size_of(share[g].dtype), &dense);
       }
       tables.append(std::move(dense), &sent[g]);
       DeviceDense own;
@@ -126,7 +222,8 @@ DevicePlan::DevicePlan(std::shared_ptr<const BucketPlan> of, const Codec* codec,
   tables_.reserve(std::max<std::size_t>(tables.bytes().size(), 1), device);
   device_copy(tables_.data(), tables.bytes().data(), tables.bytes().size(), stream);
   tables.resolve(tables_.data());
-  codec_table_ = {tables_.data(), codec_table.size(), DType::u8, Place::cuda, device};
+  for (const auto& [out, at, bytes] : codec_tables) *out = {tables_.data() + at, bytes, DType::u8, Place::cuda, device};
+  for (const auto& [out, at] : beta_arrays) *out = reinterpret_cast<const float*>(tables_.data() + at);
 
   std::size_t end = 0, chunks = 0;
   const auto place = [&](std::size_t bytes) {
@@ -138,7 +235,7 @@ DevicePlan::DevicePlan(std::shared_ptr<const BucketPlan> of, const Codec* codec,
   std::size_t norms_at[3], factors_at[3];
   for (int g = 0; g < 3; ++g) {
     norms_at[g] = place(8 * whole[g].segments);
-    factors_at[g] = place(4 * whole[g].segments);
+    factors_at[g] = place(4 * std::max(whole[g].segments, g == 2 ? plan.segments.size() : 0));
     chunks = std::max(chunks, whole[g].chunks);
   }
   const std::size_t sums_at = place(8 * chunks);
@@ -156,11 +253,36 @@ DevicePlan::DevicePlan(std::shared_ptr<const BucketPlan> of, const Codec* codec,
   device_wait(stream);  // the host's tables end here
 }
 
+Plan DevicePlan::with(Plan plan, ConstBytes table, const float* factor) const noexcept {
+  plan.table = table;
+  plan.report = report;
+  plan.factor = factor;
+  return plan;
+}
+
 Plan DevicePlan::plan(std::uint64_t step) const noexcept {
-  Plan out = bucket->plan(step);
-  out.table = codec_table_;
-  out.report = report;
-  out.factor = &scales->mean;
+  Plan out = with(bucket->plan(step), codec_table_, bucket->two_phase ? &scales->loss : &scales->mean);
+  out.segments = segments_;
+  return out;
+}
+
+Plan DevicePlan::own_part(std::uint64_t step) const noexcept {
+  Plan out = with(bucket->own_part(step), own_table_, nullptr);
+  out.segments = own_;
+  out.output.dtype = bucket->dtype;
+  out.output_factor = &scales->loss;
+  return out;
+}
+
+Plan DevicePlan::own_taken(std::uint64_t step) const noexcept {
+  Plan out = own_part(step);
+  out.table = taken_table_;
+  return out;
+}
+
+Plan DevicePlan::momentum_plan(std::uint64_t step) const noexcept {
+  Plan out = with(bucket->plan(step), momentum_table_, nullptr);
+  out.segments = momentum_segments_;
   return out;
 }
 

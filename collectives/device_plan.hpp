@@ -15,11 +15,15 @@ namespace thinwire {
 
 struct DevicePlan {
   /// @throws Error{device} where the device has no memory for it.
-  DevicePlan(std::shared_ptr<const BucketPlan> bucket, const Codec* codec, const Recursion& recursion, int world, int rank, int device,
-             Stream stream);
+  DevicePlan(std::shared_ptr<const BucketPlan> bucket, const Codec* codec, int world, int rank, int device, Stream stream);
 
   /// The codec's view of the bucket at a step.
   Plan plan(std::uint64_t step) const noexcept;
+  /// two_phase: of this rank's part, as the mean lies apart, to be encoded; and to be taken back.
+  Plan own_part(std::uint64_t step) const noexcept;
+  Plan own_taken(std::uint64_t step) const noexcept;
+  /// target=momentum: of the compressed segments as `momenta` packs them, to be decoded in true units.
+  Plan momentum_plan(std::uint64_t step) const noexcept;
 
   std::shared_ptr<const BucketPlan> bucket;
   /// Segments as they lie in the bucket: [0] and [1] the groups of passengers, [2] those that are compressed. `packed` of passengers: their
@@ -29,6 +33,12 @@ struct DevicePlan {
   DeviceRanges sent[2], owned[2];
   /// Owners: all finished parts, packed as the gather leaves them behind the payloads.
   DeviceRanges finished;
+  /// two_phase: what this rank holds back of passengers, as their messages lie in whole[0] and in sent[0].
+  DeviceRanges server, sent_server;
+  /// target=momentum: all shared momenta of the bucket, packed one after the other, and those of them that stay dense at this step.
+  DeviceRanges momenta, dense_momenta;
+  std::size_t momentum_count = 0;
+  const float *betas = nullptr, *own_betas = nullptr, *passenger_betas = nullptr, *momenta_betas = nullptr;  ///< per segment of each
 
   std::uint32_t *flags = nullptr, *kept = nullptr;  ///< one; per compressed segment
   double *norms[3] = {}, *block_sums = nullptr;     ///< per segment, as `whole`
@@ -41,7 +51,12 @@ struct DevicePlan {
  private:
   DeviceBuffer tables_, arrays_;
   MappedBuffer mapped_;
-  ConstBytes codec_table_;
+  DeviceBuffer masks_;
+  std::vector<Segment> segments_, own_, momentum_segments_;  ///< with masks in device memory
+  ConstBytes codec_table_, own_table_, taken_table_, momentum_table_;
+
+  void upload_masks(int device, Stream stream);
+  Plan with(Plan plan, ConstBytes table, const float* factor) const noexcept;
 };
 
 }  // namespace thinwire

@@ -28,14 +28,6 @@ void DeviceEngine::check() {
   }
 }
 
-void DeviceEngine::settle(DevicePlan& plan, std::uint64_t step, ConstBytes own_wire, bool joined, const std::uint32_t* verdict,
-                          Stream stream) {
-  if (parts_.codec == nullptr || joined) return;
-  launch_settle_dense(plan.whole[0], verdict, stream);
-  if (!own_wire.empty())
-    parts_.codec->take_back(parts_.recursion, plan.plan(step), own_wire, {plan.bucket->states, nullptr}, verdict, stream);
-}
-
 void DeviceEngine::passed(std::size_t dense_bytes, bool finite) {
   static constexpr std::uint32_t kBad = kFlagNonfinite;
   count_dense(dense_bytes, world());
@@ -48,17 +40,16 @@ void DeviceEngine::finish_step(std::uint64_t step) {
   launch_end_step(counters_, step_verdict_, stream);
   for (std::size_t i = 0; i < pending_count_; ++i) {
     Pending& pending = pending_[i];
-    settle(*pending.plan, step, {pending.payload.data(), pending.bytes, DType::u8, Place::cuda, device_}, pending.joined, step_verdict_,
-           stream);
+    settle(*pending.plan, step, pending.sent, step_verdict_, stream);
     pending.plan.reset();
-    pending.payload.end_step();
+    pending.memory.end_step();
   }
   pending_count_ = 0;
   if (parts_.options.step_verdict) {
     for (std::size_t j = 0; j < parts_.arena.arrays(); ++j)
       launch_clear_unless_started(counters_, parts_.arena.array(j), parts_.arena.count(j), stream);
   }
-  for (DeviceScratch* scratch : {&gathered_, &messages_, &workspace_}) scratch->end_step();
+  for (DeviceScratch* scratch : {&gathered_, &messages_, &workspace_, &momenta_}) scratch->end_step();
 
   if (parts_.check_every == 0 || (step + 1) % parts_.check_every != 0) return;
   Communicator& communicator = parts_.communicator;
@@ -98,10 +89,11 @@ void DeviceEngine::wait() {
     std::vector<std::uint32_t> kept(bucket.segments.size());
     device_copy(kept.data(), plan->kept, 4 * kept.size(), last_stream_);
     device_wait(last_stream_);
-    for (std::size_t s = 0; s < kept.size(); ++s) kept_[bucket.segments[s].parameter] = kept[s];
+    for (std::size_t s = 0; s < kept.size(); ++s) kept_[bucket.segments[s].parameter] += kept[s];
     DeviceScales scales;
     device_copy(&scales, plan->scales, sizeof scales, last_stream_);
-    const std::vector<Segment>* const groups[3] = {&bucket.passengers[0].segments, &bucket.passengers[1].segments, &bucket.segments};
+    const std::vector<Segment>* const groups[3] = {&bucket.passengers[0].segments, &bucket.passengers[1].segments,
+                                                   bucket.two_phase ? &bucket.phases.whole : &bucket.segments};
     for (int g = 0; g < 3; ++g) {
       std::vector<double> norms(groups[g]->size());
       device_copy(norms.data(), plan->norms[g], 8 * norms.size(), last_stream_);

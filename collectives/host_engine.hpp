@@ -16,9 +16,6 @@
 
 namespace thinwire {
 
-/// The owner's side of two_phase, whatever the workers use: EF14 on the mean.
-inline constexpr Recursion kOwner{Recursion::Kind::error_feedback, 1.0f};
-
 class HostEngine final : public BucketEngine {
  public:
   explicit HostEngine(const EngineParts& parts);

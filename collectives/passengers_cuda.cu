@@ -34,6 +34,13 @@ __global__ void __launch_bounds__(kThreads)
   if (bad) atomicOr(flags, std::uint32_t(kFlagNonfinite));
 }
 
+__global__ void __launch_bounds__(kThreads) add_server_kernel(DeviceRanges ranges, float world, float* messages) {
+  const auto& dense = *reinterpret_cast<const DeviceDense*>(ranges.base + ranges.chunk_segment[blockIdx.x] * ranges.stride);
+  const std::uint64_t start = std::uint64_t(blockIdx.x - dense.range.first_chunk) * kDeviceChunk;
+  const std::uint64_t end = start + kDeviceChunk < dense.range.count ? start + kDeviceChunk : dense.range.count;
+  for (std::uint64_t i = start + threadIdx.x; i < end; i += kThreads) messages[dense.packed + i] += world * dense.residual[i];
+}
+
 __global__ void __launch_bounds__(kThreads) place_kernel(DeviceRanges ranges, const std::byte* packed, std::byte* out, DType dtype) {
   const auto& dense = *reinterpret_cast<const DeviceDense*>(ranges.base + ranges.chunk_segment[blockIdx.x] * ranges.stride);
   const std::uint64_t start = std::uint64_t(blockIdx.x - dense.range.first_chunk) * kDeviceChunk;
@@ -53,6 +60,7 @@ __global__ void begin_kernel(DeviceFactor loss_scale, float mean, bool norms, bo
   const bool sound = scale > 0 && is_finite(scale);
   scales->unscale = 1.0f / scale;
   scales->mean = mean * scale;
+  scales->loss = scale;
   if (norms) scales->norm_unscale = 1.0f / scale;
   *flags = !sound && judged ? std::uint32_t(kFlagNonfinite) : 0u;
   if (!sound) *static_cast<volatile std::uint64_t*>(wrong) = kWrongScale | float_bits(scale);
@@ -112,6 +120,9 @@ void launch_place(const DeviceRanges& ranges, const std::byte* packed, Bytes out
 void launch_begin(DeviceFactor loss_scale, float mean, bool norms, bool judged, std::uint32_t* flags, DeviceScales* scales,
                   std::uint64_t* wrong, Stream stream) {
   launch("begin", begin_kernel, 1, 1, stream, loss_scale, mean, norms, judged, flags, scales, wrong);
+}
+void launch_add_server_residuals(const DeviceRanges& ranges, int world, float* messages, Stream stream) {
+  launch("add server residuals", add_server_kernel, ranges.chunks, kThreads, stream, ranges, float(world), messages);
 }
 void launch_add_flags(const std::uint32_t* flags, std::uint32_t* to, Stream stream) {
   launch("add flags", add_flags_kernel, 1, 1, stream, flags, to);

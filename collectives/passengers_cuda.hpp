@@ -32,6 +32,7 @@ void launch_place(const DeviceRanges& ranges, const std::byte* packed, Bytes out
 struct DeviceScales {
   float unscale = 1;       ///< 1 / loss scale
   float mean = 1;          ///< 1 / world × loss scale: of messages in true units
+  float loss = 1;          ///< loss scale
   float norm_unscale = 1;  ///< `unscale` when norms were last taken
 };
 /// The beginning of a bucket: *flags = 0, and *scales of its loss scale, as the host's engine rounds them. `mean`: 1 / world; `norms`:
@@ -40,6 +41,9 @@ struct DeviceScales {
 inline constexpr std::uint64_t kWrongScale = std::uint64_t(1) << 32;
 void launch_begin(DeviceFactor loss_scale, float mean, bool norms, bool judged, std::uint32_t* flags, DeviceScales* scales,
                   std::uint64_t* wrong, Stream stream);
+
+/// add_server_residuals: messages[packed + i] += world × residual[i].
+void launch_add_server_residuals(const DeviceRanges& ranges, int world, float* messages, Stream stream);
 
 /// *to |= *flags.
 void launch_add_flags(const std::uint32_t* flags, std::uint32_t* to, Stream stream);

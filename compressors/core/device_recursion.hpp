@@ -52,6 +52,7 @@ struct DeviceDense {
   std::uint32_t factor = 0;                        ///< which factor is its
   std::uint64_t packed = 0;                        ///< its first element among the packed messages
   float *momentum = nullptr, *residual = nullptr;  ///< averaged: m, null where a parameter has none
+  const std::uint8_t* live = nullptr;              ///< Segment::live
 };
 
 /// dense_message over segments with state, messages in fp32. One kernel: reads gradient and state, writes state and messages. `beta1`:
@@ -62,5 +63,16 @@ void launch_dense_message(const Recursion& recursion, const DeviceRanges& ranges
 void launch_copy_message(const DeviceRanges& ranges, ConstBytes grad, std::byte* messages, std::uint32_t* flags, Stream stream);
 /// settle_dense where `verdict` lacks kFlagNonfinite. One kernel.
 void launch_settle_dense(const DeviceRanges& ranges, const std::uint32_t* verdict, Stream stream);
+
+// target=momentum, each one kernel over segments with a shared momentum m; beta1 in the order of `factors`.
+
+/// out[packed + i] = what m becomes of a mean that was not compressed: grad·unscale itself where it is a momentum (`averaging`; dead
+/// elements and their gradients become 0), else average_momentum of it.
+void launch_note_momentum(const DeviceRanges& ranges, Bytes grad, const float* unscale, const float* beta1, bool averaging, float* out,
+                          Stream stream);
+/// m = from[packed + i] where `verdict` lacks kFlagNonfinite.
+void launch_move_momentum(const DeviceRanges& ranges, const float* from, const std::uint32_t* verdict, Stream stream);
+/// residual −= beta1·m where `verdict` has it: the message is in the residual still, and the next one will hold that share again.
+void launch_forget_momentum(const DeviceRanges& ranges, const float* beta1, const std::uint32_t* verdict, Stream stream);
 
 }  // namespace thinwire

@@ -147,6 +147,36 @@ __global__ void __launch_bounds__(kThreads) settle_kernel(DeviceRanges ranges, c
   for (std::uint32_t j = threadIdx.x; j < chunk.count; j += kThreads) dense.residual[chunk.start + j] = 0;
 }
 
+/// One element of a segment per visit(element, of the segment).
+template <class Visit>
+__device__ inline void for_each(const DeviceRanges& ranges, Visit&& visit) {
+  const Chunk chunk(ranges, blockIdx.x);
+  const auto& dense = reinterpret_cast<const DeviceDense&>(range_of(ranges, chunk.segment));
+  for (std::uint32_t j = threadIdx.x; j < chunk.count; j += kThreads) visit(dense, std::size_t(chunk.start + j));
+}
+
+__global__ void __launch_bounds__(kThreads) note_momentum_kernel(DeviceRanges ranges, std::byte* grad, DType dtype, const float* unscale,
+                                                                 const float* beta1, bool averaging, float* out) {
+  for_each(ranges, [&](const DeviceDense& dense, std::size_t i) {
+    const std::size_t at = dense.range.first + i;
+    if (averaging && !is_live(dense.live, i)) store_element(grad, dtype, at, 0.0f);
+    const float mean = load_element(grad, dtype, at) * *unscale, beta = beta1[dense.factor];
+    out[dense.packed + i] = averaging ? mean : average(beta, 1.0f - beta, dense.momentum[i], mean);
+  });
+}
+
+__global__ void __launch_bounds__(kThreads) move_momentum_kernel(DeviceRanges ranges, const float* from, const std::uint32_t* verdict) {
+  if ((*verdict & kFlagNonfinite) != 0) return;
+  for_each(ranges, [&](const DeviceDense& dense, std::size_t i) { dense.momentum[i] = from[dense.packed + i]; });
+}
+
+__global__ void __launch_bounds__(kThreads) forget_momentum_kernel(DeviceRanges ranges, const float* beta1, const std::uint32_t* verdict) {
+  if ((*verdict & kFlagNonfinite) == 0) return;
+  for_each(ranges, [&](const DeviceDense& dense, std::size_t i) {
+    if (dense.residual != nullptr && dense.momentum != nullptr) dense.residual[i] -= beta1[dense.factor] * dense.momentum[i];
+  });
+}
+
 }  // namespace
 
 void launch_squared_norms(const DeviceRanges& ranges, ConstBytes grad, double* block_sums, double* norms, Stream stream) {
@@ -189,6 +219,20 @@ void launch_copy_message(const DeviceRanges& ranges, ConstBytes grad, std::byte*
 
 void launch_settle_dense(const DeviceRanges& ranges, const std::uint32_t* verdict, Stream stream) {
   launch("settle dense", settle_kernel, ranges.chunks, kThreads, stream, ranges, verdict);
+}
+
+void launch_note_momentum(const DeviceRanges& ranges, Bytes grad, const float* unscale, const float* beta1, bool averaging, float* out,
+                          Stream stream) {
+  launch("note momentum", note_momentum_kernel, ranges.chunks, kThreads, stream, ranges, grad.data, grad.dtype, unscale, beta1, averaging,
+         out);
+}
+
+void launch_move_momentum(const DeviceRanges& ranges, const float* from, const std::uint32_t* verdict, Stream stream) {
+  launch("move momentum", move_momentum_kernel, ranges.chunks, kThreads, stream, ranges, from, verdict);
+}
+
+void launch_forget_momentum(const DeviceRanges& ranges, const float* beta1, const std::uint32_t* verdict, Stream stream) {
+  launch("forget momentum", forget_momentum_kernel, ranges.chunks, kThreads, stream, ranges, beta1, verdict);
 }
 
 }  // namespace thinwire

@@ -130,7 +130,7 @@ class SignCuda final : public Codec {
       std::memcpy(const_cast<void*>(static_cast<const void*>(where)), &what, sizeof what);
     };
     const auto visit_segment = [&](const Segment&, DeviceSegment& out, std::size_t tiles) {
-      if (!states.empty()) {
+      if (!states.empty() && out.range.count != 0) {  // an empty part has its place anywhere
         out.momentum = recursion.averaged ? states[s].array[0] : nullptr;
         out.residual = residual_of(recursion, states[s]);
         for (const float* array : {out.momentum, out.residual})
