@@ -35,7 +35,8 @@ void expect_same_run(Scenario s) {
   }
 }
 
-/// The same for a run with steps that are not finite: NaN is NaN, and norms are those of step 0, which both take.
+/// The same for a run with steps that are not finite: NaN is NaN, and norms are those of step 0, which both take; to the bit but
+/// for two phases.
 void expect_same_with_accidents(Scenario s, std::uint64_t nonfinite_steps) {
   s.parameters = kModel;
   s.keep_payloads = true;
@@ -56,7 +57,12 @@ void expect_same_with_accidents(Scenario s, std::uint64_t nonfinite_steps) {
         ASSERT_TRUE(same_values(host.mean[t][r][p], device.mean[t][r][p])) << "step " << t << " rank " << r << " " << kModel[p].name;
   expect_same_state(host.state, device.state);
   EXPECT_EQ(host.payloads, device.payloads);
-  EXPECT_EQ(host_norms, norms);
+  for (std::size_t r = 0; r < norms.size(); ++r) {
+    ASSERT_EQ(host_norms[r].size(), norms[r].size());
+    // The host takes them from the pass, over two phases part by part: other fp32 sums of at most 64 + 6 terms.
+    for (std::size_t p = 0; p < norms[r].size(); ++p) EXPECT_NEAR(norms[r][p], host_norms[r][p], 70 * 0x1p-24 * host_norms[r][p]);
+    if (s.config.find("sign") == std::string::npos && s.config.find("onebit") == std::string::npos) EXPECT_EQ(host_norms[r], norms[r]);
+  }
   for (const Outcome* run : {&host, &device})
     for (const Stats& stats : run->stats) EXPECT_EQ(stats.nonfinite_steps, nonfinite_steps);
 }
@@ -65,8 +71,10 @@ TEST_F(ReducerDevice, IsTheHostToTheBit) {
   for (const char* config :
        {"dgc:density=0.01 min_numel=100", "dgc:density=0.002,wire=bf16,select=exact,nesterov=1 min_numel=100 start_step=1",
         "dgc:density=0.01,clip_norm=0.5 min_numel=100 exchange=gather", "codec=topk:density=0.1,wire=fp16 feedback=ef14 min_numel=100",
-        "codec=topk:density=0.01,index=bitmap feedback=ef14:decay=0.5 min_numel=100 check_every=2",
-        "codec=topk:density=0.03 min_numel=100"}) {
+        "codec=topk:density=0.01,index=bitmap feedback=ef14:decay=0.5 min_numel=100 check_every=2", "codec=topk:density=0.03 min_numel=100",
+        "codec=sign:scale=l2,block=24 feedback=ef14 exchange=gather min_numel=100", "codec=sign feedback=ef14:decay=0.5 min_numel=100",
+        "onebit_adam:freeze=1,clip_norm=0.5,block=tensor min_numel=100",
+        "codec=sign feedback=ef14 target=momentum:freeze=0 exchange=gather min_numel=100"}) {
     for (const DType dtype : {DType::fp32, DType::bf16, DType::fp16}) {
       SCOPED_TRACE(std::string(config) + " " + to_string(dtype));
       Scenario s;
@@ -83,7 +91,9 @@ TEST_F(ReducerDevice, LossScalesNonfiniteStepsAndJoinedRanksAreTheHostsToo) {
   const auto clean = numbers(real_number, 12, kModel);
   for (const char* config :
        {"dgc:density=0.01 min_numel=100", "dgc:density=0.02,clip_norm=0.5,select=exact min_numel=100",
-        "codec=topk:density=0.1,wire=bf16 feedback=ef14 min_numel=100 start_step=3", "codec=topk:density=0.03 min_numel=100", "codec=none"})
+        "codec=topk:density=0.1,wire=bf16 feedback=ef14 min_numel=100 start_step=3", "codec=topk:density=0.03 min_numel=100", "codec=none",
+        "onebit_adam:freeze=1,block=64 min_numel=100", "codec=sign feedback=none min_numel=100",
+        "codec=sign feedback=ef14 target=momentum:freeze=2 exchange=gather min_numel=100"})
     for (const bool step_verdict : {false, true})
       for (const bool in_memory : {false, true}) {
         SCOPED_TRACE(std::string(config) + (step_verdict ? " step verdict" : "") + (in_memory ? " scale in memory" : ""));
