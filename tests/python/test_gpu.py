@@ -41,7 +41,7 @@ def test_hook_is_replay_to_the_bit(world: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("world", "device"), [(2, "cpu"), pytest.param(1, "cuda", marks=needs_gpu), pytest.param(2, "cuda", marks=needs_gpu)])
-def test_grad_scaler_and_join(world: int, device: str, tmp_path: Path) -> None:
+def test_grad_scaler_join_and_a_moved_checkpoint(world: int, device: str, tmp_path: Path) -> None:
     """On a GPU the same bits as on the CPU; on the CPU what holds on both."""
     run(TWINS, world, tmp_path, device)
 
