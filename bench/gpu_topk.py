@@ -43,7 +43,10 @@ def main() -> int:
     parser.add_argument("--reps", type=int, default=7)
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the two ratios")
     options = parser.parse_args()
-    rows = json.loads(options.kernels.read_text())["rows"]
+    try:
+        rows = json.loads(options.kernels.read_text())["rows"]
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"gpu_topk: {options.kernels} is not what thinwire_bench_kernels_cuda --json writes: {error!r}")
     exact, fused = row_of(rows, "none_topk_exact"), row_of(rows, "ef14_topk_sampled")
     import torch
 

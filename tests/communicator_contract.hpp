@@ -158,7 +158,7 @@ TYPED_TEST_P(CommunicatorContract, AllReduceAddsFloatsInRankOrder) {
 
 TYPED_TEST_P(CommunicatorContract, AllReduceRoundsHalvesAfterEachAddition) {
   this->each([](Communicator& c) {
-    for (const Half& half : {kBf16, kFp16}) {
+    for (const Half& format : {kBf16, kFp16}) {
       for (const std::size_t n : {std::size_t(0), std::size_t(1), std::size_t(9), std::size_t(4099), std::size_t(70001)}) {
         std::vector<std::uint16_t> mine(n), expected(n);
         std::vector<double> sum(n);
@@ -166,14 +166,14 @@ TYPED_TEST_P(CommunicatorContract, AllReduceRoundsHalvesAfterEachAddition) {
           std::mt19937 random(unsigned(100 * r + 11));
           std::normal_distribution<double> normal;
           for (std::size_t i = 0; i < n; ++i) {
-            const double x = round_to(normal(random) * std::ldexp(1.0, int(i % 24) - 18), half.digits, half.least_exponent);
-            if (r == c.rank()) mine[i] = half.encode(x);
-            sum[i] = r == 0 ? x : round_to(sum[i] + x, half.digits, half.least_exponent);
+            const double x = round_to(normal(random) * std::ldexp(1.0, int(i % 24) - 18), format.digits, format.least_exponent);
+            if (r == c.rank()) mine[i] = format.encode(x);
+            sum[i] = r == 0 ? x : round_to(sum[i] + x, format.digits, format.least_exponent);
           }
         }
-        for (std::size_t i = 0; i < n; ++i) expected[i] = half.encode(sum[i]);
-        c.all_reduce(host_bytes(mine.data(), n, half.dtype));
-        ASSERT_EQ(mine, expected) << to_string(half.dtype) << ", " << n << " elements on rank " << c.rank();
+        for (std::size_t i = 0; i < n; ++i) expected[i] = format.encode(sum[i]);
+        c.all_reduce(host_bytes(mine.data(), n, format.dtype));
+        ASSERT_EQ(mine, expected) << to_string(format.dtype) << ", " << n << " elements on rank " << c.rank();
       }
     }
   });

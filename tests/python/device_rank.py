@@ -1,5 +1,5 @@
-"""One rank of the same training on the CPU over Gloo and, where DEVICE is cuda, on GPU 0 over NCCL: under a grad scaler and under DDP.join.
-Both runs must give the same bits. device_rank.py RANK WORLD FOLDER DEVICE"""
+"""One rank of the same training on the CPU over Gloo and, where DEVICE is cuda, on GPU 0 over NCCL: under a grad scaler, under DDP.join, and
+over a checkpoint that moves from one to the other. Both runs must give the same bits. device_rank.py RANK WORLD FOLDER DEVICE"""
 
 from __future__ import annotations
 
@@ -123,6 +123,30 @@ def joined(config: str, device: str, groups: dict[str, dist.ProcessGroup]) -> li
     return out
 
 
+def moved(config: str, device: str, groups: dict[str, dist.ProcessGroup]) -> list[dict[str, torch.Tensor]]:
+    """Half of the steps on `device`, the others from its checkpoint, on the other device where there is one: what replay says of all of them."""
+    grads = gradients(STEPS)
+    expected = thinwire.replay(config, grads)
+    other = next((name for name in groups if name != device), device)
+    out: list[dict[str, torch.Tensor]] = []
+    saved: dict[str, Any] | None = None
+    for place, steps in ((device, range(STEPS // 2)), (other, range(STEPS // 2, STEPS))):
+        ddp = model_on(place, groups)
+        state = thinwire.attach(ddp, config)
+        if saved is not None:
+            state.load_state_dict(saved)
+        for step in steps:
+            ddp.zero_grad()
+            ddp({name: g[step, RANK].to(place) for name, g in grads.items()}).backward()
+            out.append(received(ddp))
+            for name, got in out[-1].items():
+                assert torch.equal(got, expected.mean[name][step]), f"step {step} {name}, on {place}: not what replay says"
+        saved = state.state_dict()
+        out.append(held(state))
+        state.close()
+    return out
+
+
 def main() -> None:
     dist.init_process_group("gloo", init_method=f"file://{FOLDER}/store", rank=RANK, world_size=WORLD)
     groups = {"cpu": dist.group.WORLD}
@@ -130,7 +154,7 @@ def main() -> None:
         torch.cuda.set_device(0)
         groups["cuda"] = dist.new_group(backend="nccl")
     said: dict[str, Any] = {}
-    for body in (scaled, joined):
+    for body in (scaled, joined, moved):
         for config in CONFIGS:
             what = f"{body.__name__} {config}"
             try:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,19 @@ class Launch:
 
     def wait(self, seconds: float) -> list[int | None]:
         """Exit codes; None for a process that had to be killed."""
+        codes = self.wait_for(range(self.world), seconds)
+        self.kill()
+        return codes
+
+    def wait_for(self, ranks: Iterable[int], seconds: float) -> list[int | None]:
+        """Exit codes of these; None for a process that goes on."""
         deadline = time.monotonic() + seconds
         codes: list[int | None] = []
-        for process in self.processes:
+        for rank in ranks:
             try:
-                codes.append(process.wait(max(0.0, deadline - time.monotonic())))
+                codes.append(self.processes[rank].wait(max(0.0, deadline - time.monotonic())))
             except subprocess.TimeoutExpired:
                 codes.append(None)
-        self.kill()
         return codes
 
     def kill(self) -> None:

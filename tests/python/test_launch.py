@@ -446,6 +446,85 @@ def test_goals_are_told_from_what_was_reached(tmp_path: Path) -> None:
     assert python("bench/gpu_goals.py").returncode == 2
 
 
+def test_the_table_of_topk_wants_rows(tmp_path: Path) -> None:
+    for name, text in (("missing.json", None), ("cut.json", '{"rows": ['), ("other.json", "{}")):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        result = python("bench/gpu_topk.py", tmp_path / name)
+        assert result.returncode == 1 and name in result.stderr and "Traceback" not in result.stderr, result.stderr
+
+
+RUN_GPU = ROOT / "tests" / "run_gpu"
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    ([], "usage:"), (["out", "--sources"], "--sources needs a folder"), (["out", "--sources", ""], "--sources needs a folder"),
+    (["out", "--sources", "/nonexistent"], "there is no folder /nonexistent"), (["out", "other"], "not out and other"), ([""], "OUT is empty"),
+    (["out", "--only"], "--only takes one of: contract"), (["out", "--only", "build"], "--only takes one of"), (["out", "--budget"], "--budget takes seconds"),
+    (["out", "--budget", "9m"], "--budget takes seconds"), (["out", "--budget", "0"], "--budget takes seconds"), (["out", "--wrong"], "usage:"), (["--collect"], "--collect needs a folder")])  # fmt: skip
+def test_run_gpu_refuses(arguments: list[str], says: str, tmp_path: Path) -> None:
+    result = run([RUN_GPU, *arguments], cwd=tmp_path)
+    assert result.returncode == 2 and says in result.stderr and not list(tmp_path.iterdir()), result.stdout + result.stderr
+
+
+class FakeGpu:
+    """A machine that says it has a GPU: nothing is built, and what Python is asked to run does as it is told here."""
+
+    def __init__(self, folder: Path, **programs: str) -> None:
+        self.out, self.seconds = folder / "out", f"9{os.getpid()}"  # a sleep that no one else sleeps
+        self.out.mkdir()
+        tools = folder / "tools"
+        tools.mkdir()
+        cases = "".join(f'  *{name}.py) {body.replace("HANG", f"timeout 500 sleep {self.seconds}")} ;;\n' for name, body in programs.items() if name != "cmake")
+        scripts = {"nvidia-smi": "echo fake, 1", "cmake": programs.get("cmake", "true").replace("HANG", f"timeout 500 sleep {self.seconds}"),
+                   "python": f'case "$1" in\n{cases}  *) exec {sys.executable} "$@" ;;\nesac'}  # fmt: skip
+        for name, body in scripts.items():
+            (tools / name).write_text(f"#!/bin/sh\n{body}\n")
+            (tools / name).chmod(0o755)
+        self.environment = {"PATH": f"{tools}:{os.environ['PATH']}", "THINWIRE_PYTHON": str(tools / "python")}
+
+    def sleeps(self) -> bool:
+        return any(self.seconds in line for line in (path.read_text(errors="replace") for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()))
+
+    def summary(self) -> dict[str, str]:
+        return {line.split()[0]: line.split("s  ", 1)[1] for line in (self.out / "summary.txt").read_text().splitlines() if re.match(r"\w+ +\d+s  ", line)}
+
+
+def test_run_gpu_ends_what_hangs_and_goes_on(tmp_path: Path) -> None:
+    """The hanging program is in a process group of its own, as timeout and mpirun make them."""
+    fake = FakeGpu(tmp_path, gpu_topk="echo begun; HANG", hook_overhead="echo not here; exit 77", gpu_training="echo wrong; exit 3")
+    (fake.out / "kernels-cuda.json").write_text(json.dumps({"rows": [], "pairs": [{"pair": "ordered against unordered selection", "ratio": 1.05}]}))
+    (fake.out / "topk.json").write_text('{"topk_to_exact": 9}')  # of an earlier run
+    parts = [word for part in ("topk", "hook", "quickstart") for word in ("--only", part)]
+    result = run([RUN_GPU, fake.out, "--budget", "9", *parts], env=fake.environment, seconds=60)
+    said = fake.summary()
+    assert result.returncode == 1 and list(said) == ["build", "topk", "hook", "quickstart"], result.stdout + result.stderr
+    assert said["build"] == "passed" and re.match(r"timed out after \d s, see topk.log", said["topk"]), said
+    assert said["hook"] == "skipped: not here" and said["quickstart"] == "FAILED, see quickstart.log", said
+    assert not fake.sleeps() and (fake.out / "topk.log").read_text() == "begun\n"
+    goals = (fake.out / "goals.txt").read_text()
+    assert re.search(r"ordered against unordered.* met", goals) and re.search(r"torch.topk .* not measured", goals), goals
+    assert goals in (fake.out / "summary.txt").read_text() and "FAILED after" in result.stdout
+
+
+def test_run_gpu_without_a_build_stops_within_its_budget(tmp_path: Path) -> None:
+    fake = FakeGpu(tmp_path, cmake="HANG")
+    started = time.monotonic()
+    result = run([RUN_GPU, fake.out, "--budget", "4"], env=fake.environment, seconds=60)
+    assert result.returncode == 1 and time.monotonic() - started < 15
+    assert list(fake.summary()) == ["build"] and "timed out" in fake.summary()["build"] and not fake.sleeps()
+
+
+def test_run_gpu_ended_from_outside_leaves_nothing(tmp_path: Path) -> None:
+    fake = FakeGpu(tmp_path, cmake="HANG")
+    with subprocess.Popen([RUN_GPU, fake.out], env={**os.environ, **fake.environment}, stdout=subprocess.DEVNULL) as process:
+        poll(fake.sleeps)
+        process.terminate()
+        assert process.wait(20) == 143
+    poll(lambda: not fake.sleeps(), 10)
+    assert fake.summary() == {"build": "ended from outside"}
+
+
 # --- bench/run training -----------------------------------------------------------------------------------------------------------------------------------------------
 
 

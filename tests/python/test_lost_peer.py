@@ -2,32 +2,64 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 from lost_peer import TIMEOUT
 from ranks import Launch
 
-WORLD = 3
-LIMIT = TIMEOUT + 20  # the deadline of one call, and what a loaded machine adds
+import thinwire
+
+WORLD = {"cpu": 3, "cuda": 2}  # ranks on a GPU share it
+SECONDS = float(os.environ.get("THINWIRE_TEST_SECONDS", 120))  # of a whole run
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available() or not thinwire.build_info()["devices"], reason="there is no GPU, or this build has no CUDA")
+
+
+def survivors(device: str, how: str, width: int, folder: Path) -> list[dict]:
+    """What each survivor said; all of them have ended by themselves."""
+    world = WORLD[device]
+    launch = Launch(Path(__file__).parent / "lost_peer.py", world, folder, how, str(width), device)
+    try:
+        codes = launch.wait_for(range(world - 1), SECONDS)
+    finally:
+        launch.kill()
+    for rank in range(world - 1):
+        if device == "cuda" and any("Duplicate GPU" in launch.log(r) for r in range(world)):
+            pytest.skip("this NCCL takes no two ranks on one GPU")
+        assert codes[rank] == 0, f"rank {rank} of {how} ended with {codes[rank]} (None: not at all)\n{launch.log(rank)}"
+    if how == "closed":
+        assert "closed" in launch.result(world - 1)["text"]
+    return [launch.result(rank) for rank in range(world - 1)]
 
 
 @pytest.mark.parametrize(
-    ("how", "width"), [("killed", 64), ("stalled", 64), ("raises", 64), ("closed", 64), ("killed", 1024), ("stalled", 1024)]
+    ("how", "width", "device"),
+    [
+        *[(how, width, "cpu") for how, width in (("killed", 64), ("stalled", 64), ("raises", 64), ("closed", 64), ("killed", 1024), ("stalled", 1024))],
+        *[pytest.param(how, 64, "cuda", marks=needs_gpu) for how in ("killed", "stalled")],
+    ],
 )
-def test_survivors_get_an_error(how: str, width: int, tmp_path: Path) -> None:
-    """Layers of 64 send messages straight to every rank, layers of 1024 go round Gloo's ring."""
-    launch = Launch(Path(__file__).parent / "lost_peer.py", WORLD, tmp_path, how, str(width))
-    try:
-        for rank in range(WORLD - 1):
-            assert launch.processes[rank].wait(120) == 0, launch.log(rank)
-    finally:
-        launch.kill()
-    for rank in range(WORLD - 1):
-        said = launch.result(rank)
+def test_survivors_get_an_error(how: str, width: int, device: str, tmp_path: Path) -> None:
+    """On the CPU layers of 64 send messages straight to every rank, layers of 1024 go round Gloo's ring. On a GPU it is a gather of NCCL that ends, and the call after it that tells."""
+    limit = TIMEOUT[device] + 20  # the deadline of one call, and what a loaded machine adds
+    for rank, said in enumerate(survivors(device, how, width, tmp_path)):
         assert said["code"] in ("timeout", "peer_lost", "transport"), said
-        assert said["seconds"] < LIMIT, said
-        assert f"rank {rank}" in said["text"] and "step 5" in said["text"] and "bucket" in said["text"], said
+        assert said["seconds"] < limit, said
+        steps = ("step 5",) if device == "cpu" else ("step 5", "step 6")
+        assert f"rank {rank}" in said["text"] and any(step in said["text"] for step in steps) and "bucket" in said["text"], said
         assert said["again"] == said["code"], f"the same error for every later step: {said}"
-    if how == "closed":
-        assert "closed" in launch.result(WORLD - 1)["text"]
+        if device == "cuda":
+            assert "nccl: " in said["text"], said
+            if how == "stalled":
+                assert said["code"] == "timeout" and f"did not end within {TIMEOUT[device] * 1000:.0f} ms" in said["text"], said
+
+
+@needs_gpu
+def test_a_rank_that_never_comes_is_an_error_on_cuda(tmp_path: Path) -> None:
+    """NCCL itself would wait for it for ever."""
+    for said in survivors("cuda", "absent", 64, tmp_path):
+        assert said["code"] == "timeout" and "not all ranks came within the deadline" in said["text"], said
+        assert said["seconds"] < TIMEOUT["cuda"] + 20, said
