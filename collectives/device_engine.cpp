@@ -1,18 +1,13 @@
 // The engine of device memory: the same steps as the host's, each enqueued. What the host's engine decides by a flag, kernels decide by a
 // word in device memory.
+#include "collectives/device_engine.hpp"
 
 #include <algorithm>
-#include <chrono>
 #include <cstddef>
 #include <limits>
-#include <string>
-#include <thread>
 #include <vector>
 
-#include "collectives/bucket_engine.hpp"
-#include "collectives/device_plan.hpp"
 #include "collectives/passengers_cuda.hpp"
-#include "compressors/core/device.hpp"
 #include "compressors/core/error.hpp"
 #include "compressors/core/wire.hpp"
 
@@ -22,136 +17,7 @@ namespace {
 // Norms are for the statistics alone where nothing is clipped, and cost a pass over the gradient.
 constexpr std::uint64_t kNormsEvery = 16;
 
-/// StepScratch in device memory.
-class DeviceScratch {
- public:
-  explicit DeviceScratch(int device) : device_(device) {}
-  Bytes take(std::size_t bytes) {
-    used_ = std::max(used_, bytes);
-    buffer_.reserve(std::max<std::size_t>(bytes, 1), device_);
-    return {buffer_.data(), bytes, DType::u8, Place::cuda, device_};
-  }
-  std::byte* data() const { return buffer_.data(); }
-  void end_step() {
-    constexpr std::size_t kWorthIt = std::size_t(1) << 20;
-    if (used_ != 0 && buffer_.size() > 2 * used_ + kWorthIt) buffer_ = DeviceBuffer(used_, device_);
-    used_ = 0;
-  }
-
- private:
-  int device_;
-  DeviceBuffer buffer_;
-  std::size_t used_ = 0;
-};
-
-class DeviceEngine final : public BucketEngine {
- public:
-  DeviceEngine(const EngineParts& parts, int device)
-      : parts_(parts),
-        device_(device),
-        own_stream_(device),
-        last_stream_(own_stream_.get()),
-        gathered_(device),
-        messages_(device),
-        workspace_(device),
-        memory_(sizeof(DeviceCounters) + 64, device),
-        kept_(parts.parameters),
-        grad_norms_(parts.parameters),
-        wires_(std::size_t(parts.communicator.size())) {
-    counters_ = reinterpret_cast<DeviceCounters*>(memory_.data());
-    step_verdict_ = reinterpret_cast<std::uint32_t*>(memory_.data() + round_up(sizeof(DeviceCounters), 16));
-    observed_.started = !parts.options.step_verdict;
-    write_counters();
-  }
-
-  /// Kernels use what dies with the engine.
-  ~DeviceEngine() override {
-    try {
-      device_wait(last_stream_);
-    } catch (const Error&) {  // a broken device runs no kernels
-    }
-  }
-
-  void run(const std::shared_ptr<const BucketPlan>& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options,
-           Stream stream) override;
-  void passed(std::size_t dense_bytes, bool finite) override;
-  void finish_step(std::uint64_t step) override;
-  bool idle_within(std::chrono::milliseconds limit) override;
-  void wait() override;
-  void check() override;
-
-  void set_started(bool started) override {
-    observed_.started = started;
-    write_counters();
-  }
-  bool started() const override { return observed_.started != 0; }
-  std::uint64_t nonfinite_steps() const override { return observed_.nonfinite_steps; }
-  void set_nonfinite_steps(std::uint64_t steps) override {
-    observed_.nonfinite_steps = steps;
-    write_counters();
-  }
-  std::span<const std::uint32_t> kept() const override { return kept_; }
-  std::span<const double> grad_norms() const override { return grad_norms_; }
-
- private:
-  /// What waits for the step's verdict: a bucket's own payload.
-  struct Pending {
-    explicit Pending(int device) : payload(device) {}
-    std::shared_ptr<DevicePlan> plan;
-    DeviceScratch payload;
-    std::size_t bytes = 0;
-    bool joined = false;
-  };
-
-  int world() const { return parts_.communicator.size(); }
-  bool clips() const { return parts_.recursion.clip_norm > 0; }
-  /// The host cannot know a scale in device memory to be 1.
-  static bool scaled(const ReduceOptions& options) { return options.device_loss_scale != nullptr || options.loss_scale != 1.0f; }
-  std::shared_ptr<DevicePlan> plan_of(const std::shared_ptr<const BucketPlan>& bucket, Stream stream);
-  /// Norms where somebody needs them, and the factors of a group whose messages are in true units; null: all 1.
-  const float* factors_of(DevicePlan& plan, int group, Bytes grad, std::uint64_t step, const ReduceOptions& options, Stream stream);
-  void write_messages(DevicePlan& plan, const DeviceRanges (&where)[2], Bytes grad, std::uint64_t step, const ReduceOptions& options,
-                      std::byte* const (&to)[2], Stream stream);
-  void run_plain(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Stream stream);
-  void run_whole_dense(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Stream stream);
-  ConstBytes run_compressed(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Stream stream);
-  void settle(DevicePlan& plan, std::uint64_t step, ConstBytes own_wire, bool joined, const std::uint32_t* verdict, Stream stream);
-  void write_counters();
-
-  EngineParts parts_;
-  int device_;
-  DeviceStream own_stream_;
-  Stream last_stream_;
-  DeviceScratch gathered_, messages_, workspace_;
-  DeviceBuffer memory_;
-  DeviceCounters* counters_;
-  std::uint32_t* step_verdict_;
-  DeviceCounters observed_;  ///< at the last wait()
-  std::vector<std::shared_ptr<DevicePlan>> plans_;
-  std::uint64_t uses_ = 0;
-  std::vector<std::uint32_t> kept_;
-  std::vector<double> grad_norms_;
-  std::vector<ConstBytes> wires_;
-  std::vector<Pending> pending_;
-  std::size_t pending_count_ = 0;
-  std::uint64_t output_hash_ = 0;
-};
-
-void DeviceEngine::write_counters() {
-  device_copy(counters_, &observed_, sizeof observed_, last_stream_);
-  device_wait(last_stream_);
-}
-
-void DeviceEngine::check() {
-  for (const auto& plan : plans_) {
-    if (const std::uint64_t wrong = *plan->wrong_scale; wrong != 0)
-      fail(Errc::invalid_argument, "loss_scale=" + std::to_string(bits_float(std::uint32_t(wrong))) + " is not a positive number (bucket " +
-                                       plan->bucket->name + "; found on the GPU, so this is a later call)");
-    if (plan->report->corrupt == 0) continue;
-    fail(Errc::corrupt_payload, parts_.codec->describe(plan->bucket->plan(0), *plan->report) + " (bucket " + plan->bucket->name +
-                                    "; found on the GPU, so this is a later call)");
-  }
-}
+}  // namespace
 
 std::shared_ptr<DevicePlan> DeviceEngine::plan_of(const std::shared_ptr<const BucketPlan>& bucket, Stream stream) {
   for (const auto& plan : plans_) {
@@ -325,92 +191,6 @@ ConstBytes DeviceEngine::run_compressed(DevicePlan& plan, Bytes grad, std::uint6
   }
   return own_wire;
 }
-
-void DeviceEngine::settle(DevicePlan& plan, std::uint64_t step, ConstBytes own_wire, bool joined, const std::uint32_t* verdict,
-                          Stream stream) {
-  if (parts_.codec == nullptr || joined) return;
-  launch_settle_dense(plan.whole[0], verdict, stream);
-  if (!own_wire.empty())
-    parts_.codec->take_back(parts_.recursion, plan.plan(step), own_wire, {plan.bucket->states, nullptr}, verdict, stream);
-}
-
-void DeviceEngine::passed(std::size_t dense_bytes, bool finite) {
-  static constexpr std::uint32_t kBad = kFlagNonfinite;
-  count_dense(dense_bytes, world());
-  if (!finite) device_copy(&counters_->step_flags, &kBad, sizeof kBad, last_stream_);
-}
-
-void DeviceEngine::finish_step(std::uint64_t step) {
-  const OnDevice on(device_);
-  const Stream stream = last_stream_;
-  launch_end_step(counters_, step_verdict_, stream);
-  for (std::size_t i = 0; i < pending_count_; ++i) {
-    Pending& pending = pending_[i];
-    settle(*pending.plan, step, {pending.payload.data(), pending.bytes, DType::u8, Place::cuda, device_}, pending.joined, step_verdict_,
-           stream);
-    pending.plan.reset();
-    pending.payload.end_step();
-  }
-  pending_count_ = 0;
-  if (parts_.options.step_verdict) {
-    for (std::size_t j = 0; j < parts_.arena.arrays(); ++j)
-      launch_clear_unless_started(counters_, parts_.arena.array(j), parts_.arena.count(j), stream);
-  }
-  for (DeviceScratch* scratch : {&gathered_, &messages_, &workspace_}) scratch->end_step();
-
-  if (parts_.check_every == 0 || (step + 1) % parts_.check_every != 0) return;
-  Communicator& communicator = parts_.communicator;
-  const auto rank = std::size_t(communicator.rank());
-  std::vector<std::uint64_t> hashes(std::size_t(communicator.size()));
-  hashes[rank] = output_hash_;
-  const Bytes own = gathered_.take(8 * hashes.size());
-  device_copy(own.data, hashes.data(), own.size, stream);
-  communicator.all_gather(own.sub(rank * 8, 8), own, stream);
-  device_copy(hashes.data(), own.data, own.size, stream);
-  device_wait(stream);
-  output_hash_ = 0;
-  for (std::size_t r = 0; r < hashes.size(); ++r) {
-    if (hashes[r] == hashes[rank]) continue;
-    fail(Errc::internal, "check_every: the means up to step " + std::to_string(step) + " differ between rank " + std::to_string(rank) +
-                             " and rank " + std::to_string(r) + "; the replicas have drifted apart");
-  }
-}
-
-bool DeviceEngine::idle_within(std::chrono::milliseconds limit) {
-  const auto deadline = std::chrono::steady_clock::now() + std::min<std::chrono::milliseconds>(limit, std::chrono::hours(24 * 365));
-  while (!device_idle(last_stream_)) {
-    if (std::chrono::steady_clock::now() >= deadline) return false;
-    std::this_thread::sleep_for(std::chrono::microseconds(200));
-  }
-  return true;
-}
-
-void DeviceEngine::wait() {
-  device_copy(&observed_, counters_, sizeof observed_, last_stream_);
-  device_wait(last_stream_);
-  // The bucket that was reduced last says how it went with a parameter.
-  std::sort(plans_.begin(), plans_.end(), [](const auto& a, const auto& b) { return a->last_used < b->last_used; });
-  for (const auto& plan : plans_) {
-    const BucketPlan& bucket = *plan->bucket;
-    for (const std::uint32_t id : bucket.ids) kept_[id] = 0;
-    std::vector<std::uint32_t> kept(bucket.segments.size());
-    device_copy(kept.data(), plan->kept, 4 * kept.size(), last_stream_);
-    device_wait(last_stream_);
-    for (std::size_t s = 0; s < kept.size(); ++s) kept_[bucket.segments[s].parameter] = kept[s];
-    DeviceScales scales;
-    device_copy(&scales, plan->scales, sizeof scales, last_stream_);
-    const std::vector<Segment>* const groups[3] = {&bucket.passengers[0].segments, &bucket.passengers[1].segments, &bucket.segments};
-    for (int g = 0; g < 3; ++g) {
-      std::vector<double> norms(groups[g]->size());
-      device_copy(norms.data(), plan->norms[g], 8 * norms.size(), last_stream_);
-      device_wait(last_stream_);
-      for (std::size_t s = 0; s < norms.size(); ++s)
-        grad_norms_[(*groups[g])[s].parameter] = norms[s] * double(scales.norm_unscale) * double(scales.norm_unscale);
-    }
-  }
-}
-
-}  // namespace
 
 std::unique_ptr<BucketEngine> make_device_engine(const EngineParts& parts, int device) {
   return std::make_unique<DeviceEngine>(parts, device);

@@ -56,6 +56,9 @@ GradientReducer::Impl::Impl(std::shared_ptr<Communicator> communicator, const Co
       before_freeze_{Recursion::Kind::none},
       two_phase_(codec_ != nullptr && codec_->combine() == Combine::reencode && config.exchange().name != "gather"),
       policy_(make_policy(config)) {
+  if (options_.device >= 0 && (two_phase_ || recursion_.averaged))
+    fail(Errc::unsupported, std::string("on a GPU there is no ") + (two_phase_ ? "exchange=two_phase" : "target=momentum") +
+                                " yet; codec=sign with exchange=gather and target=gradient works there, or reduce on the CPU");
   before_freeze_.clip_norm = recursion_.clip_norm;
   if (recursion_.averaged && !options_.momentum_elsewhere) {
     if (config.target().text("freeze") == "auto")

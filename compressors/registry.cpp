@@ -12,6 +12,7 @@
 #include "compressors/core/error.hpp"
 #include "compressors/ratio/warmup.hpp"
 #include "compressors/sign/sign.hpp"
+#include "compressors/sign/sign_cuda.hpp"
 #include "compressors/topk/topk.hpp"
 #include "compressors/topk/topk_cuda.hpp"
 
@@ -214,6 +215,7 @@ std::unique_ptr<const Codec> make_device_codec(const Config& config) {
   const Spec& codec = config.codec();
   if (codec.name == "none") return nullptr;
   if (codec.name == "topk") return make_topk_cuda(topk_options(codec));
+  if (codec.name == "sign") return make_sign_cuda(sign_options(codec));
   fail(Errc::internal, "codec=" + codec.name + " is in the grammar, but nothing makes it for a GPU");
 }
 

@@ -71,7 +71,8 @@ class DeviceCodec final : public Codec {
 
   void empty(const Plan& plan, Bytes wire, std::uint32_t flags, Stream) const override {
     Twins twins;
-    codec_->empty(plan, twins.of(wire, true), flags, twins.stream());
+    const Moved moved(*codec_, twins, {}, plan, {});
+    codec_->empty(moved.plan, twins.of(wire, true), flags, twins.stream());
     twins.finish();
   }
 
@@ -136,7 +137,7 @@ class DeviceCodec final : public Codec {
       table.resize(codec.table_bytes(plan));
       codec.tabulate(recursion, plan, states, table.data());
       plan.table = {twins.of(table.data(), table.size(), false), table.size(), DType::u8, Place::cuda, kDevice};
-      state = {states, twins.of(given.grad_factor, segments.size(), false)};
+      state = {states, twins.of(given.grad_factor, segments.size(), false), twins.of(given.beta1, segments.size(), false)};
     }
   };
 

@@ -4,17 +4,21 @@
 #include <gtest/gtest.h>
 
 #include <cstring>
+#include <functional>
+#include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "compressors/core/device.hpp"
+#include "compressors/sign/sign_cuda.hpp"
 #include "compressors/topk/topk_cuda.hpp"
 
 namespace thinwire {
 namespace {
 
 struct Step {
-  explicit Step(const TopKOptions& options) : codec(make_topk_cuda(options)), stream(0) {
+  explicit Step(std::unique_ptr<const Codec> made) : codec(std::move(made)), stream(0) {
     segments[0].count = 100000;
     segments[1].first = 100000;
     segments[1].count = 777;
@@ -78,12 +82,31 @@ struct Step {
   DeviceBuffer residual, grad, out, wire, words, workspace, table;
 };
 
-TEST(CudaGraph, ReplaysDoWhatCallsDo) {
-  if (device_count() == 0) GTEST_SKIP() << "there is no GPU";
+/// A codec and the kernels of its pass.
+struct Case {
+  std::function<std::unique_ptr<const Codec>()> make;
+  std::size_t kernels;
+};
+
+std::vector<Case> cases() {
+  std::vector<Case> out;
   for (const bool exact : {false, true}) {
     TopKOptions options;
     options.exact = exact;
-    Step called(options), captured(options);
+    out.push_back({[options] { return make_topk_cuda(options); }, exact ? 7u : 3u});
+  }
+  for (const std::size_t block : {1024, 8192}) {
+    SignOptions options;
+    options.block = block;
+    out.push_back({[options] { return make_sign_cuda(options); }, block > 4096 ? 4u : 2u});
+  }
+  return out;
+}
+
+TEST(CudaGraph, ReplaysDoWhatCallsDo) {
+  if (device_count() == 0) GTEST_SKIP() << "there is no GPU";
+  for (const Case& codec : cases()) {
+    Step called(codec.make()), captured(codec.make());
     for (int step = 0; step < 4; ++step) {
       called.set_factor(step);
       called.enqueue();
@@ -96,7 +119,7 @@ TEST(CudaGraph, ReplaysDoWhatCallsDo) {
     ASSERT_EQ(cudaStreamEndCapture(captured.stream.get().get(), &graph), cudaSuccess);
     std::size_t nodes = 0;
     ASSERT_EQ(cudaGraphGetNodes(graph, nullptr, &nodes), cudaSuccess);
-    EXPECT_EQ(nodes, (exact ? 7u : 3u) + 2 + 1) << "kernels of a pass, a decode and a take-back, and nothing else";
+    EXPECT_EQ(nodes, codec.kernels + 2 + 1) << "kernels of a pass, a decode and a take-back, and nothing else";
     ASSERT_EQ(cudaGraphInstantiate(&executable, graph, 0), cudaSuccess);
     for (int step = 0; step < 4; ++step) {
       captured.set_factor(step);

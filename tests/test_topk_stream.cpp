@@ -25,13 +25,6 @@ std::vector<TopKOptions> all_options() {
 const std::vector<std::size_t> kCounts = {0,   1,   15,   16,   17,   31,   32,   33,    63,    64,   65,
                                           127, 129, 1023, 1025, 4095, 4096, 4097, 65535, 65536, 65537};
 
-template <class F>
-void expect_same_bits(const std::vector<float>& got, const std::vector<float>& want, F&& where) {
-  ASSERT_EQ(got.size(), want.size());
-  for (std::size_t i = 0; i < got.size(); ++i)
-    ASSERT_EQ(float_bits(got[i]), float_bits(want[i])) << where() << " element " << i << ": " << got[i] << " against " << want[i];
-}
-
 // Message by the equations, encode(), and what the entries leave behind, written out here: the same payload, state and memory as stream(),
 // to the bit.
 template <class T>

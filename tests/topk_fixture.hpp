@@ -6,37 +6,21 @@
 
 #include <cstring>
 #include <memory>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "compressors/core/codec.hpp"
-#include "compressors/core/device.hpp"
-#include "compressors/core/isa.hpp"
 #include "compressors/topk/topk.hpp"
 #include "compressors/topk/topk_cuda.hpp"
+#include "tests/codec_backends.hpp"
 #include "tests/device_codec.hpp"
 #include "tests/topk_oracle.hpp"
 
 namespace thinwire {
 
-/// Where a codec runs: on the CPU by one of its ISAs, or on a GPU behind copies.
-struct Backend {
-  Isa isa = Isa::scalar;
-  bool cuda = false;
-
-  constexpr Backend(Isa on) : isa(on) {}
-  static constexpr Backend gpu() {
-    Backend out(Isa::scalar);
-    out.cuda = true;
-    return out;
-  }
-  std::unique_ptr<const Codec> make(const TopKOptions& options) const {
-    return cuda ? on_device(make_topk_cuda(options)) : make_topk(options, isa);
-  }
-};
-
-inline constexpr float kGap = 7.25f;  // what lies between segments, and must stay
+inline std::unique_ptr<const Codec> make_on(Backend backend, const TopKOptions& options) {
+  return backend.cuda ? on_device(make_topk_cuda(options)) : make_topk(options, backend.isa);
+}
 
 struct TopKRig {
   TopKOptions options;
@@ -55,7 +39,7 @@ struct TopKRig {
   std::uint32_t flags = 0;
 
   TopKRig(Backend backend, const TopKOptions& o, const Recursion& r, const std::vector<std::size_t>& counts, double density)
-      : options(o), recursion(r), codec(backend.make(o)) {
+      : options(o), recursion(r), codec(make_on(backend, o)) {
     for (std::size_t s = 0; s < counts.size(); ++s) {
       Segment segment;
       segment.parameter = std::uint32_t(s + 3);
@@ -123,13 +107,6 @@ struct TopKRig {
   }
 };
 
-inline Recursion no_feedback() { return {}; }
-inline Recursion ef14(float decay = 1) {
-  Recursion r;
-  r.kind = Recursion::Kind::error_feedback;
-  r.decay = decay;
-  return r;
-}
 inline Recursion dgc(float momentum = 0.5f, bool nesterov = false, bool mask = true) {
   Recursion r;
   r.kind = Recursion::Kind::momentum_correction;
@@ -141,65 +118,10 @@ inline Recursion dgc(float momentum = 0.5f, bool nesterov = false, bool mask = t
 inline std::vector<Recursion> all_recursions() {
   return {no_feedback(), ef14(), ef14(0.75f), dgc(), dgc(0.9f, false, false), dgc(0.5f, true), dgc(0.9f, true, false)};
 }
-inline std::string describe(const Recursion& r) {
-  return "kind " + std::to_string(int(r.kind)) + " decay " + std::to_string(r.decay) + " m " + std::to_string(r.momentum) +
-         (r.nesterov ? " nesterov" : "") + (r.mask ? " mask" : "");
-}
 inline std::string describe(const TopKOptions& o) {
   return std::string(" wire ") + to_string(o.wire) + (o.exact ? " exact" : " sampled") + " index " + std::to_string(int(o.index));
 }
 
-inline const std::vector<DType> kWires = {DType::fp32, DType::bf16, DType::fp16};
-
-/// Normal numbers with ties, zeros of both signs and denormals among them; `wild` adds NaN, infinities and values near the largest.
-inline std::vector<float> gradients(std::size_t n, unsigned seed, bool wild) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal;
-  std::vector<float> out(n);
-  for (auto& x : out) {
-    const unsigned pick = random() % 64;
-    x = normal(random);
-    if (pick == 0) x = 0;
-    if (pick == 1) x = -0.0f;
-    if (pick == 2) x = std::ldexp(float(random() % 100), -149) * (random() % 2 != 0 ? 1.0f : -1.0f);
-    if (pick < 12 && pick > 2) x = std::round(x * 4) / 4;
-    if (pick == 12) x = x * 1e-6f;
-    if (pick == 13) x = x * 1e4f;
-    if (wild && random() % 997 == 0) {
-      const float odd[] = {NAN, INFINITY, -INFINITY, 3.4e38f, -3.3e38f, 65520.0f, 65519.0f, 1e30f};
-      x = odd[random() % 8];
-    }
-  }
-  return out;
-}
-
-template <class Traits>
-class OnBackend : public testing::Test {
- protected:
-  void SetUp() override {
-    constexpr Backend on = Traits::kBackend;
-    if (on.cuda && device_count() == 0) GTEST_SKIP() << "there is no GPU, or this build has no CUDA";
-    if (!on.cuda && !cpu_supports(on.isa)) GTEST_SKIP() << "this CPU does not support " << to_string(on.isa);
-  }
-};
-struct Scalar {
-  static constexpr Backend kBackend = Isa::scalar;
-};
-struct Avx2 {
-  static constexpr Backend kBackend = Isa::avx2;
-};
-struct Avx512 {
-  static constexpr Backend kBackend = Isa::avx512;
-};
-struct Cuda {
-  static constexpr Backend kBackend = Backend::gpu();
-};
-using Backends = testing::Types<Scalar, Avx2, Avx512, Cuda>;
-struct BackendName {
-  template <class T>
-  static std::string GetName(int) {
-    return T::kBackend.cuda ? "cuda" : to_string(T::kBackend.isa);
-  }
-};
+inline const std::vector<DType>& kWires = kTypes;
 
 }  // namespace thinwire

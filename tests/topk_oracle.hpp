@@ -1,6 +1,6 @@
 #pragma once
-// An independent reading of docs/wire_format.md and of the recursions, for tests. Shares no code with compressors/topk: roundings come from
-// sorted tables of all representable values, payloads are parsed byte by byte.
+// An independent reading of docs/wire_format.md and of the recursions, for tests. Shares no code with compressors/topk: payloads are parsed
+// byte by byte.
 
 #include <algorithm>
 #include <cmath>
@@ -17,82 +17,9 @@
 #include "compressors/core/plan.hpp"
 #include "compressors/core/recursion.hpp"
 #include "compressors/topk/topk.hpp"
+#include "tests/dtype_oracle.hpp"
 
 namespace oracle {
-
-using thinwire::DType;
-
-/// The value of 16 bits by the definition of the format: sign, exponent, mantissa.
-inline double half_value(std::uint16_t bits, DType dtype) {
-  const int mantissa_bits = dtype == DType::bf16 ? 7 : 10, bias = dtype == DType::bf16 ? 127 : 15,
-            exponents = dtype == DType::bf16 ? 255 : 31;
-  const int exponent = (bits >> mantissa_bits) & exponents;
-  const double mantissa = bits & ((1 << mantissa_bits) - 1), one = 1 << mantissa_bits;
-  const double sign = (bits & 0x8000) != 0 ? -1 : 1;
-  if (exponent == exponents) return mantissa == 0 ? sign * INFINITY : NAN;
-  if (exponent == 0) return sign * std::ldexp(mantissa / one, 1 - bias);
-  return sign * std::ldexp(1 + mantissa / one, exponent - bias);
-}
-
-/// Magnitudes of the finite values in rising order; index = bits, since the formats sort like integers.
-inline const std::vector<double>& magnitudes(DType dtype) {
-  static const auto make = [](DType d) {
-    std::vector<double> table;
-    for (std::uint32_t bits = 0; std::isfinite(half_value(std::uint16_t(bits), d)); ++bits)
-      table.push_back(half_value(std::uint16_t(bits), d));
-    return table;
-  };
-  static const std::vector<double> bf16 = make(DType::bf16), fp16 = make(DType::fp16);
-  return dtype == DType::bf16 ? bf16 : fp16;
-}
-
-/// Bits of the nearest value, ties to the even pattern; what rounds past the largest gives infinity, or the largest where `saturate`.
-inline std::uint16_t nearest_bits(double x, DType dtype, bool saturate) {
-  const auto& table = magnitudes(dtype);
-  const double a = std::fabs(x);
-  std::size_t up = std::size_t(std::lower_bound(table.begin(), table.end(), a) - table.begin());
-  std::size_t bits;
-  if (up == table.size()) {
-    const double step = table[up - 1] - table[up - 2];
-    bits = saturate || a < table[up - 1] + step / 2 ? up - 1 : up;  // the pattern after the largest is infinity
-  } else if (table[up] == a || up == 0) {
-    bits = up;
-  } else {
-    const double below = a - table[up - 1], above = table[up] - a;
-    bits = below < above ? up - 1 : above < below ? up : up % 2 == 0 ? up : up - 1;
-  }
-  return std::uint16_t(bits | (std::signbit(x) ? 0x8000 : 0));
-}
-
-/// What arrives of a finite x.
-inline float sent_value(float x, DType wire) { return wire == DType::fp32 ? x : float(half_value(nearest_bits(x, wire, true), wire)); }
-
-/// A gradient element in its dtype's own bytes, and back.
-inline std::vector<std::byte> to_bytes(const std::vector<float>& x, DType dtype) {
-  std::vector<std::byte> out(x.size() * thinwire::size_of(dtype));
-  for (std::size_t i = 0; i < x.size(); ++i) {
-    if (dtype == DType::fp32) {
-      std::memcpy(&out[4 * i], &x[i], 4);
-    } else {
-      std::uint16_t bits = std::isnan(x[i])   ? (dtype == DType::bf16 ? 0x7fc0 : 0x7e00)
-                           : std::isinf(x[i]) ? (dtype == DType::bf16 ? 0x7f80 : 0x7c00)
-                                              : nearest_bits(x[i], dtype, false);
-      if (std::isinf(x[i]) && x[i] < 0) bits |= 0x8000;
-      std::memcpy(&out[2 * i], &bits, 2);
-    }
-  }
-  return out;
-}
-inline float element(const std::vector<std::byte>& bytes, std::size_t i, DType dtype) {
-  if (dtype == DType::fp32) {
-    float x;
-    std::memcpy(&x, &bytes[4 * i], 4);
-    return x;
-  }
-  std::uint16_t h;
-  std::memcpy(&h, &bytes[2 * i], 2);
-  return float(half_value(h, dtype));
-}
 
 struct Layout {
   std::size_t k = 0, capacity = 0, index_bytes = 0, value_bytes = 0;

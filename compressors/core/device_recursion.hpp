@@ -49,14 +49,15 @@ void launch_clip_factors(const Recursion& recursion, const DeviceRanges& ranges,
 /// A segment that stays dense, or a part of one.
 struct DeviceDense {
   DeviceRange range;
-  std::uint32_t factor = 0;  ///< which factor is its
-  std::uint64_t packed = 0;  ///< its first element among the packed messages
-  float *momentum = nullptr, *residual = nullptr;
+  std::uint32_t factor = 0;                        ///< which factor is its
+  std::uint64_t packed = 0;                        ///< its first element among the packed messages
+  float *momentum = nullptr, *residual = nullptr;  ///< averaged: m, null where a parameter has none
 };
 
-/// dense_message over segments with state, messages in fp32. One kernel: reads gradient and state, writes state and messages.
+/// dense_message over segments with state, messages in fp32. One kernel: reads gradient and state, writes state and messages. `beta1`:
+/// averaged forms, in the order of `factors`.
 void launch_dense_message(const Recursion& recursion, const DeviceRanges& ranges, ConstBytes grad, const float* factors, float* messages,
-                          std::uint32_t* flags, Stream stream);
+                          std::uint32_t* flags, Stream stream, const float* beta1 = nullptr);
 /// dense_message over segments without: their elements as they are, in the gradient's dtype. One kernel.
 void launch_copy_message(const DeviceRanges& ranges, ConstBytes grad, std::byte* messages, std::uint32_t* flags, Stream stream);
 /// settle_dense where `verdict` lacks kFlagNonfinite. One kernel.

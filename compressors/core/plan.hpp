@@ -57,9 +57,10 @@ struct Plan {
   /// rounds nothing.
   Output output = {};
 
-  ConstBytes table = {};           ///< on a GPU: what Codec::tabulate says of this plan, in device memory
-  DeviceReport* report = nullptr;  ///< on a GPU: where decoding reports
-  const float* factor = nullptr;   ///< on a GPU: where decode finds its factor; null: in its argument
+  ConstBytes table = {};                 ///< on a GPU: what Codec::tabulate says of this plan, in device memory
+  DeviceReport* report = nullptr;        ///< on a GPU: where decoding reports
+  const float* factor = nullptr;         ///< on a GPU: where decode finds its factor; null: in its argument
+  const float* output_factor = nullptr;  ///< on a GPU: where output.factor is; null: there
 };
 
 }  // namespace thinwire

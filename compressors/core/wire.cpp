@@ -3,6 +3,7 @@
 #include <bit>
 #include <cstddef>
 #include <cstring>
+#include <iterator>
 #include <string>
 
 #include "compressors/core/error.hpp"
@@ -13,9 +14,12 @@ namespace {
 
 static_assert(std::endian::native == std::endian::little, "payloads are little-endian and written without conversion");
 
+std::string describe(const char* field, std::uint64_t given, std::uint64_t expected) {
+  return std::string("payload header: ") + field + " is " + std::to_string(given) + ", expected " + std::to_string(expected);
+}
+
 [[noreturn]] void corrupt(const char* field, std::uint64_t given, std::uint64_t expected) {
-  fail(Errc::corrupt_payload,
-       std::string("payload header: ") + field + " is " + std::to_string(given) + ", expected " + std::to_string(expected));
+  fail(Errc::corrupt_payload, describe(field, given, expected));
 }
 
 constexpr std::uint64_t mix(std::uint64_t x) noexcept {  // a bijection whose every output bit depends on every input bit
@@ -47,6 +51,12 @@ Header read_header(ConstBytes payload, CodecId codec, std::uint64_t plan, std::u
   if (header.plan != plan) corrupt("plan fingerprint", header.plan, plan);
   if (header.step != step) corrupt("step", header.step, step);
   return header;
+}
+
+std::string describe_header_fault(std::uint32_t word, std::uint64_t given, std::uint64_t wanted) {
+  constexpr const char* kFields[] = {
+      "magic", "version, codec and round", "flags", "segments", "bytes", "bytes", "plan fingerprint", "plan fingerprint", "step", "step"};
+  return describe(kFields[word % std::size(kFields)], given, wanted);
 }
 
 std::uint64_t hash_bytes(const void* data, std::size_t size, std::uint64_t seed) noexcept {

@@ -2,7 +2,9 @@
 // The header of a payload (docs/wire_format.md). Little-endian, 64 bytes, one per bucket and rank. Bytes from a peer are untrusted.
 
 #include <cstdint>
+#include <string>
 
+#include "compressors/core/dtype.hpp"
 #include "compressors/core/plan.hpp"
 #include "compressors/core/span.hpp"
 
@@ -33,6 +35,22 @@ void write_header(const Header& header, Bytes payload);
 /// Reads and checks the header against what the receiver knows. @throws Error{corrupt_payload} naming the field, its value and what was
 /// expected.
 Header read_header(ConstBytes payload, CodecId codec, std::uint64_t plan, std::uint32_t segments, std::uint64_t step);
+
+/// DeviceReport::corrupt of a payload: what is wrong, of which rank, and where (of a header: its 32-bit word). Faults from 1 on are each
+/// codec's own.
+inline constexpr unsigned kHeaderFault = 0;
+struct DeviceFault {
+  unsigned fault = 0;
+  std::uint32_t rank = 0, place = 0;
+};
+THINWIRE_HD constexpr std::uint64_t pack_fault(unsigned fault, std::uint32_t rank, std::uint32_t place) noexcept {
+  return place | std::uint64_t(rank) << 32 | (std::uint64_t(fault) + 1) << 48;
+}
+constexpr DeviceFault unpack_fault(std::uint64_t corrupt) noexcept {
+  return {unsigned(corrupt >> 48) - 1, std::uint32_t(corrupt >> 32) & 0xffff, std::uint32_t(corrupt)};
+}
+/// The words of read_header for one that a GPU refused at that word.
+std::string describe_header_fault(std::uint32_t word, std::uint64_t given, std::uint64_t wanted);
 
 /// A hash of segments (parameter, count, setting), of the plan's context and of `salt`, equal where two ranks decode each other's payloads
 /// alike.

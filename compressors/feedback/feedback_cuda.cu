@@ -90,7 +90,7 @@ __global__ void clip_kernel(Recursion recursion, DeviceRanges ranges, const doub
 
 template <Form form>
 __global__ void __launch_bounds__(kThreads) dense_kernel(float rate, DeviceRanges ranges, const std::byte* grad, DType dtype,
-                                                         const float* factors, float* messages, std::uint32_t* flags) {
+                                                         const float* factors, const float* beta1, float* messages, std::uint32_t* flags) {
   const Chunk chunk(ranges, blockIdx.x);
   const auto& dense = reinterpret_cast<const DeviceDense&>(range_of(ranges, chunk.segment));
   const float factor = factors != nullptr ? factors[dense.factor] : 1.0f;
@@ -101,10 +101,14 @@ __global__ void __launch_bounds__(kThreads) dense_kernel(float rate, DeviceRange
     if (!news(load_element(grad, dtype, dense.range.first + i) * factor, g)) bad = true;
     const float held = dense.residual != nullptr ? dense.residual[i] : 0.0f;
     if constexpr (has_momentum(form)) u = dense.momentum[i];
-    if (form == Form::error_feedback && dense.residual == nullptr) {
+    if constexpr (is_averaged(form)) {
+      const float beta = beta1[dense.factor];
+      if (dense.momentum != nullptr) g = average(beta, 1.0f - beta, dense.momentum[i], g);
+    }
+    if (past_average(form) == Form::error_feedback && dense.residual == nullptr) {
       x = g;
     } else {
-      message<form>(g, rate, held, u, x);
+      message<past_average(form)>(g, rate, held, u, x);
     }
     if (is_finite(x)) {
       if constexpr (has_momentum(form)) dense.momentum[i] = u;
@@ -157,11 +161,12 @@ void launch_clip_factors(const Recursion& recursion, const DeviceRanges& ranges,
 }
 
 void launch_dense_message(const Recursion& recursion, const DeviceRanges& ranges, ConstBytes grad, const float* factors, float* messages,
-                          std::uint32_t* flags, Stream stream) {
+                          std::uint32_t* flags, Stream stream, const float* beta1) {
   const auto run = [&](auto kernel) {
-    launch("dense message", kernel, ranges.chunks, kThreads, stream, rate_of(recursion), ranges, grad.data, grad.dtype, factors, messages,
-           flags);
+    launch("dense message", kernel, ranges.chunks, kThreads, stream, rate_of(recursion), ranges, grad.data, grad.dtype, factors, beta1,
+           messages, flags);
   };
+  THINWIRE_EXPECTS(!recursion.averaged || beta1 != nullptr || ranges.chunks == 0, "an averaged gradient needs beta1");
   switch (form_of(recursion)) {
     case Form::none:
       return run(dense_kernel<Form::none>);
@@ -172,8 +177,9 @@ void launch_dense_message(const Recursion& recursion, const DeviceRanges& ranges
     case Form::nesterov:
       return run(dense_kernel<Form::nesterov>);
     case Form::averaged:
+      return run(dense_kernel<Form::averaged>);
     case Form::averaged_feedback:
-      fail(Errc::unsupported, "target=momentum has no CUDA kernels yet");
+      return run(dense_kernel<Form::averaged_feedback>);
   }
 }
 

@@ -166,8 +166,7 @@ void Sign::run(const Recursion& recursion, const Plan& plan, ConstBytes grad, co
   kChecks.input(plan, grad);
   kChecks.state(plan, recursion, state.segments.size());
   const Form form = feedback::form_of(recursion);
-  THINWIRE_EXPECTS(!feedback::has_momentum(form), "sign: momentum correction belongs to sparse codecs");
-  THINWIRE_EXPECTS(!recursion.averaged || state.beta1 != nullptr || plan.segments.empty(), "sign: an averaged gradient needs beta1");
+  check_recursion(recursion, plan, state);
 
   std::uint32_t found = flags != nullptr ? *flags : 0;
   std::size_t s = 0;
@@ -246,6 +245,8 @@ void Sign::take_back(const Recursion& recursion, const Plan& plan, ConstBytes ow
   const std::size_t capacity = part_capacity(plan, options_);
   kChecks.payload_size(own_wire.size, capacity * parts_of(plan));
   if (!feedback::has_residual(feedback::form_of(recursion))) return;
+  kChecks.state(plan, recursion, state.segments.size());
+  check_recursion(recursion, plan, state);
   std::size_t s = 0;
   for (std::size_t r = 0; r < parts_of(plan); ++r) {
     const std::span<const Segment> part = part_of(plan, r);
@@ -277,7 +278,7 @@ void Sign::take_back(const Recursion& recursion, const Plan& plan, ConstBytes ow
 }  // namespace
 
 std::unique_ptr<const Codec> make_sign(const SignOptions& options, Isa isa) {
-  THINWIRE_EXPECTS(options.block % 8 == 0, "sign: block=" + std::to_string(options.block) + " is not a multiple of 8");
+  check_options(options);
   return std::make_unique<Sign>(options, isa);
 }
 

@@ -1,7 +1,7 @@
 #pragma once
 // The sign codec: one bit per element and a scale per block of them. Table of contents: sign_math.hpp (scales and values, which decide
 // bits), sign_wire.hpp (layout of a payload), sign_kernels.hpp (the kernels behind one table per ISA), sign_scalar.cpp and sign_vector.hpp
-// (the twins), sign.cpp (the codec).
+// (the twins), sign.cpp (the codec), sign_cuda.hpp (its twin on a GPU).
 
 #include <cstddef>
 #include <cstdint>

@@ -7,11 +7,32 @@
 
 #include "compressors/core/dtype.hpp"
 #include "compressors/core/plan.hpp"
+#include "compressors/feedback/feedback_math.hpp"
 #include "compressors/sign/sign.hpp"
 
 namespace thinwire::sign {
 
 using Scale = SignOptions::Scale;
+
+/// The message of one live element, always finite. `finite` falls where the gradient or the message was not: their news is dropped. `m`:
+/// averaged forms; `residual`: forms that have one.
+template <feedback::Form form>
+[[gnu::always_inline]] THINWIRE_HD inline float message_of(float scaled, float rate, float beta, float m, float residual,
+                                                           bool& finite) noexcept {
+  float g, x = 0, unused = 0;
+  if (!feedback::news(scaled, g)) finite = false;
+  const auto recursion = [&](float news) {
+    if constexpr (feedback::is_averaged(form)) news = feedback::average(beta, 1.0f - beta, m, news);
+    feedback::message<feedback::past_average(form)>(news, rate, residual, unused, x);
+  };
+  recursion(g);
+  if (!is_finite(x)) {  // an accumulator overflowed
+    finite = false;
+    recursion(0.0f);
+    if (!is_finite(x)) x = residual;
+  }
+  return x;
+}
 
 /// What an element adds to its block's sum.
 template <Scale scale, class V>

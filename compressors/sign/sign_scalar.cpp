@@ -24,20 +24,11 @@ std::uint32_t range(const Chunk& c, std::size_t from, std::size_t to, float* par
   for (std::size_t i = from; i < to; ++i) {
     if (i % 8 == 0) bits[i / 8] = 0;
     if (!is_live(c.live, i)) continue;
-    float g, x, unused = 0, residual = 0;
+    float m = 0, residual = 0;
+    if constexpr (feedback::is_averaged(form)) m = c.momentum[i];
     if constexpr (feedback::has_residual(form)) residual = c.residual[i];
-    bool finite = feedback::news(load_grad<dtype>(c.grad, i) * c.factor, g);
-    const auto message = [&] {
-      if constexpr (feedback::is_averaged(form)) g = feedback::average(c.beta, 1.0f - c.beta, c.momentum[i], g);
-      feedback::message<feedback::past_average(form)>(g, c.rate, residual, unused, x);
-    };
-    message();
-    if (!is_finite(x)) {  // an accumulator overflowed: its gradient is no news either
-      finite = false;
-      g = 0;
-      message();
-      if (!is_finite(x)) x = residual;
-    }
+    bool finite = true;
+    const float x = message_of<form>(load_grad<dtype>(c.grad, i) * c.factor, c.rate, c.beta, m, residual, finite);
     if (!finite) flags = kFlagNonfinite;
     if constexpr (feedback::has_residual(form)) c.residual[i] = x;
     partial[i % kPartials] += weight<scale>(magnitude(x));

@@ -21,6 +21,15 @@ std::uint64_t fingerprint(const Plan& plan, std::span<const Segment> part, const
 
 }  // namespace
 
+void check_options(const SignOptions& options) {
+  THINWIRE_EXPECTS(options.block % 8 == 0, "sign: block=" + std::to_string(options.block) + " is not a multiple of 8");
+}
+
+void check_recursion(const Recursion& recursion, const Plan& plan, const StateView& state) {
+  THINWIRE_EXPECTS(recursion.kind != Recursion::Kind::momentum_correction, "sign: momentum correction belongs to sparse codecs");
+  THINWIRE_EXPECTS(!recursion.averaged || state.beta1 != nullptr || plan.segments.empty(), "sign: an averaged gradient needs beta1");
+}
+
 PartWire part_wire(std::span<const Segment> part, const SignOptions& options) noexcept {
   PartWire out;
   for (const Segment& segment : part) {
@@ -56,6 +65,11 @@ wire::Header payload_header(const Plan& plan, std::span<const Segment> part, con
   return header;
 }
 
+std::string describe_scale_fault(std::size_t place, std::size_t scales, float scale) {
+  return "scale " + std::to_string(place) + " of " + std::to_string(scales) + " is " + std::to_string(scale) +
+         "; scales are finite and not negative";
+}
+
 std::uint32_t check_payload(const Plan& plan, const SignOptions& options, ConstBytes wire, std::size_t rank) {
   // The text is made where something is wrong only: a sound payload allocates nothing.
   const auto whose = [rank] { return "payload of rank " + std::to_string(rank); };
@@ -72,8 +86,7 @@ std::uint32_t check_payload(const Plan& plan, const SignOptions& options, ConstB
     float scale;
     std::memcpy(&scale, wire.data + sizeof(wire::Header) + 4 * i, 4);
     if (is_finite(scale) && !(scale < 0.0f)) continue;
-    fail(Errc::corrupt_payload, whose() + ": scale " + std::to_string(i) + " of " + std::to_string(layout.scales) + " is " +
-                                    std::to_string(scale) + "; scales are finite and not negative");
+    fail(Errc::corrupt_payload, whose() + ": " + describe_scale_fault(i, layout.scales, scale));
   }
   return header.flags;
 }

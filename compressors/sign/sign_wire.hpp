@@ -6,13 +6,20 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <string>
 
 #include "compressors/core/plan.hpp"
+#include "compressors/core/recursion.hpp"
 #include "compressors/core/span.hpp"
 #include "compressors/core/wire.hpp"
 #include "compressors/sign/sign.hpp"
 
 namespace thinwire::sign {
+
+/// @throws Error{invalid_argument} on a block that is no multiple of 8.
+void check_options(const SignOptions& options);
+/// @throws Error{invalid_argument} on momentum correction, and on an averaged gradient without beta1.
+void check_recursion(const Recursion& recursion, const Plan& plan, const StateView& state);
 
 constexpr std::size_t block_of(const SignOptions& options, std::size_t count) noexcept {
   return options.block == 0 ? std::max<std::size_t>(count, 1) : options.block;
@@ -45,5 +52,8 @@ wire::Header payload_header(const Plan& plan, std::span<const Segment> part, con
 /// Checks everything about a payload that is not a bit of an element. @returns the header's flags. @throws Error{corrupt_payload} naming
 /// the rank and what is wrong.
 std::uint32_t check_payload(const Plan& plan, const SignOptions& options, ConstBytes wire, std::size_t rank);
+
+/// What is wrong with a scale, after whose payload it is in.
+std::string describe_scale_fault(std::size_t place, std::size_t scales, float scale);
 
 }  // namespace thinwire::sign

@@ -123,7 +123,7 @@ DeviceTable table_at(const DeviceShape& shape, const std::byte* base) {
 
 class TopKCuda final : public Codec {
  public:
-  TopKCuda(const TopKOptions& options, void (*encode)(const EncodeCall&, Form, Stream)) : options_(options), encode_(encode) {}
+  TopKCuda(const TopKOptions& options, void (*encoder)(const EncodeCall&, Form, Stream)) : options_(options), encode_(encoder) {}
 
   Combine combine() const noexcept override { return Combine::gather; }
   std::size_t memory(const Segment&) const noexcept override { return options_.exact ? 0 : 1; }
@@ -219,15 +219,10 @@ class TopKCuda final : public Codec {
 
   std::string describe(const Plan& plan, const DeviceReport& report) const override {
     const std::string given = std::to_string(report.given), wanted = std::to_string(report.wanted);
-    const auto place = std::uint32_t(report.corrupt);
-    const auto fault = Fault((report.corrupt >> 48) - 1);
-    std::string text = "payload of rank " + std::to_string((report.corrupt >> 32) & 0xffff);
-    if (fault == Fault::header) {
-      constexpr const char* kWords[] = {
-          "magic", "version, codec and round", "flags", "segments", "bytes", "bytes", "plan fingerprint", "plan fingerprint", "step",
-          "step"};
-      return text + ": payload header: " + kWords[place % std::size(kWords)] + " is " + given + ", expected " + wanted;
-    }
+    const auto [number, rank, place] = wire::unpack_fault(report.corrupt);
+    const auto fault = Fault(number);
+    std::string text = "payload of rank " + std::to_string(rank);
+    if (fault == Fault::header) return text + ": " + wire::describe_header_fault(place, report.given, report.wanted);
     if (place < plan.segments.size())
       text += ", segment " + std::to_string(place) + " (parameter " + std::to_string(plan.segments[place].parameter) + ")";
     text += ": ";

@@ -1,6 +1,7 @@
 // Payloads back into sums on a GPU. Bytes from peers are untrusted: the first kernel checks them, and the second stays inside its memory
 // whatever they say.
 
+#include "compressors/core/cuda_payload.cuh"
 #include "compressors/topk/topk_cuda_entries.cuh"
 
 namespace thinwire::topk {
@@ -30,34 +31,7 @@ struct Share {
 
 __device__ inline void report(const DecodeCall& call, Fault fault, std::uint32_t rank, std::uint32_t s, std::uint64_t given,
                               std::uint64_t wanted) {
-  if (call.flags != nullptr) atomicOr(call.flags, std::uint32_t(kFlagNonfinite));  // nobody uses what comes out of it
-  if (call.report == nullptr) return;
-  if (atomicCAS_system(reinterpret_cast<unsigned long long*>(&call.report->claimed), 0ull, 1ull) != 0) return;
-  call.report->given = given;
-  call.report->wanted = wanted;
-  __threadfence_system();
-  *static_cast<volatile std::uint64_t*>(&call.report->corrupt) = s | std::uint64_t(rank) << 32 | (std::uint64_t(fault) + 1) << 48;
-}
-
-/// The header of one payload; its flags join the verdict.
-__device__ void check_header(const DecodeCall& call, std::uint32_t rank) {
-  constexpr unsigned kFlags = offsetof(wire::Header, flags) / 4, kLong = offsetof(wire::Header, bytes) / 4,
-                     kReserved = offsetof(wire::Header, reserved) / 4;
-  const std::uint32_t* const words = words_at(call.wire + rank * call.stride, 0);
-  const auto* const sound = reinterpret_cast<const std::uint32_t*>(&call.header);
-  const unsigned i = threadIdx.x;
-  if (i >= kReserved) return;
-  const auto field = [&](const std::uint32_t* of) { return i < kLong ? of[i] : of[i / 2 * 2] | std::uint64_t(of[i / 2 * 2 + 1]) << 32; };
-  if (i == kFlags) {
-    constexpr std::uint32_t kKnown = kFlagNonfinite | kFlagJoined;
-    if ((words[i] & ~kKnown) != 0) {
-      report(call, Fault::header, rank, i, words[i], kKnown);
-    } else if (words[i] != 0 && call.flags != nullptr) {
-      atomicOr(call.flags, words[i]);
-    }
-  } else if (words[i] != sound[i]) {
-    report(call, Fault::header, rank, i, field(words), field(sound));
-  }
+  report_corrupt(call.flags, call.report, unsigned(fault), rank, s, given, wanted);
 }
 
 /// Entries [from, to) of [first, end), whose offsets count from element `base` of the segment and lie below `limit`: they must ascend, and
@@ -96,7 +70,8 @@ __device__ inline bool value_is_finite(const std::byte* values, DType dtype, std
 __global__ void __launch_bounds__(kThreads) check_kernel(DecodeCall call) {
   __shared__ std::uint32_t sums[kWarps];
   const std::uint32_t rank = blockIdx.x / std::uint32_t(call.shape.units + 1), unit = blockIdx.x % std::uint32_t(call.shape.units + 1);
-  if (unit == call.shape.units) return check_header(call, rank);
+  if (unit == call.shape.units)
+    return check_header(words_at(call.wire + rank * call.stride, 0), call.header, rank, call.flags, call.report);
   const std::uint32_t s = call.table.unit_segment[unit];
   const Share share(call, rank, s);
   const DeviceSegment& segment = share.segment;

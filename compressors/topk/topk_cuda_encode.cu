@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kThreads) stream_kernel(EncodeCall call) {
   for (unsigned v = 0; v < vectors; ++v) {
     const std::uint32_t i = (v * kThreads + threadIdx.x) * per;
     std::uint32_t alive = i + per <= count ? (1u << per) - 1 : i < count ? (1u << (count - i)) - 1 : 0;
-    if (segment.live != nullptr && alive != 0) alive &= std::uint32_t(segment.live[(start + i) / 64] >> ((start + i) % 64));
+    if (segment.live != nullptr && alive != 0) alive &= std::uint32_t(segment.live[(start + i) / 8] >> ((start + i) % 8));
 #pragma unroll
     for (unsigned j = 0; j < per; ++j) {
       const unsigned e = v * per + j;

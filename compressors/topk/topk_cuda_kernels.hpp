@@ -87,7 +87,7 @@ void launch_thresholds(const EncodeCall& call, Form form, Stream stream);
 /// The part of launch_encode that only exact selection has: from candidates to payload.
 void launch_cut(const EncodeCall& call, Stream stream);
 
-/// What DeviceReport::corrupt says of a payload: segment (of a header: its 32-bit word) | rank << 32 | (1 + Fault) << 48.
+/// What DeviceReport::corrupt says of a payload (wire::pack_fault); the place is a segment.
 enum class Fault : std::uint8_t { header, kept, order, range, blocks, bits, padding, finite };
 
 struct DecodeCall {

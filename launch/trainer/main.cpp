@@ -70,6 +70,7 @@ void run(const Options& options, torch::Device device, int rank, const std::stri
       nlohmann::json machine = describe_machine();
       machine.update({{"link", nullptr},
                       {"batch", options.batch},
+                      {"optimizer", uses_adam(options, Config::parse(options.config)) ? "adam" : "sgd"},
                       {"lr", learning_rate(options, Config::parse(options.config))},
                       {"torch", TORCH_VERSION}});
       if (!gpu.empty()) machine["gpu"] = gpu;

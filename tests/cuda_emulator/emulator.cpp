@@ -124,9 +124,12 @@ class Block {
       // Another order every time round: an odd stride visits every thread of a power of two, and of any other count nearly all.
       shuffle = shuffle * 1664525u + 1013904223u;
       const unsigned start = (shuffle >> 8) % threads_, backward = shuffle >> 31;
+      // One warp in two times round stands still, so that warps drift apart: only a barrier brings them together again.
+      const unsigned still = warps_.size() > 1 ? (shuffle >> 16) % unsigned(2 * warps_.size()) : 1;
       for (unsigned n = 0; n < threads_; ++n) {
         running_ = (start + (backward != 0 ? threads_ - n : n)) % threads_;
         Fiber& fiber = fibers_[running_];
+        if (running_ / 32 == still) continue;
         if (fiber.done || (fiber.waiting.counter != nullptr && *fiber.waiting.counter == fiber.waiting.value)) continue;
         fiber.waiting = {};
         threadIdx = {running_, 0, 0};

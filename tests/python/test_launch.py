@@ -211,6 +211,25 @@ def test_trainer_reaches_the_bits_of_python(quickstart: tuple[dict, str, Path], 
 
 
 @needs_mpi
+def test_trainers_agree_on_onebit_adam(digits: Path, tmp_path: Path) -> None:
+    """Adam before the freeze, the handover, and momenta of two phases after it: the same bits from both."""
+    options = ("--config", "onebit_adam:freeze=8", "--weight-decay", 0.01, "--data", digits, "--epochs", 1, "--batch", 32)
+    result = trainer(*options, "--json", tmp_path / "cpp.json")
+    assert result.returncode == 0, result.stderr
+    (row,) = json.loads((tmp_path / "cpp.json").read_text())["rows"]
+    assert row["wire_bytes"] < row["dense_bytes"]
+    result = python("launch/quickstart.py", *options, "--json", tmp_path / "python.json", "--output", tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "python.json").read_text())
+    assert rows["machine"]["optimizer"] == "adam" and rows["machine"]["lr"] == 0.001
+    assert [one["fingerprint"] == row["fingerprint"] for one in rows["rows"]] == [False, True]
+    mixed = python("launch/quickstart.py", "--config", "onebit_adam", "--config", "dgc")
+    assert mixed.returncode == 2 and "target=momentum" in mixed.stderr
+    refused = trainer("--config", "onebit_adam", "--data", digits)
+    assert refused.returncode != 0 and "freeze=STEP" in refused.stderr
+
+
+@needs_mpi
 @pytest.mark.skipif(os.geteuid() != 0 or run(["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/usr/share"]).returncode != 0, reason="hiding the data needs root and mounts")
 def test_trainer_falls_back_to_digits_as_python_does(quickstart: tuple[dict, str, Path], digits: Path, tmp_path: Path) -> None:
     """Without Debian's data the trainer takes what setup has exported, says so, and reaches Python's bits; without that it says what is missing."""

@@ -1,0 +1,104 @@
+#pragma once
+// What the contract suites of all codecs share: where a codec runs, the recursions that every codec knows, and inputs with corners.
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "compressors/core/device.hpp"
+#include "compressors/core/dtype.hpp"
+#include "compressors/core/isa.hpp"
+#include "compressors/core/recursion.hpp"
+
+namespace thinwire {
+
+/// Where a codec runs: on the CPU by one of its ISAs, or on a GPU behind copies.
+struct Backend {
+  Isa isa = Isa::scalar;
+  bool cuda = false;
+
+  constexpr Backend(Isa on) : isa(on) {}
+  static constexpr Backend gpu() {
+    Backend out(Isa::scalar);
+    out.cuda = true;
+    return out;
+  }
+};
+
+inline constexpr float kGap = 7.25f;  // what lies between segments, and must stay
+
+inline Recursion no_feedback() { return {}; }
+inline Recursion ef14(float decay = 1) {
+  Recursion r;
+  r.kind = Recursion::Kind::error_feedback;
+  r.decay = decay;
+  return r;
+}
+inline std::string describe(const Recursion& r) {
+  return "kind " + std::to_string(int(r.kind)) + " decay " + std::to_string(r.decay) + " m " + std::to_string(r.momentum) +
+         (r.nesterov ? " nesterov" : "") + (r.mask ? " mask" : "") + (r.averaged ? " averaged" : "");
+}
+inline const std::vector<DType> kTypes = {DType::fp32, DType::bf16, DType::fp16};
+
+/// Normal numbers with ties, zeros of both signs and denormals among them; `wild` adds NaN, infinities and values near the largest.
+inline std::vector<float> gradients(std::size_t n, unsigned seed, bool wild) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal;
+  std::vector<float> out(n);
+  for (auto& x : out) {
+    const unsigned pick = random() % 64;
+    x = normal(random);
+    if (pick == 0) x = 0;
+    if (pick == 1) x = -0.0f;
+    if (pick == 2) x = std::ldexp(float(random() % 100), -149) * (random() % 2 != 0 ? 1.0f : -1.0f);
+    if (pick < 12 && pick > 2) x = std::round(x * 4) / 4;
+    if (pick == 12) x = x * 1e-6f;
+    if (pick == 13) x = x * 1e4f;
+    if (wild && random() % 997 == 0) {
+      const float odd[] = {NAN, INFINITY, -INFINITY, 3.4e38f, -3.3e38f, 65520.0f, 65519.0f, 1e30f};
+      x = odd[random() % 8];
+    }
+  }
+  return out;
+}
+
+template <class F>
+void expect_same_bits(const std::vector<float>& got, const std::vector<float>& want, F&& where) {
+  ASSERT_EQ(got.size(), want.size());
+  for (std::size_t i = 0; i < got.size(); ++i)
+    ASSERT_EQ(float_bits(got[i]), float_bits(want[i])) << where() << " element " << i << ": " << got[i] << " against " << want[i];
+}
+
+template <class Traits>
+class OnBackend : public testing::Test {
+ protected:
+  void SetUp() override {
+    constexpr Backend on = Traits::kBackend;
+    if (on.cuda && device_count() == 0) GTEST_SKIP() << "there is no GPU, or this build has no CUDA";
+    if (!on.cuda && !cpu_supports(on.isa)) GTEST_SKIP() << "this CPU does not support " << to_string(on.isa);
+  }
+};
+struct Scalar {
+  static constexpr Backend kBackend = Isa::scalar;
+};
+struct Avx2 {
+  static constexpr Backend kBackend = Isa::avx2;
+};
+struct Avx512 {
+  static constexpr Backend kBackend = Isa::avx512;
+};
+struct Cuda {
+  static constexpr Backend kBackend = Backend::gpu();
+};
+using Backends = testing::Types<Scalar, Avx2, Avx512, Cuda>;
+struct BackendName {
+  template <class T>
+  static std::string GetName(int) {
+    return T::kBackend.cuda ? "cuda" : to_string(T::kBackend.isa);
+  }
+};
+
+}  // namespace thinwire

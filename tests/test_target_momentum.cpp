@@ -1,0 +1,244 @@
+// target=momentum beyond its equations (test_two_phase.cpp): the handover by an optimizer, masks, verdicts over whole steps, dense steps
+// after the freeze, ranks without data, and what is refused.
+
+#include <gtest/gtest.h>
+
+#include "tests/reducer_world.hpp"
+#include "tests/two_phase_oracle.hpp"
+
+namespace thinwire::test {
+namespace {
+
+const std::vector<Parameter> kParameters = {{"w", {40, 50}}, {"bias", {50}}, {"v", {3, 9, 3}}};
+const std::vector<std::size_t> kNumel = {2000, 50, 81};
+const std::vector<bool> kCompressed = {true, false, true};
+const std::string kConfig = "onebit_adam:freeze=3,block=64 min_numel=1";
+
+Scenario scenario(int world, int steps, const std::string& config = kConfig) {
+  Scenario s;
+  s.world = world;
+  s.config = config;
+  s.parameters = kParameters;
+  s.steps = steps;
+  s.grad = numbers(real_number, 12, kParameters);
+  return s;
+}
+
+std::vector<std::uint8_t> bits_of(const std::vector<bool>& dead) {
+  std::vector<std::uint8_t> out((dead.size() + 7) / 8);
+  for (std::size_t i = 0; i < dead.size(); ++i)
+    if (!dead[i]) out[i / 8] |= std::uint8_t(1u << (i % 8));
+  return out;
+}
+
+// An optimizer's momentum, masks and beta1s take the place of the reducer's own, whatever the config's freeze says; masked elements come
+// back as 0 and hold nothing, in every later step.
+TEST(TargetMomentum, IsHandedOverWithMasks) {
+  for (const int world : {1, 2, 3}) {
+    for (const DType dtype : {DType::fp32, DType::bf16}) {
+      std::vector<std::vector<bool>> dead = {std::vector<bool>(2000), {}, std::vector<bool>(81)};
+      for (std::size_t i = 0; i < 2000; ++i) dead[0][i] = draw(1, i, 0, 0, 0) % 5 == 0 || (i >= 700 && i < 830);
+      dead[2][80] = true;
+      Vec momenta[3] = {Vec(2000), Vec(50), Vec(81)};
+      for (std::uint32_t p = 0; p < 3; ++p)
+        for (std::size_t i = 0; i < kNumel[p]; ++i) momenta[p][i] = dead[p].empty() || !dead[p][i] ? dyadic_number(3, 0, 0, p, i) : 0.0f;
+      const std::vector<std::uint8_t> live[2] = {bits_of(dead[0]), bits_of(dead[2])};
+      Scenario s = scenario(world, 6);
+      s.dtype = dtype;
+      if (dtype != DType::fp32) s.grad = numbers(dyadic_number, 12, kParameters);
+      s.reducer.momentum_elsewhere = true;
+      s.before_step = [&](GradientReducer& reducer, int step, int) {
+        EXPECT_EQ(reducer.frozen(), step > 2);
+        if (step != 2) return;
+        const Handover handover[] = {{momenta[0], live[0], 0.75f}, {}, {momenta[2], live[1], 0.5f}};
+        reducer.freeze(handover);
+      };
+      const Outcome out = play(s);
+
+      TwoPhaseOracle oracle(world, kNumel, kCompressed, {.averaged = true, .freeze = 2, .block = 64, .dtype = dtype});
+      oracle.dead = dead;
+      for (int t = 0; t < 6; ++t) {
+        TwoPhaseOracle::Step step;
+        for (int r = 0; r < world; ++r) step.grad.push_back({s.grad(t, r, 0), s.grad(t, r, 1), s.grad(t, r, 2)});
+        TwoPhaseOracle::Arrays want(3);
+        for (const std::uint32_t p : {0u, 1u, 2u}) {  // every parameter by its own beta1
+          oracle.options.beta1 = p == 0 ? 0.75f : 0.5f;
+          if (t == 2 && kCompressed[p]) oracle.momentum[p] = momenta[p];
+          step.buckets = {{p}};
+          want[p] = oracle.run(t, step)[p];
+          if (world != 1 || t < 2 || !kCompressed[p]) continue;
+          for (std::size_t i = 0; i < kNumel[p]; ++i) {  // alone there is nothing to compress, but the mask holds
+            const float m = out.mean[std::size_t(t)][0][p][i];
+            ASSERT_TRUE(!dead[p][i] || m == 0) << "step " << t << " element " << i;
+          }
+        }
+        for (int r = 0; r < world && world > 1; ++r)
+          for (std::size_t p = 0; p < 3; ++p)
+            ASSERT_TRUE(same_values(out.mean[std::size_t(t)][std::size_t(r)][p], want[p]))
+                << "step " << t << " rank " << r << " parameter " << p;
+      }
+      for (int r = 0; r < world; ++r) {
+        const Vec& residual = out.array(r, "w", "residual");
+        const Vec& m = out.array(r, "w", "momentum");
+        for (std::size_t i = 0; i < 2000; ++i)
+          if (dead[0][i]) ASSERT_TRUE(residual[i] == 0 && m[i] == 0) << "world " << world << " element " << i;
+        if (world > 1) EXPECT_TRUE(same_values(m, oracle.momentum[0]));
+      }
+    }
+  }
+}
+
+// With a grad scaler a bad bucket condemns the step: after it all is as the equations of an unscaled run have it without that step, up to
+// what the codec's rounding leaves; the momentum to the bit.
+TEST(TargetMomentum, AStepThatIsSkippedMovesNothing) {
+  for (const int world : {1, 2, 4}) {
+    for (const char* config : {"onebit_adam:freeze=0,block=8,beta1=0.5 min_numel=1",
+                               "codec=sign:block=8 feedback=ef14 target=momentum:freeze=0,beta1=0.5 exchange=gather min_numel=1"}) {
+      Scenario s = scenario(world, 3, config);
+      s.parameters = {{"w", {40, 64}}, {"v", {64, 8}}};
+      const auto grad = numbers(dyadic_number, 12, s.parameters);
+      s.grad = [&](int step, int rank, std::uint32_t p) {
+        Vec g = grad(step, rank, p);
+        if (step == 2 && rank == world - 1 && p == 1) g[5] = INFINITY;
+        for (float& x : g) x *= 1024;
+        return g;
+      };
+      s.buckets = [](int) { return std::vector<Ids>{{0}, {1}}; };
+      s.reducer.step_verdict = true;
+      s.options = [](int, int) {
+        ReduceOptions options;
+        options.loss_scale = 1024;
+        return options;
+      };
+      std::vector<ReducerState> before(static_cast<std::size_t>(world));
+      s.after_step = [&](GradientReducer& reducer, int step, int rank) {
+        if (step == 1) before[std::size_t(rank)] = reducer.state();
+      };
+      const Outcome out = play(s);
+      SCOPED_TRACE(std::string(config) + " world " + std::to_string(world));
+      for (const char* name : {"w", "v"}) {
+        // What the skipped step fed into the residuals, mean over ranks: its gradients' share alone.
+        std::vector<double> change(std::size_t(name[0] == 'w' ? 2560 : 512), 0.0);
+        for (int r = 0; r < world; ++r) {
+          EXPECT_TRUE(same_bits(out.array(r, name, "momentum"), before[std::size_t(r)].parameters.at(name).at("momentum"))) << name;
+          const Vec& now = out.array(r, name, "residual");
+          const Vec& then = before[std::size_t(r)].parameters.at(name).at("residual");
+          const std::uint32_t p = name[0] == 'w' ? 0 : 1;
+          const Vec g = s.grad(2, r, p);
+          for (std::size_t i = 0; i < now.size(); ++i)
+            change[i] += (double(now[i]) - double(then[i]) - (std::isfinite(g[i]) ? 0.5 * g[i] / 1024 : 0)) / world;
+        }
+        if (out.state[0].parameters.at(name).contains("server_residual")) {
+          std::size_t at = 0;
+          for (int r = 0; r < world; ++r) {
+            const Vec& now = out.array(r, name, "server_residual");
+            const Vec& then = before[std::size_t(r)].parameters.at(name).at("server_residual");
+            for (std::size_t i = 0; i < now.size(); ++i) change[at++] += double(now[i]) - double(then[i]);
+          }
+        }
+        for (const double x : change) ASSERT_NEAR(x, 0, 1e-4) << name;  // rounding of numbers below 100: 2^-24 each, a dozen times
+      }
+      EXPECT_EQ(out.stats[0].nonfinite_steps, 1u);
+      EXPECT_TRUE(all_nan(out.mean[2][0][1]));
+      EXPECT_FALSE(std::isnan(out.mean[2][0][0][0]));  // that bucket was done before the other was seen
+    }
+  }
+}
+
+// A dense step after the freeze returns the momentum with nothing left out, and everything held back with it.
+TEST(TargetMomentum, AFlushAfterTheFreezeSendsEverything) {
+  for (const int world : {2, 3}) {
+    Scenario s = scenario(world, 5, "onebit_adam:freeze=0,block=64 min_numel=1");
+    std::vector<ReducerState> before(static_cast<std::size_t>(world));
+    s.before_step = [&](GradientReducer& reducer, int step, int rank) {
+      if (step != 4) return;
+      before[std::size_t(rank)] = reducer.state();
+      reducer.flush();
+    };
+    const Outcome out = play(s);
+    for (const std::uint32_t p : {0u, 2u}) {
+      const std::string& name = kParameters[p].name;
+      std::vector<double> want(kNumel[p], 0.0);
+      std::size_t at = 0;
+      for (int r = 0; r < world; ++r) {
+        const auto& arrays = before[std::size_t(r)].parameters.at(name);
+        const Vec g = s.grad(4, r, p);
+        for (std::size_t i = 0; i < want.size(); ++i)
+          want[i] += (double(arrays.at("residual")[i]) + double(0.9f) * arrays.at("momentum")[i] + double(1.0f - 0.9f) * g[i]) / world;
+        for (const float x : arrays.at("server_residual")) want[at++] += x;
+        for (const char* array : {"residual", "server_residual"})
+          for (const float x : out.array(r, name, array)) ASSERT_EQ(x, 0.0f);
+      }
+      for (std::size_t i = 0; i < want.size(); ++i) ASSERT_NEAR(out.mean[4][0][p][i], want[i], 1e-5 * (1 + std::abs(want[i])));
+      EXPECT_TRUE(same_bits(out.array(0, name, "momentum"), out.mean[4][0][p]));
+    }
+    expect_replicas_agree(out);
+  }
+}
+
+TEST(TargetMomentum, ARankWithoutDataKeepsItsResidualAndItsOffice) {
+  Scenario s = scenario(3, 6);
+  s.options = [](int step, int rank) {
+    ReduceOptions options;
+    options.joined = rank == 2 && step >= 4;
+    return options;
+  };
+  s.grad = [grad = s.grad](int step, int rank, std::uint32_t p) {
+    return rank == 2 && step >= 4 ? Vec(kNumel[p], 0.0f) : grad(step, rank, p);
+  };
+  Vec kept, held;
+  s.before_step = [&](GradientReducer& reducer, int step, int rank) {
+    if (step != 4 || rank != 2) return;
+    kept = reducer.state().parameters.at("w").at("residual");
+    held = reducer.state().parameters.at("w").at("server_residual");
+  };
+  const Outcome out = play(s);
+  expect_replicas_agree(out);
+  EXPECT_TRUE(same_bits(out.array(2, "w", "residual"), kept));
+  EXPECT_FALSE(same_bits(out.array(2, "w", "server_residual"), held));  // it goes on owning its part
+  for (int r = 0; r < 3; ++r) EXPECT_TRUE(same_bits(out.array(r, "w", "momentum"), out.mean[5][0][0]));
+}
+
+TEST(TargetMomentum, ReplicasStayTheSameOverAThousandStepsSlow) {
+  for (const int world : {2, 3, 4, 7}) {
+    Scenario s = scenario(world, 1000, "onebit_adam:freeze=20 min_numel=1 check_every=50");
+    const Outcome out = play(s);
+    expect_replicas_agree(out);
+    for (const float x : out.mean.back()[0][0]) ASSERT_TRUE(std::isfinite(x));
+  }
+}
+
+TEST(TargetMomentum, RefusesWhatDoesNotFit) {
+  run_ranks(1, [](std::shared_ptr<Communicator> communicator) {
+    expect_error(Errc::invalid_config, {"freeze=auto", "freeze=STEP"},
+                 [&] { GradientReducer reducer(communicator, Config::parse("onebit_adam"), kParameters); });
+    GradientReducer plain(communicator, Config::parse("codec=sign feedback=ef14 min_numel=1"), kParameters);
+    expect_error(Errc::invalid_argument, {"target=momentum", "gradient"}, [&] { plain.freeze(); });
+    ReducerOptions options;
+    options.momentum_elsewhere = true;
+    GradientReducer reducer(communicator, Config::parse("onebit_adam min_numel=1"), kParameters, options);
+    EXPECT_TRUE(reducer.averages(0) && !reducer.averages(1) && reducer.averages(2));
+    const Vec w(2000), odd(7), bad = [] {
+      Vec v(2000);
+      v[3] = NAN;
+      return v;
+    }();
+    const std::vector<std::uint8_t> few(3);
+    const Handover two[] = {{w, {}, 0.9f}, {}};
+    expect_error(Errc::invalid_argument, {"2 parameters", "3"}, [&] { reducer.freeze(two); });
+    const Handover length[] = {{odd, {}, 0.9f}, {}, {}};
+    expect_error(Errc::invalid_argument, {"'w'", "2000", "7"}, [&] { reducer.freeze(length); });
+    const Handover mask[] = {{w, few, 0.9f}, {}, {}};
+    expect_error(Errc::invalid_argument, {"'w'", "250 bytes", "3"}, [&] { reducer.freeze(mask); });
+    const Handover beta[] = {{w, {}, 1.0f}, {}, {}};
+    expect_error(Errc::invalid_argument, {"'w'", "beta1=1", "[0, 1)"}, [&] { reducer.freeze(beta); });
+    const Handover nan[] = {{bad, {}, 0.9f}, {}, {}};
+    expect_error(Errc::invalid_argument, {"'w'", "not finite"}, [&] { reducer.freeze(nan); });
+    EXPECT_FALSE(reducer.frozen());
+    reducer.freeze();
+    EXPECT_TRUE(reducer.frozen());
+  });
+}
+
+}  // namespace
+}  // namespace thinwire::test
