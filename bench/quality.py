@@ -22,7 +22,7 @@ EXPERIMENTS = {
 }
 FASHION = ("dgc:density=0.01", "dgc:density=0.001")
 ADAM = ("onebit_adam",)
-TEXT = "onebit_adam:freeze=200"  # a quarter of the steps. Not auto: this variance falls all along as the text is learnt, and is never stable
+TEXT = "onebit_adam:freeze=200"  # a quarter of the steps. Not auto: this variance falls and rises, and is never stable
 POINTS = 1.0  # by which the mean accuracy over the seeds may be below dense
 LOSS = 1.02  # times AdamW's validation loss
 COMPRESSED = 2.0  # dense bytes / sent bytes of the whole run: one that froze too late, or never, has shown nothing

@@ -59,9 +59,9 @@ struct Avx2 {
   static V abs(V x) noexcept { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
   static Mask not_less(V x, V y) noexcept { return _mm256_cmp_ps(x, y, _CMP_NLT_UQ); }  // true for NaN
   static Mask below_zero(V x) noexcept { return _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_LT_OQ); }
-  /// Bit i: whether element i of 64 is below zero.
-  static std::uint64_t negatives(const V* x) noexcept { return negatives32(x) | negatives32(x + 4) << 32; }
-  static std::uint64_t negatives32(const V* x) noexcept {
+  /// Bit i: whether element i of four vectors' is below zero.
+  using Word = std::uint32_t;
+  static Word negatives_of_four(const V* x) noexcept {
     __m256i below[4];
     for (int j = 0; j < 4; ++j) below[j] = _mm256_castps_si256(below_zero(x[j]));
     // Packing goes lane by lane: low halves, then high halves.
@@ -69,6 +69,8 @@ struct Avx2 {
     const __m256i places = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     return std::uint32_t(_mm256_movemask_epi8(_mm256_permutevar8x32_epi32(bytes, places)));
   }
+  /// Of magnitudes: the larger one, where infinity is larger than any number and a NaN than that.
+  static V larger_bits(V x, V y) noexcept { return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(x), _mm256_castps_si256(y))); }
   /// A lane of a word's low bits.
   static Mask mask_of(std::uint64_t word) noexcept {
     const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);

@@ -32,11 +32,14 @@ struct Avx512 {
   static V abs(V x) noexcept { return _mm512_abs_ps(x); }
   static Mask not_less(V x, V y) noexcept { return _mm512_cmp_ps_mask(x, y, _CMP_NLT_UQ); }  // true for NaN
   static Mask below_zero(V x) noexcept { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ); }
-  /// Bit i: whether element i of 64 is below zero.
-  static std::uint64_t negatives(const V* x) noexcept {
+  /// Bit i: whether element i of four vectors' is below zero.
+  using Word = std::uint64_t;
+  static Word negatives_of_four(const V* x) noexcept {
     return std::uint64_t(below_zero(x[0])) | std::uint64_t(below_zero(x[1])) << 16 | std::uint64_t(below_zero(x[2])) << 32 |
            std::uint64_t(below_zero(x[3])) << 48;
   }
+  /// Of magnitudes: the larger one, where infinity is larger than any number and a NaN than that.
+  static V larger_bits(V x, V y) noexcept { return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(x), _mm512_castps_si512(y))); }
   /// A lane of a word's low bits.
   static Mask mask_of(std::uint64_t word) noexcept { return Mask(word); }
   /// Four numbers, to be looked up by two bits.

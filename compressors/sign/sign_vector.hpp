@@ -16,37 +16,40 @@ inline std::uint64_t word_at(const std::uint8_t* bits) noexcept {
   return word;
 }
 
+/// A row in units of four vectors: with sums of a whole row, what one unit needs fits into sixteen registers.
 template <class L, Scale scale, Form form, DType dtype, bool masked>
 std::uint32_t encode_rows(const Chunk& c, float* partial, std::uint8_t* bits) {
   using V = typename L::V;
-  constexpr std::size_t kVectors = kRow / L::kWidth;
+  using Word = typename L::Word;  // a bit for each element of a unit
+  constexpr std::size_t kVectors = kRow / L::kWidth, kUnit = 4 * L::kWidth;
   const V factor = L::set(c.factor), rate = L::set(c.rate), beta = L::set(c.beta), fresh = L::set(1.0f - c.beta);
   const V infinity = L::set(bits_float(0x7f800000u));
   V sum[kVectors];
   for (std::size_t j = 0; j < kVectors; ++j) sum[j] = L::load(partial + j * L::kWidth);
   std::uint32_t flags = 0;
-  std::size_t i = 0;
-  for (; i + kRow <= c.count; i += kRow) {
-    V x[kVectors];
-    auto bad = L::lanes(false);
-    for (std::size_t j = 0; j < kVectors; ++j) {
+  const auto unit = [&](std::size_t i, V * sums) __attribute__((always_inline)) {
+    V x[4], most{};
+    for (std::size_t j = 0; j < 4; ++j) {
       const std::size_t at = i + j * L::kWidth;
       V g = L::template load_grad<dtype>(c.grad, at) * factor, residual{}, unused{};
       if constexpr (feedback::has_residual(form)) residual = L::load(c.residual + at);
       if constexpr (feedback::is_averaged(form)) g = feedback::average(beta, fresh, L::load(c.momentum + at), g);
       feedback::message<feedback::past_average(form)>(g, rate, residual, unused, x[j]);
-      bad = L::either(bad, L::not_less(L::abs(x[j]), infinity));
+      most = j == 0 ? L::abs(x[j]) : L::larger_bits(most, L::abs(x[j]));
     }
-    if (L::any(bad)) [[unlikely]] {
+    if (L::any(L::not_less(most, infinity))) [[unlikely]] {
       for (std::size_t j = 0; j < kVectors; ++j) L::store(partial + j * L::kWidth, sum[j]);
-      flags |= range_kernel(scale, form, dtype)(c, i, i + kRow, partial, bits);
+      flags |= range_kernel(scale, form, dtype)(c, i, i + kUnit, partial, bits);
       for (std::size_t j = 0; j < kVectors; ++j) sum[j] = L::load(partial + j * L::kWidth);
-      continue;
+      return;
     }
-    std::uint64_t word = ~L::negatives(x), live = 0;
-    if constexpr (masked) word &= live = word_at(c.live + i / 8);
-    std::memcpy(bits + i / 8, &word, 8);
-    for (std::size_t j = 0; j < kVectors; ++j) {
+    Word word = Word(~L::negatives_of_four(x)), live = 0;
+    if constexpr (masked) {
+      std::memcpy(&live, c.live + i / 8, sizeof live);
+      word &= live;
+    }
+    std::memcpy(bits + i / 8, &word, sizeof word);
+    for (std::size_t j = 0; j < 4; ++j) {
       V w = weight<scale>(L::abs(x[j]));
       const std::size_t at = i + j * L::kWidth;
       if constexpr (masked) {
@@ -54,9 +57,14 @@ std::uint32_t encode_rows(const Chunk& c, float* partial, std::uint8_t* bits) {
         w = L::choose(alive, w, L::set(0.0f));
         if constexpr (feedback::has_residual(form)) x[j] = L::choose(alive, x[j], L::load(c.residual + at));
       }
-      sum[j] += w;
+      sums[j] += w;
       if constexpr (feedback::has_residual(form)) L::store(c.residual + at, x[j]);
     }
+  };
+  std::size_t i = 0;
+  for (; i + kRow <= c.count; i += kRow) {
+    unit(i, sum);
+    if constexpr (kVectors == 8) unit(i + kUnit, sum + 4);
   }
   for (std::size_t j = 0; j < kVectors; ++j) L::store(partial + j * L::kWidth, sum[j]);
   return flags | range_kernel(scale, form, dtype)(c, i, c.count, partial, bits);
