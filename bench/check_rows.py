@@ -8,7 +8,8 @@ import sys
 import tempfile
 
 KEYS = {"kernel", "isa", "backend", "numel", "density", "bytes_per_element", "seconds_median", "seconds_min", "gb_per_s", "ratio_memcpy", "ratio_axpy"}
-EXPECTED = {"memcpy", "axpy", "dgc_topk_sampled", "ef14_topk_sampled", "none_topk_sampled", "dgc_topk_exact", "decode_topk_8", "none_norms", "dgc_dense"}
+EXPECTED = {"memcpy", "axpy", "dgc_topk_sampled", "ef14_topk_sampled", "none_topk_sampled", "dgc_topk_exact", "decode_topk_8", "none_norms", "dgc_dense",
+            "ef14_sign", "ef14_sign_512", "averaged_ef14_sign", "none_sign", "decode_sign_8"}
 NUMEL = 70001  # one block of 64 Ki and a ragged second one
 
 

@@ -51,6 +51,17 @@ def eager_ef14(grad, _, residual, threshold):
     return index, values
 
 
+def eager_ef14_sign(grad, _, residual, __):
+    """The worker's half of a DeepSpeed-style step as a sequence of operations, each a pass over memory: error in, norm, signs with sign(0) = +1, what they decode
+    to, error out, bits. On a CPU numpy packs them."""
+    message = torch.add(grad, residual)
+    scale = message.norm() / message.numel() ** 0.5
+    decoded = message.sign().add_(1).bool().float().add_(-0.5).mul_(2.0).mul_(scale)
+    torch.sub(message, decoded, out=residual)
+    bits = numpy.packbits(message.sign_().add_(1).bool().numpy())
+    return bits, scale
+
+
 def threshold_for(recursion, grad, u, v, density):
     """What torch is given for nothing: the threshold that this share of the next message exceeds, from every 61st element."""
     grad, u, v = grad[::61], u[::61], v[::61]
@@ -59,7 +70,8 @@ def threshold_for(recursion, grad, u, v, density):
 
 
 def measure(recursion, numel, repetitions, isa, density=0.005):
-    """@returns the rows of both, and the median of the paired time ratios. The eager step is given its threshold; ours finds its own."""
+    """@returns the rows of both, and the median of the paired time ratios. The eager step is given its threshold; ours finds its own. `recursion`_sign has none."""
+    sign = recursion.endswith("_sign")
     torch.set_num_threads(1)
     lib = library()
     step = lib.thinwire_step_open(recursion.encode(), numel, density, isa.encode())
@@ -69,7 +81,7 @@ def measure(recursion, numel, repetitions, isa, density=0.005):
     def tensor(which, repetition=0):
         return torch.from_numpy(numpy.ctypeslib.as_array(lib.thinwire_step_array(step, which, repetition), (numel,)))
 
-    eager = {"dgc": eager_dgc, "ef14": eager_ef14}[recursion]
+    eager = {"dgc": eager_dgc, "ef14": eager_ef14, "ef14_sign": eager_ef14_sign}[recursion]
     warm_up = 3
     for repetition in range(warm_up):
         if lib.thinwire_step_run(step, repetition) < 0:
@@ -83,7 +95,7 @@ def measure(recursion, numel, repetitions, isa, density=0.005):
     for repetition in range(warm_up, warm_up + 1 + repetitions):
         our_seconds = lib.thinwire_step_run(step, repetition)
         grad = tensor(0, repetition)
-        threshold = threshold_for(recursion, grad, u, v, density)
+        threshold = None if sign else threshold_for(recursion, grad, u, v, density)
         start = time.thread_time()
         index, _ = eager(grad, u, v, threshold)
         eager_seconds = time.thread_time() - start
@@ -91,8 +103,9 @@ def measure(recursion, numel, repetitions, isa, density=0.005):
             continue
         ours.append(our_seconds)
         theirs.append(eager_seconds)
-        densities["ours"].append(lib.thinwire_step_density(step))
-        densities["eager"].append(index.numel() / numel)
+        if not sign:
+            densities["ours"].append(lib.thinwire_step_density(step))
+            densities["eager"].append(index.numel() / numel)
         rates.append((8 * numel / lib.thinwire_step_copy(step), 12 * numel / lib.thinwire_step_axpy(step)))
     bytes_per_element = lib.thinwire_step_bytes(step)
     used = lib.thinwire_step_isa(step).decode()
@@ -102,14 +115,14 @@ def measure(recursion, numel, repetitions, isa, density=0.005):
         rate = [bytes_per_element * numel / s for s in seconds]
         middle = statistics.median(seconds)
         return {
-            "kernel": kernel, "isa": name, "backend": "cpu", "numel": numel, "density": statistics.mean(reached), "bytes_per_element": bytes_per_element,
+            "kernel": kernel, "isa": name, "backend": "cpu", "numel": numel, "density": statistics.mean(reached) if reached else None, "bytes_per_element": bytes_per_element,
             "seconds_median": middle, "seconds_min": min(seconds), "gb_per_s": bytes_per_element * numel / middle * 1e-9,
             "ratio_memcpy": statistics.median(r / copy for r, (copy, _) in zip(rate, rates)),
             "ratio_axpy": statistics.median(r / axpy for r, (_, axpy) in zip(rate, rates)),
         }  # fmt: skip
 
     rows = [
-        row(f"{recursion}_topk_sampled_beside_eager", used, ours, densities["ours"]),
+        row(f"{recursion}{'' if sign else '_topk_sampled'}_beside_eager", used, ours, densities["ours"]),
         row(f"{recursion}_eager", None, theirs, densities["eager"]),
     ]
     return rows, statistics.median(b / a for a, b in zip(ours, theirs))

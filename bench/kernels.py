@@ -11,13 +11,13 @@ import tempfile
 
 import report
 
-EAGER = ("dgc", "ef14")
+EAGER = ("dgc", "ef14", "ef14_sign")
 HOOK = "hook_none"
 HOOK_STEPS = 4  # steps per repetition: two processes on a shared machine need more of them than a kernel does
 
 
 def eager_name(recursion):
-    return f"{recursion}_eager/0.005"
+    return f"{recursion}_eager" + ("" if recursion.endswith("_sign") else "/0.005")
 
 
 def arguments():
@@ -64,7 +64,7 @@ def main():
     if chosen:
         import eager  # torch is slow to import and not needed for the rest
 
-        print("\nBeside torch's eager operations (one thread, threshold given to them)")
+        print("\nBeside torch's eager operations (one thread; top-k's threshold given to them; sign: a DeepSpeed-style worker step)")
         lines = []
         cpus = os.sched_getaffinity(0)
         for name in chosen:
@@ -72,7 +72,7 @@ def main():
             os.sched_setaffinity(0, cpus)  # it was pinned, and what starts later inherits
             rows += [ours, theirs]
             for row in (ours, theirs):
-                lines.append([row["kernel"], row["isa"] or "-", f"{row['density'] * 100:.3f}", f"{row['seconds_median'] * 1e3:.2f}",
+                lines.append([row["kernel"], row["isa"] or "-", "-" if row["density"] is None else f"{row['density'] * 100:.3f}", f"{row['seconds_median'] * 1e3:.2f}",
                               f"{row['ratio_memcpy']:.2f}", f"{faster:.1f}x" if row is ours else ""])  # fmt: skip
         print(report.table(["kernel", "isa", "density%", "ms", "x memcpy", "faster than eager"], lines))
     if re.search(args.filter, HOOK):

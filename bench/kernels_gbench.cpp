@@ -8,6 +8,7 @@
 #include <string>
 
 #include "bench/kernels_cases.hpp"
+#include "bench/kernels_sign.hpp"
 
 namespace {
 
@@ -66,6 +67,13 @@ void add_all() {
           return std::make_unique<DecodeKernel>(density, DType::fp32, 8, isa, arrays);
         });
       }
+      for (const char* recursion : {"none", "ef14", "averaged_ef14"}) {
+        const SignCase what{.recursion = recursion, .isa = isa};
+        add(what.name() + suffix(to_string(isa), 0, numel), numel,
+            [what](Arrays& arrays) -> std::unique_ptr<Kernel> { return std::make_unique<SignKernel>(what, arrays); });
+      }
+      add("decode_sign_8" + suffix(to_string(isa), 0, numel), numel,
+          [isa](Arrays& arrays) -> std::unique_ptr<Kernel> { return std::make_unique<SignDecodeKernel>(8, isa, arrays); });
     }
     add("none_norms" + suffix("loader", 0, numel), numel,
         [](Arrays& arrays) -> std::unique_ptr<Kernel> { return std::make_unique<DenseKernel>(DenseKernel::What::norms, "none", arrays); });

@@ -3,6 +3,7 @@
 #include <cstdio>
 
 #include "bench/kernels_cases.hpp"
+#include "bench/kernels_sign.hpp"
 
 namespace thinwire::bench {
 namespace {
@@ -33,6 +34,26 @@ Group decode_group(double density, DType wire, Isa isa) {
           [=](Arrays& arrays) {
             Kernels kernels;
             kernels.push_back(std::make_unique<DecodeKernel>(density, wire, 8, isa, arrays));
+            return kernels;
+          },
+          {}};
+}
+
+Group sign_group(const SignCase& what) {
+  return {{what.name()},
+          [what](Arrays& arrays) {
+            Kernels kernels;
+            kernels.push_back(std::make_unique<SignKernel>(what, arrays));
+            return kernels;
+          },
+          {}};
+}
+
+Group sign_decode_group(int payloads, Isa isa) {
+  return {{"decode_sign_" + std::to_string(payloads)},
+          [=](Arrays& arrays) {
+            Kernels kernels;
+            kernels.push_back(std::make_unique<SignDecodeKernel>(payloads, isa, arrays));
             return kernels;
           },
           {}};
@@ -134,6 +155,10 @@ std::vector<Group> all_groups(Isa isa, std::size_t numel) {
   }
   for (const double density : kDensities) groups.push_back(decode_group(density, DType::fp32, isa));
   groups.push_back(decode_group(0.01, DType::bf16, isa));
+  for (const char* recursion : {"ef14", "averaged_ef14", "none"}) groups.push_back(sign_group({.recursion = recursion, .isa = isa}));
+  groups.push_back(sign_group({.variant = "512", .options = {.block = 512}, .isa = isa}));
+  groups.push_back(sign_group({.variant = "tensor", .options = {.block = 0}, .isa = isa}));
+  groups.push_back(sign_decode_group(8, isa));
   std::size_t resnet50 = 0;
   for (const std::size_t count : resnet50_layers()) resnet50 += count;
   if (numel >= resnet50) groups.push_back(resnet50_group(make("dgc", 0.01)));

@@ -76,9 +76,10 @@ struct Network {
     std::array<float, kClasses> z;
     forward(x, hidden.data(), z.data());
     const float top = *std::max_element(z.begin(), z.end());
+    const double below = double(top) - z[label];  // exact where the probability itself would be 0
     float total = 0;
     for (float& value : z) total += value = std::exp(value - top);
-    const double loss = -std::log(std::max(double(z[label]) / total, 1e-30));
+    const double loss = std::log(double(total)) + below;
     if (grad == nullptr) return loss;
 
     for (float& value : z) value *= share / total;
@@ -109,6 +110,13 @@ struct Examples {
     std::normal_distribution<float> normal;
     for (float& x : inputs) x = normal(random);
     for (std::size_t i = 0; i < count; ++i) labels[i] = std::uint8_t(teacher.classify(input(i)));
+  }
+  /// `count` inputs, evenly spread, become 0; the labels stay those of the whole input. Spread, because a block of nothing but dead
+  /// coordinates has scale 0 and does no harm.
+  void silence(std::size_t count) noexcept {
+    for (std::size_t i = 0; i < size(); ++i) {
+      for (std::size_t d = 0; d < count; ++d) inputs[i * kInputs + d * kInputs / count] = 0;
+    }
   }
   const float* input(std::size_t i) const noexcept { return inputs.data() + i * kInputs; }
   std::size_t size() const noexcept { return labels.size(); }

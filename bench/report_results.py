@@ -27,14 +27,15 @@ def training_table(rows):
     """The last epoch of each run; the mean over seeds where there are several."""
     runs = {}
     for row in rows:
-        key = (row["config"], row["world"])
+        key = (row.get("method", row["config"]), row["world"])
         seeds = runs.setdefault(key, {})
         if row["epoch"] >= seeds.get(row.get("seed", 0), row)["epoch"]:
             seeds[row.get("seed", 0)] = row
     yield "| config | ranks | steps | seeds | accuracy | loss | payload bytes | dense bytes | s |"
     yield "|---|---|---|---|---|---|---|---|---|"
-    for (config, world), seeds in runs.items():
+    for (name, world), seeds in runs.items():
         last = list(seeds.values())
+        config = last[0]["config"] if name == last[0]["config"] else f"{name}`: `{last[0]['config']}"
         mean = {name: statistics.mean(row[name] for row in last) for name in ("accuracy", "loss", "payload_bytes", "dense_bytes", "seconds")}
         yield (f"| `{config}` | {world} | {last[0]['steps']} | {len(last)} | {mean['accuracy'] * 100:.2f} % | {mean['loss']:.4f} | "
                f"{mean['payload_bytes'] / 1e6:,.1f} MB | {mean['dense_bytes'] / 1e6:,.1f} MB | {mean['seconds']:.1f} |")  # fmt: skip

@@ -29,7 +29,8 @@ TEST(TeacherStudentSlow, DgcTrainsAsDenseDoes) {
 
 // A test set of 4096 gives ± 0.7 points of standard deviation to one run, so a gate of 1 and 2 points for means has 1.5 more here.
 TEST(TeacherStudentSlow, AccuracyIsKept) {
-  const std::vector<Outcome> outcomes = {outcome_of("dense"), outcome_of("dgc_1%"), outcome_of("dgc_0.1%_mask"), outcome_of("ef14_1%")};
+  const std::vector<Outcome> outcomes = {outcome_of("dense"),   outcome_of("dgc_1%"), outcome_of("dgc_0.1%_mask"),
+                                         outcome_of("ef14_1%"), outcome_of("adam"),   outcome_of("onebit_adam")};
   for (const std::string& line : violated(outcomes, 1.5)) {
     if (line.find("accuracy") != std::string::npos) ADD_FAILURE() << line;
   }
@@ -42,9 +43,31 @@ TEST(TeacherStudentSlow, WithoutFeedbackItIsClearlyWorse) {
 
 TEST(TeacherStudentSlow, MaskingEverythingRemovesMomentum) { EXPECT_GE(outcome_of("dgc_100%_mask").loss, 2 * outcome_of("dense").loss); }
 
+// Over ten seeds 1-bit Adam's loss was @LOW to @HIGH of Adam's, whatever the scale; ten of every hundred steps' momenta lost would be
+// beyond.
+TEST(TeacherStudentSlow, OneBitAdamTrainsAsAdamDoes) {
+  for (const char* name : {"onebit_adam", "onebit_adam_tensor", "onebit_adam_l2"})
+    EXPECT_LE(outcome_of(name).loss, 1.1 * outcome_of("adam").loss) << name;
+  EXPECT_GT(outcome_of("adam").accuracy, 0.6);
+}
+
+// Compressing gradients, not momenta, puts the noise of one bit into Adam's variance.
+TEST(TeacherStudentSlow, OneBitGradientsUnderAdamAreWorse) {
+  EXPECT_GE(outcome_of("onebit_gradients_adam_l2").loss, 1.2 * outcome_of("onebit_adam_l2").loss);
+}
+
+// Inputs that were off until the freeze and are on afterwards: one bit cannot send 0 for weights whose variance is 0.
+TEST(TeacherStudentSlow, DeadInputsAreMasked) {
+  EXPECT_LE(outcome_of("onebit_adam_dead").loss, 1.1 * outcome_of("adam_dead").loss);
+  EXPECT_LE(outcome_of("onebit_adam_dead").test_loss, 1.1 * outcome_of("adam_dead").test_loss);
+  EXPECT_GE(outcome_of("onebit_adam_dead_no_masks").test_loss, 10 * outcome_of("adam_dead").test_loss);
+}
+
 TEST(TeacherStudentSlow, TwoRunsGiveTheSameBits) {
-  const Outcome again = train_teacher_student(kMethods[2], 0);
-  EXPECT_EQ(again.fingerprint, outcome_of(kMethods[2].name).fingerprint);
+  for (const Method& method : kMethods) {
+    if (std::string(method.name) != "dgc_1%_mask" && std::string(method.name) != "onebit_adam") continue;
+    EXPECT_EQ(train_teacher_student(method, 0).fingerprint, outcome_of(method.name).fingerprint) << method.name;
+  }
 }
 
 }  // namespace

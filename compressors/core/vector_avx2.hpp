@@ -59,9 +59,9 @@ struct Avx2 {
   static V abs(V x) noexcept { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
   static Mask not_less(V x, V y) noexcept { return _mm256_cmp_ps(x, y, _CMP_NLT_UQ); }  // true for NaN
   static Mask below_zero(V x) noexcept { return _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_LT_OQ); }
-  /// Bit i: whether element i of 64 is below zero.
-  static std::uint64_t negatives(const V* x) noexcept { return negatives32(x) | negatives32(x + 4) << 32; }
-  static std::uint64_t negatives32(const V* x) noexcept {
+  /// Bit i: whether element i of four vectors' is below zero.
+  using Word = std::uint32_t;
+  static Word negatives_of_four(const V* x) noexcept {
     __m256i below[4];
     for (int j = 0; j < 4; ++j) below[j] = _mm256_castps_si256(below_zero(x[j]));
     // Packing goes lane by lane: low halves, then high halves.
@@ -69,6 +69,8 @@ struct Avx2 {
     const __m256i places = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     return std::uint32_t(_mm256_movemask_epi8(_mm256_permutevar8x32_epi32(bytes, places)));
   }
+  /// Of magnitudes: the larger one, where infinity is larger than any number and a NaN than that.
+  static V larger_bits(V x, V y) noexcept { return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(x), _mm256_castps_si256(y))); }
   /// A lane of a word's low bits.
   static Mask mask_of(std::uint64_t word) noexcept {
     const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
@@ -83,6 +85,37 @@ struct Avx2 {
                 4);  // of the last half the upper bits are the next word's: unused
     const __m256i shift = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
     return _mm256_permutevar_ps(table, _mm256_srlv_epi32(_mm256_set1_epi32(pairs), shift));  // it looks at two bits only
+  }
+  using Indices = __m256i;
+  /// Element i: the table's entry for bits 0 and 1 of index i; the others do not matter.
+  static V look_up(V table, Indices i) noexcept { return _mm256_permutevar_ps(table, i); }
+  static constexpr bool kSixteen = false;  // eight entries at once are all that there is
+  static V look_up_sixteen(const float*, Indices) noexcept { return set(0.0f); }
+  static Indices indices(const std::uint8_t* bytes) noexcept {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+  }
+  template <int bits>
+  static Indices shift(Indices i) noexcept {
+    return _mm256_srli_epi32(i, bits);
+  }
+  /// A register of bytes.
+  using Bytes = __m256i;
+  static constexpr std::size_t kBytes = 32;
+  static Bytes load_bytes(const std::uint8_t* p) noexcept { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static void store_bytes(std::uint8_t* p, Bytes x) noexcept { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+  /// In every byte the bits of a under mask << s change places with those of b under mask.
+  template <int s>
+  static void swap_bits(Bytes& a, Bytes& b, int mask) noexcept {
+    const Bytes t = _mm256_and_si256(_mm256_xor_si256(_mm256_srli_epi64(a, s), b), _mm256_set1_epi8(char(mask)));
+    b = _mm256_xor_si256(b, t);
+    a = _mm256_xor_si256(a, _mm256_slli_epi64(t, s));
+  }
+  /// Units of 1, 2 or 4 bytes of a and b in turn, 16 bytes by 16 bytes: of their lower or higher 8.
+  template <int unit, bool high>
+  static Bytes zip(Bytes a, Bytes b) noexcept {
+    if constexpr (unit == 1) return high ? _mm256_unpackhi_epi8(a, b) : _mm256_unpacklo_epi8(a, b);
+    if constexpr (unit == 2) return high ? _mm256_unpackhi_epi16(a, b) : _mm256_unpacklo_epi16(a, b);
+    return high ? _mm256_unpackhi_epi32(a, b) : _mm256_unpacklo_epi32(a, b);
   }
   static void stream_halves(float* p, V x) noexcept {
     _mm_stream_ps(p, _mm256_castps256_ps128(x));

@@ -32,11 +32,14 @@ struct Avx512 {
   static V abs(V x) noexcept { return _mm512_abs_ps(x); }
   static Mask not_less(V x, V y) noexcept { return _mm512_cmp_ps_mask(x, y, _CMP_NLT_UQ); }  // true for NaN
   static Mask below_zero(V x) noexcept { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ); }
-  /// Bit i: whether element i of 64 is below zero.
-  static std::uint64_t negatives(const V* x) noexcept {
+  /// Bit i: whether element i of four vectors' is below zero.
+  using Word = std::uint64_t;
+  static Word negatives_of_four(const V* x) noexcept {
     return std::uint64_t(below_zero(x[0])) | std::uint64_t(below_zero(x[1])) << 16 | std::uint64_t(below_zero(x[2])) << 32 |
            std::uint64_t(below_zero(x[3])) << 48;
   }
+  /// Of magnitudes: the larger one, where infinity is larger than any number and a NaN than that.
+  static V larger_bits(V x, V y) noexcept { return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(x), _mm512_castps_si512(y))); }
   /// A lane of a word's low bits.
   static Mask mask_of(std::uint64_t word) noexcept { return Mask(word); }
   /// Four numbers, to be looked up by two bits.
@@ -47,6 +50,38 @@ struct Avx512 {
     std::memcpy(&pairs, static_cast<const char*>(words) + 4 * k, 4);
     const __m512i shift = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     return _mm512_permutevar_ps(table, _mm512_srlv_epi32(_mm512_set1_epi32(pairs), shift));  // it looks at two bits only
+  }
+  using Indices = __m512i;
+  /// Element i: the table's entry for bits 0 and 1 of index i; the others do not matter.
+  static V look_up(V table, Indices i) noexcept { return _mm512_permutevar_ps(table, i); }
+  /// The same for sixteen numbers and four bits.
+  static constexpr bool kSixteen = true;
+  static V look_up_sixteen(const float* sixteen, Indices i) noexcept { return _mm512_permutexvar_ps(i, _mm512_loadu_ps(sixteen)); }
+  static Indices indices(const std::uint8_t* bytes) noexcept {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+  }
+  template <int bits>
+  static Indices shift(Indices i) noexcept {
+    return _mm512_srli_epi32(i, bits);
+  }
+  /// A register of bytes.
+  using Bytes = __m512i;
+  static constexpr std::size_t kBytes = 64;
+  static Bytes load_bytes(const std::uint8_t* p) noexcept { return _mm512_loadu_si512(p); }
+  static void store_bytes(std::uint8_t* p, Bytes x) noexcept { _mm512_storeu_si512(p, x); }
+  /// In every byte the bits of a under mask << s change places with those of b under mask.
+  template <int s>
+  static void swap_bits(Bytes& a, Bytes& b, int mask) noexcept {
+    const Bytes t = _mm512_and_si512(_mm512_xor_si512(_mm512_srli_epi64(a, s), b), _mm512_set1_epi8(char(mask)));
+    b = _mm512_xor_si512(b, t);
+    a = _mm512_xor_si512(a, _mm512_slli_epi64(t, s));
+  }
+  /// Units of 1, 2 or 4 bytes of a and b in turn, 16 bytes by 16 bytes: of their lower or higher 8.
+  template <int unit, bool high>
+  static Bytes zip(Bytes a, Bytes b) noexcept {
+    if constexpr (unit == 1) return high ? _mm512_unpackhi_epi8(a, b) : _mm512_unpacklo_epi8(a, b);
+    if constexpr (unit == 2) return high ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b);
+    return high ? _mm512_unpackhi_epi32(a, b) : _mm512_unpacklo_epi32(a, b);
   }
   static void stream_halves(float* p, V x) noexcept {
     _mm256_stream_ps(p, _mm512_castps512_ps256(x));

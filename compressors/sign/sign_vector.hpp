@@ -16,37 +16,40 @@ inline std::uint64_t word_at(const std::uint8_t* bits) noexcept {
   return word;
 }
 
+/// A row in units of four vectors: with sums of a whole row, what one unit needs fits into sixteen registers.
 template <class L, Scale scale, Form form, DType dtype, bool masked>
 std::uint32_t encode_rows(const Chunk& c, float* partial, std::uint8_t* bits) {
   using V = typename L::V;
-  constexpr std::size_t kVectors = kRow / L::kWidth;
+  using Word = typename L::Word;  // a bit for each element of a unit
+  constexpr std::size_t kVectors = kRow / L::kWidth, kUnit = 4 * L::kWidth;
   const V factor = L::set(c.factor), rate = L::set(c.rate), beta = L::set(c.beta), fresh = L::set(1.0f - c.beta);
   const V infinity = L::set(bits_float(0x7f800000u));
   V sum[kVectors];
   for (std::size_t j = 0; j < kVectors; ++j) sum[j] = L::load(partial + j * L::kWidth);
   std::uint32_t flags = 0;
-  std::size_t i = 0;
-  for (; i + kRow <= c.count; i += kRow) {
-    V x[kVectors];
-    auto bad = L::lanes(false);
-    for (std::size_t j = 0; j < kVectors; ++j) {
+  const auto unit = [&](std::size_t i, V * sums) __attribute__((always_inline)) {
+    V x[4], most{};
+    for (std::size_t j = 0; j < 4; ++j) {
       const std::size_t at = i + j * L::kWidth;
       V g = L::template load_grad<dtype>(c.grad, at) * factor, residual{}, unused{};
       if constexpr (feedback::has_residual(form)) residual = L::load(c.residual + at);
       if constexpr (feedback::is_averaged(form)) g = feedback::average(beta, fresh, L::load(c.momentum + at), g);
       feedback::message<feedback::past_average(form)>(g, rate, residual, unused, x[j]);
-      bad = L::either(bad, L::not_less(L::abs(x[j]), infinity));
+      most = j == 0 ? L::abs(x[j]) : L::larger_bits(most, L::abs(x[j]));
     }
-    if (L::any(bad)) [[unlikely]] {
+    if (L::any(L::not_less(most, infinity))) [[unlikely]] {
       for (std::size_t j = 0; j < kVectors; ++j) L::store(partial + j * L::kWidth, sum[j]);
-      flags |= range_kernel(scale, form, dtype)(c, i, i + kRow, partial, bits);
+      flags |= range_kernel(scale, form, dtype)(c, i, i + kUnit, partial, bits);
       for (std::size_t j = 0; j < kVectors; ++j) sum[j] = L::load(partial + j * L::kWidth);
-      continue;
+      return;
     }
-    std::uint64_t word = ~L::negatives(x), live = 0;
-    if constexpr (masked) word &= live = word_at(c.live + i / 8);
-    std::memcpy(bits + i / 8, &word, 8);
-    for (std::size_t j = 0; j < kVectors; ++j) {
+    Word word = Word(~L::negatives_of_four(x)), live = 0;
+    if constexpr (masked) {
+      std::memcpy(&live, c.live + i / 8, sizeof live);
+      word &= live;
+    }
+    std::memcpy(bits + i / 8, &word, sizeof word);
+    for (std::size_t j = 0; j < 4; ++j) {
       V w = weight<scale>(L::abs(x[j]));
       const std::size_t at = i + j * L::kWidth;
       if constexpr (masked) {
@@ -54,9 +57,14 @@ std::uint32_t encode_rows(const Chunk& c, float* partial, std::uint8_t* bits) {
         w = L::choose(alive, w, L::set(0.0f));
         if constexpr (feedback::has_residual(form)) x[j] = L::choose(alive, x[j], L::load(c.residual + at));
       }
-      sum[j] += w;
+      sums[j] += w;
       if constexpr (feedback::has_residual(form)) L::store(c.residual + at, x[j]);
     }
+  };
+  std::size_t i = 0;
+  for (; i + kRow <= c.count; i += kRow) {
+    unit(i, sum);
+    if constexpr (kVectors == 8) unit(i + kUnit, sum + 4);
   }
   for (std::size_t j = 0; j < kVectors; ++j) L::store(partial + j * L::kWidth, sum[j]);
   return flags | range_kernel(scale, form, dtype)(c, i, c.count, partial, bits);
@@ -156,15 +164,129 @@ template <class L, DType dtype, Write write>
   }
 }
 
+/// Where the masks, the product and the rounding are the same however the sums came about: vectors sum[0..count) from element i on.
+template <class L, DType dtype, Write write>
+[[gnu::always_inline]] inline void finish(const Peers& peers, std::size_t i, std::size_t count, typename L::V* sum, typename L::V factor,
+                                          void* out) noexcept {
+  for (std::size_t j = 0; j < count; ++j) sum[j] *= factor;
+  if (peers.live != nullptr) [[unlikely]] {
+    for (std::size_t j = 0; j < count; ++j) {
+      const std::size_t at = i + j * L::kWidth;
+      sum[j] = L::choose(L::mask_of(word_at(peers.live + at / kRow * 8) >> at % kRow), sum[j], L::set(0.0f));
+    }
+  }
+  for (std::size_t j = 0; j < count; ++j) put<L, dtype, write>(out, i + j * L::kWidth, sum[j]);
+}
+
+/// Ranks whose bits are brought together in one byte per element.
+inline constexpr std::size_t kTogether = 8;
+
+/// Byte of element e: bit k is that of rank first + k. Bytes of sixteen neighbouring elements lie together; sixteen after sixteen lie where
+/// `byte_of` says, since registers are zipped 16 bytes by 16 bytes. 8·kBytes elements. About a sixth of an instruction per element and
+/// rank, where pdep took half of one.
+template <class L>
+void bring_together(const Peers& peers, std::size_t first, std::size_t i, std::uint8_t* out) noexcept {
+  typename L::Bytes x[kTogether];
+  for (std::size_t k = 0; k < kTogether; ++k) {
+    x[k] = typename L::Bytes{};
+    if (first + k >= peers.count) continue;
+    const std::uint8_t* const bits = peers.bits[first + k] + peers.offset + i / 8;
+    __builtin_prefetch(bits + kAhead);
+    x[k] = L::load_bytes(bits);
+  }
+  // Bit q of register r becomes bit r of register q.
+  for (std::size_t k : {0, 1, 2, 3}) L::template swap_bits<4>(x[k], x[k + 4], 0x0f);
+  for (std::size_t k : {0, 1, 4, 5}) L::template swap_bits<2>(x[k], x[k + 2], 0x33);
+  for (std::size_t k : {0, 2, 4, 6}) L::template swap_bits<1>(x[k], x[k + 1], 0x55);
+  // Byte i of register q is element 8i + q.
+  typename L::Bytes y[kTogether], z[kTogether];
+  for (std::size_t k = 0; k < 4; ++k) {
+    y[k] = L::template zip<1, false>(x[2 * k], x[2 * k + 1]);
+    y[k + 4] = L::template zip<1, true>(x[2 * k], x[2 * k + 1]);
+  }
+  for (std::size_t k : {0, 2, 4, 6}) {
+    z[k] = L::template zip<2, false>(y[k], y[k + 1]);
+    z[k + 1] = L::template zip<2, true>(y[k], y[k + 1]);
+  }
+  for (std::size_t h : {0, 4}) {
+    for (std::size_t k : {0, 1}) {
+      L::store_bytes(out + (h + 2 * k) * L::kBytes, L::template zip<4, false>(z[h + k], z[h + k + 2]));
+      L::store_bytes(out + (h + 2 * k + 1) * L::kBytes, L::template zip<4, true>(z[h + k], z[h + k + 2]));
+    }
+  }
+}
+
+template <class L>
+constexpr std::size_t byte_of(std::size_t e) noexcept {
+  return e % 128 / 16 * L::kBytes + e / 128 * 16 + e % 16;
+}
+
+/// Whole runs of 8·kBytes elements of five ranks and more. @returns the elements done.
+template <class L, DType dtype, Write write>
+std::size_t decode_together(const Peers& peers, const PairTables& tables, std::size_t count, float factor, void* out) {
+  using V = typename L::V;
+  constexpr std::size_t kRun = 8 * L::kBytes, kVectors = 4, kStep = kVectors * L::kWidth;
+  const std::size_t groups = (peers.count + kTogether - 1) / kTogether, whole = count / kRun * kRun;
+  const V f = L::set(factor);
+  alignas(64) std::uint8_t bytes[2 * kPairs / kTogether][kRun];
+  alignas(64) float four[16];  // sums of the first two pairs
+  for (unsigned b = 0; b < 16; ++b) four[b] = tables.sums[0][b & 3] + tables.sums[1][b >> 2];
+  for (std::size_t run = 0; run < whole; run += kRun) {
+    for (std::size_t g = 0; g < groups; ++g) bring_together<L>(peers, g * kTogether, run, bytes[g]);
+    for (std::size_t e = 0; e < kRun; e += kStep) {
+      V sum[kVectors];
+      typename L::Indices index[kVectors];
+      const auto load = [&](std::size_t g) {
+        const std::uint8_t* const from = bytes[g] + byte_of<L>(e);
+        for (std::size_t j = 0; j < kVectors; ++j) index[j] = L::indices(from + byte_of<L>(j * L::kWidth));
+      };
+      const auto add = [&](std::size_t p) {
+        const V table = L::table(tables.sums[p]);
+        for (std::size_t j = 0; j < kVectors; ++j) sum[j] += L::look_up(table, index[j]);
+      };
+      const auto next = [&] {
+        for (std::size_t j = 0; j < kVectors; ++j) index[j] = L::template shift<2>(index[j]);
+      };
+      load(0);
+      if constexpr (L::kSixteen) {
+        for (std::size_t j = 0; j < kVectors; ++j) sum[j] = L::look_up_sixteen(four, index[j]);
+        for (std::size_t j = 0; j < kVectors; ++j) index[j] = L::template shift<4>(index[j]);
+      } else {
+        const V table = L::table(tables.sums[0]);
+        for (std::size_t j = 0; j < kVectors; ++j) sum[j] = L::look_up(table, index[j]);
+        next();
+        add(1);
+        next();
+      }
+      add(2);
+      if (tables.pairs > 3) {
+        next();
+        add(3);
+      }
+      for (std::size_t g = 1; g < groups; ++g) {
+        load(g);
+        const std::size_t end = std::min(tables.pairs, 4 * g + 4);
+        for (std::size_t p = 4 * g; p < end; ++p) {
+          add(p);
+          next();
+        }
+      }
+      finish<L, dtype, write>(peers, run + e, kVectors, sum, f, out);
+    }
+  }
+  return whole;
+}
+
+/// What is left of whole rows; all of them for up to four ranks, where words of pairs cost less than bringing eight together.
 template <class L, DType dtype, Write write>
 void decode_rows(const Peers& peers, const PairTables& tables, std::size_t count, float factor, void* out) {
   using V = typename L::V;
   constexpr std::size_t kVectors = kRow / L::kWidth, kSteps = 16 / L::kWidth;
   const std::size_t whole = count / kRow, pairs = tables.pairs;
-  const std::uint8_t* const live = peers.live;
+  const std::size_t done = pairs > 2 ? decode_together<L, dtype, write>(peers, tables, count, factor, out) : 0;
   const V f = L::set(factor);
   Words words;
-  for (std::size_t first = 0; first < whole; first += kRows) {
+  for (std::size_t first = done / kRow; first < whole; first += kRows) {
     const std::size_t rows = std::min(kRows, whole - first);
     interleave(peers, first * kRow, rows, words);
     for (std::size_t row = 0; row < rows; ++row) {
@@ -175,13 +297,7 @@ void decode_rows(const Peers& peers, const PairTables& tables, std::size_t count
       };
       values(0, [](V& into, const V& value) { into = value; });
       for (std::size_t p = 1; p < pairs; ++p) values(p, [](V& into, const V& value) { into += value; });
-      const std::size_t i = (first + row) * kRow;
-      for (std::size_t j = 0; j < kVectors; ++j) sum[j] *= f;
-      if (live != nullptr) {
-        const std::uint64_t word = word_at(live + i / 8);
-        for (std::size_t j = 0; j < kVectors; ++j) sum[j] = L::choose(L::mask_of(word >> (j * L::kWidth)), sum[j], L::set(0.0f));
-      }
-      for (std::size_t j = 0; j < kVectors; ++j) put<L, dtype, write>(out, i + j * L::kWidth, sum[j]);
+      finish<L, dtype, write>(peers, (first + row) * kRow, kVectors, sum, f, out);
     }
   }
 }

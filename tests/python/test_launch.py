@@ -541,3 +541,25 @@ def test_training_benchmark(digits: Path, tmp_path: Path) -> None:
     for name, row in rows.items():
         assert row["seconds_median"] > 0 and row["steps"] == 6 + 2 * 2 and (row["fingerprint"] is None) == (name == "compute alone")
     assert (tmp_path / "training.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# --- bench/run quality -------------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_text_training() -> None:
+    """A few steps of a small one: the row of both optimizers, and that 1-bit Adam did freeze."""
+    small = ["--steps=12", "--batch=2", "--length=16", "--width=32", "--layers=1"]
+    program = f"""
+import json, sys
+sys.path.insert(0, {str(ROOT / "bench")!r})
+import quality
+print(json.dumps([quality.train_text(0, config, {small}) for config in ("", "onebit_adam:freeze=6 min_numel=1024")]))
+"""
+    result = run([sys.executable, "-c", program])
+    assert result.returncode == 0, result.stdout + result.stderr
+    dense, ours = json.loads(result.stdout.splitlines()[-1])
+    assert (dense["config"], dense["frozen_step"], dense["steps"], dense["world"]) == ("codec=none", None, 12, 2)
+    assert ours["frozen_step"] == 6 and ours["wire_bytes"] < 0.8 * dense["wire_bytes"] == 0.8 * ours["dense_bytes"]
+    assert ours["fingerprint"] != dense["fingerprint"]
+    for row in (dense, ours):
+        assert 0 < row["accuracy"] < 1 and 1 < row["validation_loss"] < 6, row
