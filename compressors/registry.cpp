@@ -38,7 +38,7 @@ constexpr Key kBlock = {"block", Kind::integer_or_word, "1024", "tensor|[8, 1073
                         "elements per scale, a multiple of 8, or one scale for what one rank owns of a tensor"};
 constexpr Key kSign[] = {kScale, kBlock};
 constexpr Key kBeta1 = {"beta1", Kind::number, "0.9", "[0, 1)", "of the momentum; an optimizer's own counts where there is one"};
-constexpr Key kFreeze = {"freeze", Kind::integer_or_word, "auto", "auto|[0, inf)",
+constexpr Key kFreeze = {"freeze", Kind::integer_or_word, "auto", "auto|[1, inf)",
                          "synchronised steps that stay dense first; auto: until the optimizer's variance is stable"};
 constexpr Key kMomentumTarget[] = {kBeta1, kFreeze, kClipNorm};
 constexpr Key kEf14[] = {{"decay", Kind::number, "1", "(0, 1]", "what of the residual is kept per step; below 1 forgets"}};

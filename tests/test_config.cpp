@@ -257,7 +257,8 @@ TEST(Config, RefusalsSayWhatWhereAndWhatIsAllowed) {
       {"codec=sign:block=100", {"sign: block=100 is not a multiple of 8"}},
       {"codec=sign:block=0", {"sign: block=0 is outside [8, 1073741824]"}},
       {"codec=sign:block=tensr", {"sign: block=tensr is not valid", "did you mean 'tensor'", "or an integer in [8, 1073741824]"}},
-      {"onebit_adam:freeze=-1", {"onebit_adam: freeze=-1 is not valid", "allowed: auto, or an integer in [0, inf)"}},
+      {"onebit_adam:freeze=-1", {"onebit_adam: freeze=-1 is not valid", "allowed: auto, or an integer in [1, inf)"}},
+      {"onebit_adam:freeze=0", {"onebit_adam: freeze=0 is outside [1, inf)"}},
       {"onebit_adam:beta1=1", {"onebit_adam: beta1=1 is outside [0, 1)"}},
   };
   for (const auto& [text, fragments] : cases) {

@@ -92,8 +92,8 @@ TEST(TargetMomentum, IsHandedOverWithMasks) {
 // what the codec's rounding leaves; the momentum to the bit.
 TEST(TargetMomentum, AStepThatIsSkippedMovesNothing) {
   for (const int world : {1, 2, 4}) {
-    for (const char* config : {"onebit_adam:freeze=0,block=8,beta1=0.5 min_numel=1",
-                               "codec=sign:block=8 feedback=ef14 target=momentum:freeze=0,beta1=0.5 exchange=gather min_numel=1"}) {
+    for (const char* config : {"onebit_adam:freeze=1,block=8,beta1=0.5 min_numel=1",
+                               "codec=sign:block=8 feedback=ef14 target=momentum:freeze=1,beta1=0.5 exchange=gather min_numel=1"}) {
       Scenario s = scenario(world, 3, config);
       s.parameters = {{"w", {40, 64}}, {"v", {64, 8}}};
       const auto grad = numbers(dyadic_number, 12, s.parameters);
@@ -148,7 +148,7 @@ TEST(TargetMomentum, AStepThatIsSkippedMovesNothing) {
 // A dense step after the freeze returns the momentum with nothing left out, and everything held back with it.
 TEST(TargetMomentum, AFlushAfterTheFreezeSendsEverything) {
   for (const int world : {2, 3}) {
-    Scenario s = scenario(world, 5, "onebit_adam:freeze=0,block=64 min_numel=1");
+    Scenario s = scenario(world, 5, "onebit_adam:freeze=1,block=64 min_numel=1");
     std::vector<ReducerState> before(static_cast<std::size_t>(world));
     s.before_step = [&](GradientReducer& reducer, int step, int rank) {
       if (step != 4) return;

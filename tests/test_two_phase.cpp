@@ -25,7 +25,7 @@ const Case kCases[] = {
     {"codec=sign feedback=ef14:decay=0.5", {.decay = 0.5f, .block = 1024}},
     {"codec=sign:block=tensor,scale=l2 feedback=none", {.feedback = false, .block = 0, .l2 = true}},
     {"onebit_adam:freeze=2,block=24", {.averaged = true, .freeze = 2, .block = 24}},
-    {"onebit_adam:freeze=0,beta1=0.5,scale=l2,block=8192", {.averaged = true, .beta1 = 0.5f, .block = 8192, .l2 = true}},
+    {"onebit_adam:freeze=1,beta1=0.5,scale=l2,block=8192", {.averaged = true, .beta1 = 0.5f, .freeze = 1, .block = 8192, .l2 = true}},
     {"codec=sign feedback=none target=momentum:freeze=1", {.feedback = false, .averaged = true, .freeze = 1, .block = 1024}},
 };
 
@@ -152,7 +152,10 @@ TEST(TwoPhase, AFlushSendsEverything) {
                               .parameters = parameters,
                               .steps = 3,
                               .grad = grad,
-                              .buckets = [](int) { return std::vector<Ids>{{2, 1}, {0}}; },
+                              .buckets =
+                                  [](int) {
+                                    return std::vector<Ids>{{2, 1}, {0}};
+                                  },
                               .before_step =
                                   [](GradientReducer& reducer, int step, int) {
                                     if (step == 2) reducer.flush();

@@ -77,7 +77,10 @@ def onebit_adam_equations(rank: int, world: int) -> None:
         for name, p in reference.named_parameters():
             if step == freeze - 1:
                 momentum[name] = adam.state[p]["exp_avg"].clone()
-                frozen[name] = (adam.state[p]["exp_avg_sq"].sqrt() / (1 - 0.999**t) ** 0.5).add_(1e-8)
+                v = adam.state[p]["exp_avg_sq"]
+                least = (v.sqrt().double().mean() * 0.05).square().float()
+                assert 0 < int((v < least).sum()) < v.numel() or name != "0.weight", "the floor is not tested"
+                frozen[name] = (torch.where(v > 0, torch.maximum(v, least), v).sqrt() / (1 - 0.999**t) ** 0.5).add_(1e-8)
             if step >= freeze and name in which:
                 with torch.no_grad():
                     p.mul_(1 - LR * 0.1).addcdiv_(grads[name], frozen[name], value=-LR / (1 - 0.9**t))
@@ -165,6 +168,20 @@ def onebit_adam_freezes_by_itself(rank: int, world: int) -> None:
 
 
 @feature
+def onebit_adam_freezes_at_the_latest_and_warns_of_a_warm_up(rank: int, world: int) -> None:
+    ddp, optimizer, state = pair("onebit_adam:block=64 min_numel=1 timeout=60", not_after=6)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for step in range(8):
+            optimizer.param_groups[0]["lr"] = LR * (step + 1) / 8
+            run(ddp, optimizer, rank, range(step, step + 1))
+            assert optimizer.frozen == (step >= 5)
+    assert state.stats()["freeze"]["reason"] == "not_after=6"
+    words = [str(w.message) for w in said if "learning rate still rises" in str(w.message)]
+    assert len(words) == 1 and "frozen at step 6" in words[0] and "not_before" in words[0], words
+
+
+@feature
 def onebit_adam_grad_scaler(rank: int, world: int) -> None:
     """An overflow on one rank: nobody steps, and nothing is lost. Powers of two, so that scaled and plain training are the same bits."""
     ends = []
@@ -222,7 +239,10 @@ def onebit_adam_refusals(rank: int, world: int) -> None:
     refused("use torch.optim.AdamW", lambda: thinwire.attach(ddp, "codec=sign feedback=ef14", one))
     some = thinwire.optim.OneBitAdam([ddp.module[0].weight])
     refused("does not have", lambda: thinwire.attach(ddp, "onebit_adam min_numel=1", some))
-    refused('must be "auto" or a number', lambda: thinwire.optim.OneBitAdam(ddp.parameters(), freeze=-1))
+    for freeze in (-1, 0):
+        refused('must be "auto" or a number of steps, 1 or more', lambda freeze=freeze: thinwire.optim.OneBitAdam(ddp.parameters(), freeze=freeze))
+    refused("floor=2 must be in [0, 1]", lambda: thinwire.optim.OneBitAdam(ddp.parameters(), floor=2))
+    refused("not_after=3", lambda: thinwire.optim.OneBitAdam(ddp.parameters(), not_before=5, not_after=3))
     state = thinwire.attach(ddp, "onebit_adam:freeze=5 min_numel=1", one)
     run(ddp, one, rank, range(2))
     refused("belongs to another hook", lambda: thinwire.attach(DistributedDataParallel(mlp()), "onebit_adam:freeze=5", one))
@@ -232,7 +252,7 @@ def onebit_adam_refusals(rank: int, world: int) -> None:
 @feature
 def onebit_adam_says_unusual_updates(rank: int, world: int) -> None:
     """A tensor whose gradients come after the freeze: its updates are beyond Adam's by far, and one warning says so with numbers."""
-    ddp, optimizer, state = pair("onebit_adam:freeze=2,block=64 min_numel=1 timeout=60")
+    ddp, optimizer, state = pair("onebit_adam:freeze=2,block=64 min_numel=1 timeout=60", floor=0)
     optimizer.param_groups[0]["lr"] = 1e-8  # the network is to survive it
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

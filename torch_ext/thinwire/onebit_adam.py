@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _NEAR = 0.04  # the variance is stable when its L1 norm changes by no more than this per 1 / (1 - beta2) steps
 _MOST = 0.9  # in this share of the tensors, and in their sum
+_FLOOR = 0.05  # of a tensor's mean root of the variance, below which no frozen one is
 _UNUSUAL = 20.0  # |update / lr|; Adam's is about 1
 _LOOK_EVERY = 16  # steps between looks at the largest update
 
@@ -30,10 +31,13 @@ class OneBitAdam(AdamW):
         w ← w − lr·(weight_decay·w + m / (1 − beta1^t) / (sqrt(v / (1 − beta2^T)) + eps))
 
     with v and its correction frozen at T. Coordinates with v = 0 are masked: 1 bit cannot send their 0, so the hook leaves them out and m is
-    0 there. Tensors that the hook keeps dense go on with exact AdamW.
+    0 there. Those whose gradients were merely rare would get updates of thousands of times the learning rate, since m is ± a scale of its
+    block: with more than one rank sqrt(v) is raised to at least ``floor`` times its mean over the tensor (0: as it is). Tensors that the hook
+    keeps dense go on with exact AdamW.
 
     ``freeze``: ``"auto"``: once the L1 norm of the variance has changed by at most 4 % over 1/(1 - beta2) steps, in sum and in 90 % of the
-    tensors, at the earliest after twice as many steps and after ``not_before`` (finish a learning rate's warm-up first: v is still moving).
+    tensors, at the earliest after twice as many steps and after ``not_before`` (finish a learning rate's warm-up first: v is still moving),
+    at the latest after ``not_after`` steps, if it is given: a quarter of a short training, in which v never settles.
     A number: after so many synchronised steps. None: what the config says. Gradient clipping belongs to the config's ``clip_norm``:
     ``clip_grad_norm_`` would clip the momentum after the freeze.
 
@@ -50,17 +54,26 @@ class OneBitAdam(AdamW):
         freeze: str | int | None = None,
         *,
         not_before: int = 0,
+        not_after: int | None = None,
+        floor: float = _FLOOR,
     ) -> None:
-        if not (freeze is None or freeze == "auto" or (isinstance(freeze, int) and not isinstance(freeze, bool) and freeze >= 0)):
-            raise ArgumentError(f'OneBitAdam: freeze={freeze!r} must be "auto" or a number of steps, 0 or more')
+        if not (freeze is None or freeze == "auto" or (isinstance(freeze, int) and not isinstance(freeze, bool) and freeze >= 1)):
+            raise ArgumentError(f'OneBitAdam: freeze={freeze!r} must be "auto" or a number of steps, 1 or more: before the first there is no variance')
         if not isinstance(not_before, int) or not_before < 0:
             raise ArgumentError(f"OneBitAdam: not_before={not_before!r} must be a number of steps, 0 or more")
+        if not_after is not None and (not isinstance(not_after, int) or not_after < max(1, not_before)):
+            raise ArgumentError(f"OneBitAdam: not_after={not_after!r} must be a number of steps, at least 1 and not_before={not_before}")
+        if not 0 <= floor <= 1:
+            raise ArgumentError(f"OneBitAdam: floor={floor!r} must be in [0, 1]")
         self.freeze = freeze
         self.not_before = not_before
+        self.not_after = not_after
+        self.floor = floor
         self._hook: HookState | None = None
         self._averaged: dict[torch.Tensor, int] = {}  # parameters that the hook compresses: their places among its parameters
         self._seen: tuple[int, list[float]] | None = None  # step of the last look at the variance, and its norms
         self._frozen: dict[str, Any] = {}  # when, why, how large updates got
+        self._rates: tuple[list[float], bool] = ([], False)  # the last step's learning rates, and whether one of them had risen
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     # ---- with the hook ------------------------------------------------------------------------------------------------------------------
@@ -110,6 +123,8 @@ class OneBitAdam(AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        rates = [float(group["lr"]) for group in self.param_groups]
+        self._rates = (rates, any(now > then for now, then in zip(rates, self._rates[0], strict=False)))
         if not self.frozen:
             super().step()
             self._freeze_if_time()
@@ -163,11 +178,21 @@ class OneBitAdam(AdamW):
         reason = f"freeze={freeze}" if freeze != "auto" and step >= freeze else ""
         if freeze == "auto":
             reason = self._stable()
+            if not reason and self.not_after is not None and step >= self.not_after:
+                reason = f"not_after={self.not_after}"
         if not reason:
             return
+        if self._rates[1]:
+            warnings.warn(
+                f"OneBitAdam: the variance is frozen at step {step} while the learning rate still rises; it is then that of a training that has hardly "
+                "begun. Freeze after the warm-up: OneBitAdam(..., not_before=STEPS), or a later freeze=STEP",
+                stacklevel=3,
+            )
         self._hand_over(momenta=True)
         for p in self._averaged:
             state = self.state[p]
+            if self.floor > 0 and dist.get_world_size(self._hook._group) > 1:
+                _raise_to(self.floor, state["exp_avg_sq"])
             state["frozen_step"] = int(state["step"])
             del state["exp_avg"]  # the hook's from now on
         self._frozen = {"step": step, "reason": reason}
@@ -214,6 +239,12 @@ class OneBitAdam(AdamW):
         self._frozen, self._seen = dict(freeze["frozen"]), freeze["seen"]
         if self._hook is not None and self.frozen and self._hook._engine.frozen():
             self._hand_over(momenta=False)
+
+
+def _raise_to(floor: float, v: torch.Tensor) -> None:
+    """sqrt(v) ≥ floor · its mean, but where v is 0: such elements are masked."""
+    least = (v.sqrt().mean(dtype=torch.float64) * floor).square().to(v.dtype)
+    v.copy_(torch.where(v > 0, torch.maximum(v, least), v))
 
 
 def _bits(live: torch.Tensor) -> torch.Tensor | None:
