@@ -467,6 +467,21 @@ def test_run_gpu_refuses(arguments: list[str], says: str, tmp_path: Path) -> Non
     assert result.returncode == 2 and says in result.stderr and not list(tmp_path.iterdir()), result.stdout + result.stderr
 
 
+def test_what_run_gpu_sanitizes_is_there() -> None:
+    """The script looks at each filter before it runs it, but only on a GPU."""
+    lines = re.search(r"^sanitized=\(\n(.*?)^\)", RUN_GPU.read_text(), re.DOTALL | re.MULTILINE)
+    assert lines is not None
+    for line in lines[1].splitlines():
+        tools, program, patterns = line.strip().strip('"').split(" ")
+        assert set(tools.split(",")) <= {"memcheck", "racecheck", "synccheck"}
+        source = (ROOT / "tests" / f"{program}.cpp").read_text()
+        for pattern in patterns.split(":"):
+            suite, _, name = pattern.partition(".")
+            declared = r"TYPED_TEST\(\w+" if suite == "*/cuda" else rf"TEST(_F)?\({suite}"
+            name = name.replace("*", r"\w*")
+            assert re.search(rf"^{declared}, {name}\)", source, re.MULTILINE), (program, pattern)
+
+
 class FakeGpu:
     """A machine that says it has a GPU: nothing is built, and what Python is asked to run does as it is told here."""
 
