@@ -61,6 +61,9 @@ class Communicator {
   /// throws.
   virtual void abort(const std::string& reason) noexcept = 0;
 
+  /// @throws what has ended the group since the last call, where a call does not wait for its end (device spans); nothing is sent.
+  virtual void raise_failure() {}
+
   std::chrono::milliseconds timeout() const noexcept { return timeout_; }
   virtual void set_timeout(std::chrono::milliseconds timeout) { timeout_ = timeout; }
   Traffic traffic() const noexcept { return traffic_; }  ///< read from the thread that makes the calls

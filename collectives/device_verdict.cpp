@@ -23,6 +23,7 @@ void DeviceEngine::check() {
       fail(Errc::invalid_argument, "loss_scale=" + std::to_string(bits_float(std::uint32_t(wrong))) + " is not a positive number (bucket " +
                                        plan->bucket->name + "; found on the GPU, so this is a later call)");
     if (plan->report->corrupt == 0) continue;
+    parts_.communicator.raise_failure();  // what a broken gather left is no payload of the peer's
     fail(Errc::corrupt_payload, parts_.codec->describe(plan->bucket->plan(0), *plan->report) + " (bucket " + plan->bucket->name +
                                     "; found on the GPU, so this is a later call)");
   }

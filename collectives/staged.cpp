@@ -17,6 +17,7 @@ class Staged final : public Communicator {
   bool any_thread() const noexcept override { return inner_->any_thread(); }
   std::unique_ptr<Communicator> split(int colour, int key) override { return make_staged(inner_->split(colour, key)); }
   void abort(const std::string& reason) noexcept override { inner_->abort(reason); }
+  void raise_failure() override { inner_->raise_failure(); }
   void set_timeout(std::chrono::milliseconds timeout) override {
     Communicator::set_timeout(timeout);
     inner_->set_timeout(timeout);

@@ -221,7 +221,8 @@ TEST(Passengers, OwnersAndRawGiveTheSameBits) {
             ASSERT_EQ(plans[std::size_t(from)].send_bytes[std::size_t(owner)], plan.recv_bytes[std::size_t(from)]);
             received.insert(received.end(), begin, begin + std::ptrdiff_t(plan.recv_bytes[std::size_t(from)]));
           }
-          const std::size_t used = finish_owned(plan, world, owner, bytes(received), plan.recv_bytes.front(), factors, bytes(finished), &flags);
+          const std::size_t used =
+              finish_owned(plan, world, owner, bytes(received), plan.recv_bytes.front(), factors, bytes(finished), &flags);
           ASSERT_LE(used, finished.size());
           place_owned(plans[0], owner, bytes(finished), owned.view());
         }

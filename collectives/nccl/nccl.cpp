@@ -121,7 +121,7 @@ class Nccl final : public Communicator {
 
   std::unique_ptr<Communicator> split(int colour, int key) override {
     THINWIRE_EXPECTS(colour >= 0, "split: colour " + std::to_string(colour) + " is negative");
-    rethrow();
+    raise_failure();
     ncclComm_t part = nullptr;
     try {
       // The lock is held by who waits, so that the watcher leaves the parent alone meanwhile.
@@ -156,7 +156,7 @@ class Nccl final : public Communicator {
 
   bool serves(Place) const noexcept override { return true; }
 
-  void rethrow() {
+  void raise_failure() override {
     const std::lock_guard lock(mutex_);
     if (failed_) throw Error(code_, what_);
   }
@@ -185,11 +185,11 @@ class Nccl final : public Communicator {
     std::optional<Error> problem;
     {
       const std::lock_guard use(use_);
-      rethrow();
+      raise_failure();
       set_calling(name, deadline);
       const ncclResult_t result = calls(stream.get());
       set_calling(nullptr, {});
-      rethrow();  // it was aborted while it was in there: the communicator is gone
+      raise_failure();  // it was aborted while it was in there: the communicator is gone
       if (result != ncclSuccess) problem = error_of(result, name, communicator_);
     }
     if (problem) {
@@ -276,12 +276,12 @@ class Nccl final : public Communicator {
     const auto deadline = deadline_after(timeout());
     for (;;) {
       const cudaError_t state = cudaStreamQuery(stream.get());
-      if (state == cudaSuccess) return rethrow();
+      if (state == cudaSuccess) return raise_failure();
       if (state != cudaErrorNotReady) check_cuda(state, name);
-      rethrow();
+      raise_failure();
       if (Clock::now() > deadline) {
         break_off(Errc::timeout, std::string("nccl: ") + name + " did not end within " + std::to_string(timeout().count()) + " ms");
-        rethrow();
+        raise_failure();
       }
       std::this_thread::sleep_for(std::chrono::microseconds(20));
     }
