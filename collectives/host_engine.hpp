@@ -39,7 +39,7 @@ class HostEngine final : public BucketEngine {
   struct Sent {
     ConstBytes own_wire;  ///< what is taken back: this rank's payload, under two_phase its second one
     ConstBytes gathered;  ///< target=momentum: all ranks' contributions, of which the momentum is decoded
-    ConstBytes momentum;  ///< target=momentum: what becomes the momentum of dense parameters, packed, fp32
+    ConstBytes momentum;  ///< target=momentum, a step verdict: what becomes the momentum of dense parameters, packed, fp32
     bool joined = false;
   };
   struct Pending {

@@ -1,6 +1,7 @@
 // What follows a bucket's verdict on the host: state is settled, or what was not applied returns to it; with a step verdict after the
 // step's last bucket.
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <string>
 
@@ -52,27 +53,37 @@ void HostEngine::take_back(const BucketPlan& bucket, std::uint64_t step, const S
 }
 
 void HostEngine::note_dense_momentum(const BucketPlan& bucket, Bytes grad, float unscale) {
-  const bool averaging = bucket.recursion.averaged;
+  const bool averaging = bucket.recursion.averaged, waits = options_.step_verdict;
+  if (options_.momentum_elsewhere && !averaging) return;
   std::size_t count = 0;
   for (const SharedMomentum& shared : bucket.momenta) count += shared.dense ? shared.count : 0;
-  const Bytes memory = momenta_.take(count * sizeof(float));
-  float* out = memory.as<float>();
+  const Bytes memory = momenta_.take(waits ? count * sizeof(float) : 0);
+  float* kept = memory.as<float>();
+  std::array<float, 1024> means;
   for (const SharedMomentum& shared : bucket.momenta) {
     if (!shared.dense) continue;
-    for (std::size_t i = 0; i < shared.count; ++i) {
-      if (averaging && !is_live(shared.live, i)) std::memset(grad.data + (shared.first + i) * size_of(grad.dtype), 0, size_of(grad.dtype));
-      out[i] = element(grad, shared.first + i) * unscale;
+    float* const out = waits ? kept : shared.momentum;  // the bucket's own verdict is good: otherwise nobody calls
+    for (std::size_t first = 0; first < shared.count; first += means.size()) {
+      const std::size_t n = std::min(means.size(), shared.count - first);
+      for (std::size_t i = 0; i < n; ++i) {
+        const std::size_t at = shared.first + first + i;
+        if (averaging && !is_live(shared.live, first + i)) std::memset(grad.data + at * size_of(grad.dtype), 0, size_of(grad.dtype));
+        means[i] = element(grad, at) * unscale;
+      }
+      const std::span<const float> mean(means.data(), n);
+      if (averaging) {
+        std::copy(mean.begin(), mean.end(), out + first);
+      } else {
+        average_momentum(shared.beta1, std::span<const float>(shared.momentum + first, n), mean, std::span<float>(out + first, n));
+      }
     }
-    const std::span<float> means(out, shared.count);
-    if (!averaging) average_momentum(shared.beta1, std::span(shared.momentum, shared.count), means, means);
-    out += shared.count;
+    kept += waits ? shared.count : 0;
   }
   sent_.momentum = memory;
 }
 
 void HostEngine::move_momentum(const BucketPlan& bucket, std::uint64_t step, const Sent& sent) {
-  if (!options_.momentum_elsewhere || bucket.recursion.averaged) {
-    const float* in = sent.momentum.as<float>();
+  if (const float* in = sent.momentum.as<float>(); !sent.momentum.empty()) {
     for (const SharedMomentum& shared : bucket.momenta) {
       if (!shared.dense) continue;
       std::memcpy(shared.momentum, in, shared.count * sizeof(float));

@@ -41,7 +41,7 @@ def compressed(state: thinwire.HookState) -> set[str]:
 def onebit_adam_equations(rank: int, world: int) -> None:
     """Before the freeze torch's AdamW on the mean gradient, to the bit; after it the momentum is what replay makes of this group's messages,
     and the update is the equation's."""
-    ddp, optimizer, state = pair()
+    ddp, optimizer, state = pair(floor=0.5)  # high, so that it raises some of this small network's
     reference = copy.deepcopy(ddp.module)
     adam = torch.optim.AdamW(reference.parameters(), lr=LR, weight_decay=0.1)
     steps, freeze = 7, 3
@@ -78,7 +78,7 @@ def onebit_adam_equations(rank: int, world: int) -> None:
             if step == freeze - 1:
                 momentum[name] = adam.state[p]["exp_avg"].clone()
                 v = adam.state[p]["exp_avg_sq"]
-                least = (v.sqrt().double().mean() * 0.05).square().float()
+                least = (v.sqrt().double().mean() * 0.5).square().float()
                 assert 0 < int((v < least).sum()) < v.numel() or name != "0.weight", "the floor is not tested"
                 frozen[name] = (torch.where(v > 0, torch.maximum(v, least), v).sqrt() / (1 - 0.999**t) ** 0.5).add_(1e-8)
             if step >= freeze and name in which:
