@@ -30,6 +30,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", metavar="DIR", type=pathlib.Path, default=ROOT / "out" / "quickstart", help="where the picture goes; default out/quickstart")
     options = parser.parse_args(arguments)
     options.config = options.config or [DEFAULT_CONFIG]
+    if options.link and options.device != "cpu":
+        parser.error("--link puts ranks on virtual hosts, which talk over Gloo: it goes with --device cpu")
     return options
 
 
@@ -164,6 +166,8 @@ def main() -> int:
             if any(averaged) and not all(averaged):
                 raise thinwire.ConfigError("configs with target=momentum train with Adam, the others with SGD: compare them in runs of their own, or give --optimizer adam")
             options.optimizer = "adam" if any(averaged) else "sgd"
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise ranks.RankError("--device cuda: there is no GPU, or no driver for it, or this torch has no CUDA")
         datasets.load(options.data)  # bad data is one message here, not one per rank
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)

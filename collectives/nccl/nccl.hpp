@@ -20,7 +20,8 @@ namespace thinwire {
 ///
 /// Deadlines and errors: a thread of the group looks at the call under way, the oldest one in flight and NCCL's asynchronous errors. Past
 /// timeout(), or when NCCL reports an error, it aborts the group, so that kernels waiting for a lost peer end; the next call throws that
-/// error. Calls that are captured are not watched when the graph runs.
+/// error. A given communicator is the caller's to abort: only calls of thinwire's are refused then. Calls that are captured are not watched
+/// when the graph runs.
 ///
 /// libnccl.so.2 is looked up by that name at the first call, so that a process has the one that it loaded before (torch's), and a library
 /// built with NCCL loads without one. One thread at a time may use NCCL on a GPU: with other groups on it (torch's), make calls from the

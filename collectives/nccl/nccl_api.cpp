@@ -38,7 +38,6 @@ NcclApi load() {
   need("ncclGetUniqueId", api.get_unique_id);
   need("ncclCommInitRankConfig", api.init_rank);
   need("ncclCommSplit", api.split);
-  need("ncclCommFinalize", api.finalize);
   need("ncclCommDestroy", api.destroy);
   need("ncclCommAbort", api.abort);
   need("ncclCommGetAsyncError", api.async_error);
