@@ -156,7 +156,9 @@ void check_combination(const Config& config) {
     refuse("policy=warmup needs a sparse codec, whose density it sets; " + codec + " has none");
   }
   if (config.exchange().name == "two_phase" && config.codec().name != "sign") {
-    refuse("exchange=two_phase needs a codec whose sums are encoded again, codec=sign; with " + codec + " choose exchange=auto");
+    refuse("exchange=two_phase needs a codec whose sums are encoded again, codec=sign; " +
+           (sends_all ? codec + " sends no payloads, choose exchange=auto"
+                      : "payloads of " + codec + " are gathered, choose exchange=auto or gather"));
   }
   if (config.target().name == "momentum" && config.codec().name != "sign") {
     refuse("target=momentum compresses the momentum by codec=sign; " + codec + " compresses gradients, choose target=gradient");
