@@ -151,6 +151,8 @@ BucketPlan make_bucket_plan(std::span<const std::uint32_t> ids, DType dtype, boo
   if (bucket.two_phase) cut_into_parts(bucket, slots, world, rank);
   if (!bucket.two_phase) bucket.part_end = {std::uint32_t(bucket.segments.size())};
   if (!bucket.momenta.empty()) bucket.momentum_segments = in_momenta(bucket, slots);
+  for (std::size_t s = 0; s < bucket.states.size() && recursion.kind == Recursion::Kind::estimate; ++s)
+    bucket.mean_estimates.push_back(mean_estimate_of(recursion, bucket.states[s]));
   bucket.layout = codec->layout(bucket.plan(0));
   const std::size_t raw = bucket.passengers[0].bytes() + bucket.passengers[1].bytes();
   bucket.owners = world > 1 && (bucket.two_phase ? raw != 0 : raw > kRawPassengerBytes);

@@ -96,8 +96,9 @@ struct BucketPlan {
   std::vector<SegmentState> states;
   std::vector<std::uint32_t> part_end;
   WireLayout layout;
-  std::vector<float> betas;  ///< averaged: beta1 per segment
-  Recursion recursion;       ///< of this bucket's messages
+  std::vector<float> betas;            ///< averaged: beta1 per segment
+  std::vector<float*> mean_estimates;  ///< estimate: H per segment
+  Recursion recursion;                 ///< of this bucket's messages
   bool two_phase = false;
   TwoPhase phases;
   std::vector<SharedMomentum> momenta;     ///< of all compressible parameters, where the target is the momentum
@@ -116,6 +117,13 @@ struct BucketPlan {
   std::uint64_t context = 0;  ///< a hash of all of the bucket's parameters, passengers included, and of its dtype
 
   Plan plan(std::uint64_t step) const noexcept { return {segments, part_end, step, context}; }
+  /// The same, for decoding the mean of all ranks: where there are estimates it is added to them, and `scale` of that comes out.
+  Plan mean_plan(std::uint64_t step, float scale) const noexcept {
+    Plan out = plan(step);
+    out.mean_estimates = mean_estimates;
+    out.output.factor = scale;
+    return out;
+  }
   std::size_t sent_bytes() const noexcept;  ///< owners: of the whole send buffer
   /// two_phase: the part that this rank owns, as it is encoded again: payloads of all parts are of one size.
   Plan own_part(std::uint64_t step) const noexcept {

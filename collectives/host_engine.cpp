@@ -159,13 +159,13 @@ std::uint32_t HostEngine::run_whole_dense(const BucketPlan& bucket, Bytes grad, 
   if (all.as<float>()[bucket.count] != 0.0f) flags |= kFlagNonfinite;
   const ConstBytes sum = messages;
   sum_in_rank_order(std::span(&sum, 1), 1.0f / float(communicator_.size()) * options.loss_scale, grad, &flags);
+  if (bucket.recursion.kind == Recursion::Kind::estimate) note_dense_means(bucket, messages);
   return flags;
 }
 
 std::uint32_t HostEngine::run_compressed(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options) {
   const int world = communicator_.size(), rank = communicator_.rank();
   const std::size_t share = bucket.contribution, capacity = bucket.layout.part_capacity;
-  const Plan plan = bucket.plan(step);
   // The mean of messages with state is in true units until it is given back; a message without state never left the loss-scaled ones.
   const float mean = 1.0f / float(world), factors[2] = {mean * options.loss_scale, mean};
   std::uint32_t flags = options.joined ? std::uint32_t(kFlagJoined) : 0;
@@ -198,7 +198,9 @@ std::uint32_t HostEngine::run_compressed(const BucketPlan& bucket, Bytes grad, s
   // 3. One gather carries all of it.
   communicator_.all_gather(own, gathered);
   for (int r = 0; r < world; ++r) wires_[std::size_t(r)] = gathered.sub(share * std::size_t(r), capacity);
-  codec_->decode(plan, wires_, factors[0], workspace, grad, &flags, Stream::host());
+  const bool estimates = !bucket.mean_estimates.empty();  // in true units: the loss scale comes last
+  codec_->decode(bucket.mean_plan(step, options.loss_scale), wires_, estimates ? mean : factors[0], workspace, grad, &flags,
+                 Stream::host());
   if (bucket.owners) {
     for (int r = 0; r < world; ++r) place_owned(bucket, r, gathered.sub(share * std::size_t(r) + capacity, share - capacity), grad);
   } else if (raw_bytes != 0) {

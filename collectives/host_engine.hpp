@@ -39,7 +39,7 @@ class HostEngine final : public BucketEngine {
   struct Sent {
     ConstBytes own_wire;  ///< what is taken back: this rank's payload, under two_phase its second one
     ConstBytes gathered;  ///< target=momentum: all ranks' contributions, of which the momentum is decoded
-    ConstBytes momentum;  ///< target=momentum, a step verdict: what becomes the momentum of dense parameters, packed, fp32
+    ConstBytes shared;    ///< what becomes of dense parameters' momentum (a step verdict) or mean estimate (a starting step), packed, fp32
     bool joined = false;
   };
   struct Pending {
@@ -66,7 +66,11 @@ class HostEngine final : public BucketEngine {
               std::uint32_t* flags);
   void settle(const BucketPlan& bucket, std::uint64_t step, const Sent& sent, bool finite);
   void take_back(const BucketPlan& bucket, std::uint64_t step, const Sent& sent);
+  /// The verdict of a step that is Recursion::starting.
+  void start(const BucketPlan& bucket, std::uint64_t step, const Sent& sent, bool finite);
   void move_momentum(const BucketPlan& bucket, std::uint64_t step, const Sent& sent);
+  /// A dense step with estimates: keeps the means of `sums` for the verdict of a starting one, or makes the mean of all estimates anew.
+  void note_dense_means(const BucketPlan& bucket, Bytes sums);
   void note_dense_momentum(const BucketPlan& bucket, Bytes grad, float unscale);
   void keep_pending(const std::shared_ptr<const BucketPlan>& bucket);
 

@@ -45,7 +45,8 @@ std::uint32_t HostEngine::run_two_phase(const BucketPlan& bucket, Bytes grad, st
   if (bucket.owners)
     used += finish_owned(bucket, int(world), int(rank), received.sub(capacity, received.size - capacity), slot, factors,
                          contribution.sub(used, share - used), &flags);
-  own.output = {grad.dtype, options.loss_scale};
+  const bool estimates = !bucket.mean_estimates.empty();
+  if (!estimates) own.output = {grad.dtype, options.loss_scale};
   const Bytes second = contribution.sub(0, capacity);
   codec_->stream(kOwner, own, mean, {bucket.phases.own_states, nullptr}, workspace, second, &flags, {}, Stream::host());
   if (options_.record_payload) options_.record_payload(step, second);
@@ -54,7 +55,8 @@ std::uint32_t HostEngine::run_two_phase(const BucketPlan& bucket, Bytes grad, st
   // 3. Everyone's means.
   communicator_.all_gather(contribution, gathered);
   for (std::size_t r = 0; r < world; ++r) wires_[r] = gathered.sub(share * r, capacity);
-  codec_->decode(bucket.plan(step), wires_, options.loss_scale, workspace, grad, &flags, Stream::host());
+  codec_->decode(bucket.mean_plan(step, options.loss_scale), wires_, estimates ? 1.0f : options.loss_scale, workspace, grad, &flags,
+                 Stream::host());
   for (std::size_t r = 0; r < world && bucket.owners; ++r)
     place_owned(bucket, int(r), gathered.sub(share * r + capacity, share - capacity), grad);
   sent_.own_wire = second;

@@ -9,6 +9,7 @@
 #include "collectives/passengers.hpp"
 #include "compressors/core/dtype.hpp"
 #include "compressors/core/error.hpp"
+#include "compressors/core/rounding.hpp"
 
 namespace thinwire {
 namespace {
@@ -25,12 +26,28 @@ void HostEngine::settle(const BucketPlan& bucket, std::uint64_t step, const Sent
   if (codec_ == nullptr) return;
   if (!finite) return take_back(bucket, step, sent);
   const Passengers& stateful = bucket.passengers[0];
+  if (bucket.recursion.starting) start(bucket, step, sent, true);
   if (!sent.joined) settle_dense(bucket.recursion, stateful.plan(step), {stateful.states, nullptr}, Stream::host());
   clear_server_residuals(stateful);
   if (!bucket.momenta.empty()) move_momentum(bucket, step, sent);
 }
 
+void HostEngine::start(const BucketPlan& bucket, std::uint64_t step, const Sent& sent, bool finite) {
+  const Passengers& dense = bucket.passengers[0];
+  if (bucket.whole_dense) {
+    start_estimates(bucket.recursion, dense.plan(step), {dense.states}, sent.shared.as<float>(), finite, sent.joined);
+  } else if (finite) {  // init=compressed: the first payload is the estimate, and nothing is kept back
+    for (std::size_t s = 0; s < bucket.segments.size(); ++s)
+      std::fill_n(residual_of(bucket.recursion, bucket.states[s]), bucket.segments[s].count, 0.0f);
+  }
+}
+
 void HostEngine::take_back(const BucketPlan& bucket, std::uint64_t step, const Sent& sent) {
+  if (bucket.recursion.starting) start(bucket, step, sent, false);
+  if (bucket.recursion.kind == Recursion::Kind::estimate) {
+    if (!sent.joined) keep_news(bucket.recursion, bucket.plan(step), {bucket.states});
+    return;
+  }
   if (bucket.two_phase) {  // what the workers sent lies with the owners already
     Recursion owner = kOwner;
     owner.averaged = bucket.recursion.averaged;
@@ -79,11 +96,36 @@ void HostEngine::note_dense_momentum(const BucketPlan& bucket, Bytes grad, float
     }
     kept += waits ? shared.count : 0;
   }
-  sent_.momentum = memory;
+  sent_.shared = memory;
+}
+
+void HostEngine::note_dense_means(const BucketPlan& bucket, Bytes sums) {
+  const Passengers& dense = bucket.passengers[0];
+  const float mean = 1.0f / float(communicator_.size());
+  if (bucket.recursion.starting) {
+    const Bytes memory = momenta_.take(bucket.count * sizeof(float));
+    store_scaled(sums.as<float>(), mean, DType::fp32, memory.data, bucket.count);
+    sent_.shared = memory;
+    return;
+  }
+  float* at = sums.as<float>();
+  for (std::size_t s = 0; s < dense.segments.size(); at += dense.segments[s++].count) {
+    if (const float* estimate = estimate_of(bucket.recursion, dense.states[s])) {
+      std::copy_n(estimate, dense.segments[s].count, at);
+    } else {
+      std::fill_n(at, dense.segments[s].count, 0.0f);
+    }
+  }
+  communicator_.all_reduce(sums);
+  at = sums.as<float>();
+  for (std::size_t s = 0; s < dense.segments.size(); at += dense.segments[s++].count) {
+    if (float* mean_estimate = mean_estimate_of(bucket.recursion, dense.states[s]))
+      store_scaled(at, mean, DType::fp32, mean_estimate, dense.segments[s].count);
+  }
 }
 
 void HostEngine::move_momentum(const BucketPlan& bucket, std::uint64_t step, const Sent& sent) {
-  if (const float* in = sent.momentum.as<float>(); !sent.momentum.empty()) {
+  if (const float* in = sent.shared.as<float>(); !sent.shared.empty()) {
     for (const SharedMomentum& shared : bucket.momenta) {
       if (!shared.dense) continue;
       std::memcpy(shared.momentum, in, shared.count * sizeof(float));
@@ -110,14 +152,14 @@ void HostEngine::keep_pending(const std::shared_ptr<const BucketPlan>& bucket) {
   pending.sent = sent_;
   if (bucket->momenta.empty()) sent_.gathered = {};
   const std::size_t own = round_up(sent_.own_wire.size, 64), gathered = round_up(sent_.gathered.size, 64);
-  const Bytes memory = pending.memory.take(own + gathered + sent_.momentum.size);
+  const Bytes memory = pending.memory.take(own + gathered + sent_.shared.size);
   const auto keep = [&](ConstBytes from, std::size_t at) -> ConstBytes {
     if (!from.empty()) std::memcpy(memory.data + at, from.data, from.size);
     return {memory.data + at, from.size, DType::u8, Place::host, 0};
   };
   pending.sent.own_wire = keep(sent_.own_wire, 0);
   pending.sent.gathered = keep(sent_.gathered, own);
-  pending.sent.momentum = keep(sent_.momentum, own + gathered);
+  pending.sent.shared = keep(sent_.shared, own + gathered);
 }
 
 void HostEngine::finish_step(std::uint64_t step) {

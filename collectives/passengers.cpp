@@ -6,6 +6,7 @@
 
 #include "compressors/core/clones.hpp"
 #include "compressors/core/recursion.hpp"
+#include "compressors/core/rounding.hpp"
 
 namespace thinwire {
 namespace {
@@ -21,42 +22,10 @@ THINWIRE_CLONES void add_bf16(const std::uint16_t* x, float* sum, std::size_t n)
 THINWIRE_CLONES void add_fp16(const std::uint16_t* x, float* sum, std::size_t n) {
   for (std::size_t i = 0; i < n; ++i) sum[i] += fp16_to_float(x[i]);
 }
-/// Returns whether all results are finite: the largest magnitude's bits, compared once.
-THINWIRE_CLONES bool store_fp32(const float* sum, float factor, float* out, std::size_t n) {
-  std::uint32_t top = 0;
-  for (std::size_t i = 0; i < n; ++i) {
-    out[i] = sum[i] * factor;
-    top = std::max(top, float_bits(out[i]) & 0x7fffffffu);
-  }
-  return top < 0x7f800000u;
-}
-THINWIRE_CLONES bool store_bf16(const float* sum, float factor, std::uint16_t* out, std::size_t n) {
-  std::uint32_t top = 0;
-  for (std::size_t i = 0; i < n; ++i) {
-    out[i] = float_to_bf16(sum[i] * factor);
-    top = std::max<std::uint32_t>(top, out[i] & 0x7fffu);
-  }
-  return top < 0x7f80u;
-}
-THINWIRE_CLONES bool store_fp16(const float* sum, float factor, std::uint16_t* out, std::size_t n) {
-  std::uint32_t top = 0;
-  for (std::size_t i = 0; i < n; ++i) {
-    out[i] = float_to_fp16(sum[i] * factor);
-    top = std::max<std::uint32_t>(top, out[i] & 0x7fffu);
-  }
-  return top < 0x7c00u;
-}
-
 void add(ConstBytes x, std::size_t first, float* sum, std::size_t n) {
   if (x.dtype == DType::fp32) add_fp32(x.as<float>() + first, sum, n);
   if (x.dtype == DType::bf16) add_bf16(x.as<std::uint16_t>() + first, sum, n);
   if (x.dtype == DType::fp16) add_fp16(x.as<std::uint16_t>() + first, sum, n);
-}
-
-bool store(const float* sum, float factor, Bytes out, std::size_t first, std::size_t n) {
-  if (out.dtype == DType::bf16) return store_bf16(sum, factor, out.as<std::uint16_t>() + first, n);
-  if (out.dtype == DType::fp16) return store_fp16(sum, factor, out.as<std::uint16_t>() + first, n);
-  return store_fp32(sum, factor, out.as<float>() + first, n);
 }
 
 ConstBytes typed(ConstBytes bytes, std::size_t offset, std::size_t count, DType dtype) {
@@ -74,7 +43,7 @@ void sum_at(std::size_t world, Offset&& message, std::size_t n, float factor, By
     const std::size_t count = std::min(kTile, n - first);
     std::fill_n(sum.begin(), count, 0.0f);
     for (std::size_t r = 0; r < world; ++r) add(message(r), first, sum.data(), count);
-    if (!store(sum.data(), factor, out, first, count)) *flags |= kFlagNonfinite;
+    if (!store_scaled(sum.data(), factor, out.dtype, out.data + first * size_of(out.dtype), count)) *flags |= kFlagNonfinite;
   }
 }
 

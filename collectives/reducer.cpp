@@ -121,7 +121,11 @@ void GradientReducer::Impl::begin_step_if_needed() {
   if (step_begun_) return;
   step_begun_ = true;
   bool changed = epoch_ == 0;
-  const bool dense = codec_ == nullptr || step_ < config_.start_step() || flush_next_ || !is_frozen();
+  const bool dense = codec_ == nullptr || step_ < dense_steps_ || flush_next_ || !is_frozen();
+  const bool starting =
+      (init_ == Init::dense && step_ < dense_steps_) || (init_ == Init::compressed && recursion_.control && step_ == dense_steps_);
+  changed |= starting != starting_step_;
+  starting_step_ = starting;
   changed |= is_frozen() != was_frozen_;
   was_frozen_ = is_frozen();
   changed |= dense != dense_step_;
@@ -129,11 +133,26 @@ void GradientReducer::Impl::begin_step_if_needed() {
   flush_next_ = false;
   for (std::size_t p = 0; p < slots_.size() && !dense; ++p) {
     if (!slots_[p].compressible) continue;
-    const Setting setting = policy_->setting(step_ - config_.start_step(), std::uint32_t(p));
+    const Setting setting = setting_at(step_, std::uint32_t(p));
     changed |= setting != slots_[p].setting;
     slots_[p].setting = setting;
   }
   if (changed) ++epoch_;
+}
+
+Setting GradientReducer::Impl::setting_at(std::uint64_t step, std::uint32_t id) const {
+  const ParameterSlot& slot = slots_[id];
+  Setting setting = policy_->setting(step - dense_steps_, id);
+  if (recursion_.control)
+    setting.eta = eta_of(recursion_, codec_->nominal_delta({id, 0, slot.numel, slot.rows, slot.columns, setting, nullptr}));
+  return setting;
+}
+
+Recursion GradientReducer::Impl::recursion_now() const noexcept {
+  if (!is_frozen()) return before_freeze_;
+  Recursion recursion = recursion_;
+  recursion.starting = starting_step_;
+  return recursion;
 }
 
 bool GradientReducer::Impl::dense_by_rule(const ParameterSlot& slot, DType dtype) const {
@@ -164,9 +183,8 @@ std::shared_ptr<const BucketPlan> GradientReducer::Impl::find_plan(std::span<con
   }
   for (const std::uint32_t id : ids)
     if (slots_[id].compressible) slots_[id].dense_now = !dense_step_ && dense_by_rule(slots_[id], dtype);
-  auto plan = std::make_shared<const BucketPlan>(make_bucket_plan(ids, dtype, dense_step_, slots_, codec_.get(),
-                                                                  is_frozen() ? recursion_ : before_freeze_, communicator_->size(),
-                                                                  communicator_->rank(), two_phase_));
+  auto plan = std::make_shared<const BucketPlan>(make_bucket_plan(ids, dtype, dense_step_, slots_, codec_.get(), recursion_now(),
+                                                                  communicator_->size(), communicator_->rank(), two_phase_));
   if (place == nullptr) {
     // A layout that was given up (DDP rebuilds its first one) shares parameters with this one; nothing of it is needed any more.
     std::erase_if(plans_, [&](const CachedPlan& cached) {

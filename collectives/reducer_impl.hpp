@@ -63,6 +63,10 @@ class GradientReducer::Impl {
 
   // reducer.cpp
   /// target=gradient is frozen from the start.
+  /// What a parameter is sent with at a step after the dense ones.
+  Setting setting_at(std::uint64_t step, std::uint32_t id) const;
+  /// The recursion of the current step's messages.
+  Recursion recursion_now() const noexcept;
   bool is_frozen() const noexcept { return !recursion_.averaged || step_ >= freeze_at_; }
   void begin_step_if_needed();
   /// Marks the ids as reduced in this step. @throws invalid_argument, nothing changed.
@@ -98,7 +102,9 @@ class GradientReducer::Impl {
   const ReducerOptions options_;
   std::unique_ptr<const Codec> codec_;
   Recursion recursion_;
-  Recursion before_freeze_;  ///< target=momentum: of the dense steps before it
+  Recursion before_freeze_;                                        ///< target=momentum: of the dense steps before it
+  enum class Init { dense, compressed, zero } init_ = Init::zero;  ///< of estimates
+  std::uint64_t dense_steps_ = 0;                                  ///< that come first
   bool two_phase_ = false;
   std::unique_ptr<const RatioPolicy> policy_;
   std::vector<ParameterSlot> slots_;
@@ -112,6 +118,7 @@ class GradientReducer::Impl {
   std::size_t seen_count_ = 0;
   bool step_begun_ = false;
   bool dense_step_ = false;
+  bool starting_step_ = false;  ///< init=dense: a dense step that sets the estimates
   bool flush_next_ = false;
   bool was_frozen_ = true;
   std::uint64_t freeze_at_ = UINT64_MAX;  ///< target=momentum: the first step that is compressed

@@ -59,6 +59,14 @@ GradientReducer::Impl::Impl(std::shared_ptr<Communicator> communicator, const Co
       two_phase_(codec_ != nullptr && codec_->combine() == Combine::reencode && config.exchange().name != "gather"),
       policy_(make_policy(config)) {
   before_freeze_.clip_norm = recursion_.clip_norm;
+  if (options_.device >= 0 && recursion_.kind == Recursion::Kind::estimate)
+    fail(Errc::unsupported, "feedback=" + config.feedback().name + " works in host memory only so far");
+  dense_steps_ = config.start_step();
+  if (recursion_.kind == Recursion::Kind::estimate) {
+    const std::string& init = config.feedback().text("init");
+    init_ = init == "dense" ? Init::dense : init == "compressed" ? Init::compressed : Init::zero;
+    if (init_ == Init::dense) dense_steps_ = std::max<std::uint64_t>(dense_steps_, 1);
+  }
   if (recursion_.averaged && !options_.momentum_elsewhere) {
     if (config.target().text("freeze") == "auto")
       fail(Errc::invalid_config,
@@ -122,7 +130,7 @@ void GradientReducer::Impl::lay_out_state() {
       counts[j] += round_up(slot.numel, kLine);
     }
     if (!slot.compressible) continue;
-    slot.setting = policy_->setting(0, std::uint32_t(p));
+    slot.setting = setting_at(dense_steps_, std::uint32_t(p));
     const Segment segment{std::uint32_t(p), 0, slot.numel, slot.rows, slot.columns, slot.setting, nullptr};
     slot.memory_count = codec_->memory(segment);
     offsets[p][kMemoryArray] = counts[kMemoryArray];

@@ -11,7 +11,7 @@ namespace thinwire {
 
 namespace {
 
-constexpr std::string_view kServerResidual = "server_residual";
+constexpr std::string_view kServerResidual = "server_residual", kMeanEstimate = "mean_estimate";
 
 }  // namespace
 
@@ -264,6 +264,10 @@ void GradientReducer::Impl::load_state(std::span<const ReducerState> states, con
           whole.insert(whole.end(), part.begin(), part.end());
         }
         arena_.write(std::span(whole).subspan(slots_[p].owned.first, slots_[p].owned.count), arrays[a].data);
+        continue;
+      }
+      if (arrays[a].name == kMeanEstimate) {  // all ranks hold the same
+        arena_.write(front.parameters.at(slots_[p].parameter.name).at(key), arrays[a].data);
         continue;
       }
       std::vector<float> mean(arrays[a].count);

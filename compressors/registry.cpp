@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstdio>
 #include <limits>
 #include <vector>
 
@@ -42,6 +43,14 @@ constexpr Key kFreeze = {"freeze", Kind::integer_or_word, "auto", "auto|[1, inf)
                          "synchronised steps that stay dense first; auto: until the optimizer's variance is stable"};
 constexpr Key kMomentumTarget[] = {kBeta1, kFreeze, kClipNorm};
 constexpr Key kEf14[] = {{"decay", Kind::number, "1", "(0, 1]", "what of the residual is kept per step; below 1 forgets"}};
+constexpr Key kWorkerEma = {"worker_ema", Kind::number, "1", "(0, 1]",
+                            "share of the new gradient in a rank's running average, which stands in for it; 1 = off"};
+constexpr Key kInit = {"init", Kind::word, "dense", "dense|compressed|zero",
+                       "of the estimates: by the last of max(1, start_step) dense steps, the first payload, or 0"};
+constexpr Key kEta = {"eta", Kind::number_or_word, "auto", "auto|theory|paper|[0, inf)",
+                      "share of the residual in a message; auto: the codec's contraction, theory and paper: smaller ones that are proven"};
+constexpr Key kEf21[] = {kWorkerEma, kInit};
+constexpr Key kEcontrol[] = {kEta, kWorkerEma, kInit};
 constexpr Key kDgc[] = {kMomentum, kNesterov, kMask, kClipNorm};
 constexpr Key kWarmup[] = {{"densities", Kind::number_list, "0.25/0.0625/0.015625/0.004", "(0, 1]",
                             "one after the other; those below the codec's density are left out"},
@@ -52,6 +61,8 @@ constexpr Name kCodecs[] = {{"none", {}, "the transport's own all-reduce"},
                             {"sign", kSign, "one bit per entry, and a scale per block"}};
 constexpr Name kFeedbacks[] = {{"none", {}, "what is not sent is lost"},
                                {"ef14", kEf14, "error feedback: what was not sent is added to the next message"},
+                               {"ef21", kEf21, "the change of a gradient's estimate is sent, and no residual kept (Richtárik et al. 2021)"},
+                               {"econtrol", kEcontrol, "the same and a residual, fed back by degrees (Gao et al. 2024)"},
                                {"dgc", kDgc, "error feedback with momentum correction (Deep Gradient Compression)"}};
 constexpr Name kTargets[] = {{"gradient", {}, "gradients are compressed"},
                              {"momentum", kMomentumTarget, "Adam's momentum is, once the variance is frozen (1-bit Adam)"}};
@@ -102,16 +113,39 @@ std::string expand_onebit_adam(const Spec& adam) {
          ",clip_norm=" + adam.text("clip_norm");
 }
 
+constexpr Key kEcontrolPreset[] = {{"density", Kind::number, "0.1", "(0, 1]", "of codec=topk: entries kept / entries of the tensor"},
+                                   kWire,
+                                   kSelect,
+                                   kEta,
+                                   kWorkerEma,
+                                   kInit};
+
+std::string expand_econtrol(const Spec& econtrol) {
+  return "codec=topk:density=" + econtrol.text("density") + ",wire=" + econtrol.text("wire") + ",select=" + econtrol.text("select") +
+         " feedback=econtrol:eta=" + econtrol.text("eta") + ",worker_ema=" + econtrol.text("worker_ema") + ",init=" + econtrol.text("init");
+}
+
 constexpr Preset kPresets[] = {{{"dgc", kDgcPreset, "Deep Gradient Compression (Lin et al. 2018)"}, expand_dgc},
-                               {{"onebit_adam", kOneBitAdamPreset, "1-bit Adam (Tang et al. 2021)"}, expand_onebit_adam}};
+                               {{"onebit_adam", kOneBitAdamPreset, "1-bit Adam (Tang et al. 2021)"}, expand_onebit_adam},
+                               {{"econtrol", kEcontrolPreset, "EControl (Gao et al. 2024) with top-k"}, expand_econtrol}};
 
 /// Whether the codec sends chosen entries, so that there are some that it leaves out and a density to set.
 bool is_sparse(const Spec& codec) { return codec.name == "topk"; }
+
+std::string brief(double x) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%g", x);
+  return text;
+}
+
+/// Whether a canonical value is one of its key's words.
+bool is_word(const std::string& value) { return value.find_first_not_of("abcdefghijklmnopqrstuvwxyz") == std::string::npos; }
 
 std::string describe(const Key& key, const std::string& indent) {
   std::string domain(key.allowed);
   std::replace(domain.begin(), domain.end(), '|', ' ');
   if (key.kind == Kind::integer_or_word) domain.insert(domain.rfind(" [") + 1, "or an integer in ");
+  if (key.kind == Kind::number_or_word) domain.insert(domain.rfind(" [") + 1, "or a number in ");
   if (key.kind == Kind::integer) domain = "integer in " + domain;
   if (key.kind == Kind::number) domain = "number in " + domain;
   if (key.kind == Kind::number_list) domain = "numbers in " + domain + ", separated by '/'";
@@ -163,6 +197,17 @@ void check_combination(const Config& config) {
   if (config.target().name == "momentum" && config.codec().name != "sign") {
     refuse("target=momentum compresses the momentum by codec=sign; " + codec + " compresses gradients, choose target=gradient");
   }
+  const bool estimates = config.feedback().name == "ef21" || config.feedback().name == "econtrol";
+  if (config.target().name == "momentum" && estimates) {
+    refuse("target=momentum goes with feedback=ef14 or none; feedback=" + config.feedback().name + " estimates gradients");
+  }
+  if (config.feedback().name == "econtrol" && config.codec().name == "sign" && config.codec().text("scale") == "l2" &&
+      is_word(config.feedback().text("eta"))) {
+    refuse(
+        "feedback=econtrol:eta=" + config.feedback().text("eta") +
+        " takes eta from the codec's contraction; codec=sign:scale=l2 has none where a few entries are large. Choose scale=l1, or give eta "
+        "a number");
+  }
   if (const std::string& block = config.codec().name == "sign" ? config.codec().text("block") : ""; !block.empty() && block != "tensor") {
     if (config.codec().integer("block") % 8 != 0) refuse("sign: block=" + block + " is not a multiple of 8");
   }
@@ -170,6 +215,28 @@ void check_combination(const Config& config) {
     refuse("exchange=gather needs a codec, whose payloads it gathers; " + codec +
            " has none and uses the transport's all-reduce. Choose exchange=auto");
   }
+}
+
+std::vector<std::string> warnings(const Config& config) {
+  std::vector<std::string> out;
+  const Spec &codec = config.codec(), &feedback = config.feedback();
+  const double density = is_sparse(codec) ? codec.number("density") : 1.0;
+  const double contraction = is_sparse(codec) ? density : kSignDelta;
+  if (codec.name != "none" && feedback.name == "none" && config.target().name == "gradient" && density < 1) {
+    out.push_back("feedback=none with codec=" + codec.name +
+                  ": what is not sent is lost, and training may diverge where error feedback converges (three quadratics of Beznosikov et "
+                  "al. 2020, ./bench/run error_control); choose feedback=ef14");
+  }
+  const bool estimates = feedback.name == "ef21" || feedback.name == "econtrol";
+  if (feedback.name == "econtrol" && !is_word(feedback.text("eta")) && feedback.number("eta") > 2 * contraction) {
+    out.push_back("econtrol: eta=" + feedback.text("eta") + " is above twice the contraction of codec=" + codec.name + ", " +
+                  brief(2 * contraction) + ", where the residual grows without bound; eta=auto is " + brief(contraction));
+  }
+  if (estimates && is_sparse(codec) && density < 0.05 && feedback.number("worker_ema") == 1) {
+    out.push_back("feedback=" + feedback.name + " at density " + brief(density) +
+                  ": with small noisy minibatches its estimates are stale and feedback=ef14 is better; or choose worker_ema=0.1");
+  }
+  return out;
 }
 
 }  // namespace grammar
@@ -235,6 +302,20 @@ Recursion make_recursion(const Config& config) {
     recursion.nesterov = feedback.flag("nesterov");
     recursion.mask = feedback.flag("mask");
     recursion.clip_norm = clip(clip_norm);
+  }
+  if (feedback.name == "ef21" || feedback.name == "econtrol") {
+    recursion.kind = Recursion::Kind::estimate;
+    recursion.fresh = narrow(feedback.number("worker_ema"), kTiniest, 1.0f);
+    recursion.control = feedback.name == "econtrol";
+  }
+  if (recursion.control) {
+    const std::string& eta = feedback.text("eta");
+    recursion.eta = eta == "auto"     ? Recursion::Eta::automatic
+                    : eta == "theory" ? Recursion::Eta::theory
+                    : eta == "paper"  ? Recursion::Eta::paper
+                                      : Recursion::Eta::number;
+    if (recursion.eta == Recursion::Eta::number)
+      recursion.given_eta = narrow(feedback.number("eta"), 0.0f, std::numeric_limits<float>::max());
   }
   if (config.target().name == "momentum") {
     recursion.averaged = true;

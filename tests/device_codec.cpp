@@ -55,6 +55,7 @@ class DeviceCodec final : public Codec {
   Combine combine() const noexcept override { return codec_->combine(); }
   std::size_t memory(const Segment& segment) const noexcept override { return codec_->memory(segment); }
   const char* memory_name() const noexcept override { return codec_->memory_name(); }
+  double nominal_delta(const Segment& segment) const noexcept override { return codec_->nominal_delta(segment); }
   std::size_t target(const Segment& segment) const noexcept override { return codec_->target(segment); }
   WireLayout layout(const Plan& plan) const override { return codec_->layout(plan); }
 

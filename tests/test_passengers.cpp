@@ -142,6 +142,7 @@ struct NoCodec final : Codec {
   Combine combine() const noexcept override { return Combine::gather; }
   std::size_t memory(const Segment&) const noexcept override { return 0; }
   const char* memory_name() const noexcept override { return ""; }
+  double nominal_delta(const Segment&) const noexcept override { return 1; }
   std::size_t target(const Segment&) const noexcept override { return 0; }
   WireLayout layout(const Plan&) const override { return {64, 0}; }
   void stream(const Recursion&, const Plan&, ConstBytes, const StateView&, Bytes, Bytes, std::uint32_t*, const PassCounts&,

@@ -46,6 +46,8 @@ class Codec {
   virtual std::size_t memory(const Segment& segment) const noexcept = 0;
   /// State name of that memory, "" if there is none.
   virtual const char* memory_name() const noexcept = 0;
+  /// The delta in (0, 1] for which ‖decode(encode(x)) − x‖² ≤ (1 − delta)·‖x‖², whatever x is (top-k), or for x as gradients are (sign).
+  virtual double nominal_delta(const Segment& segment) const noexcept = 0;
   /// Entries of a segment that are meant to be sent (statistics).
   virtual std::size_t target(const Segment& segment) const noexcept = 0;
 
@@ -70,13 +72,14 @@ class Codec {
 
   /// out[segment] = factor × Σ_r decode(wires[r]), added in the order of `wires`, divided (factor) once after the sum, rounded once to
   /// out.dtype. `out` is the flat buffer of the bucket; elements outside the plan's segments are untouched. ORs the headers' flags, and
-  /// kFlagNonfinite for a non-finite output, into *flags. A plan of several parts takes one payload for each, which is decoded alone. All
-  /// payloads are validated before anything is written. @throws Error{corrupt_payload} naming rank, segment and what is wrong.
+  /// kFlagNonfinite for a non-finite output, into *flags. A plan of several parts takes one payload for each, which is decoded alone.
+  /// With Plan::mean_estimates the mean is added there first. All payloads are validated before anything is written.
+  /// @throws Error{corrupt_payload} naming rank, segment and what is wrong.
   virtual void decode(const Plan& plan, std::span<const ConstBytes> wires, float factor, Bytes workspace, Bytes out, std::uint32_t* flags,
                       Stream stream) const = 0;
 
-  /// residual += decode(own payload): what a bucket with a bad verdict sent was not applied. Nothing happens for a recursion without
-  /// residual, or where `verdict` is given and lacks kFlagNonfinite.
+  /// residual += decode(own payload): what a bucket with a bad verdict sent was not applied; with an estimate, keep_news. Nothing happens
+  /// for a recursion without residual, or where `verdict` is given and lacks kFlagNonfinite.
   virtual void take_back(const Recursion& recursion, const Plan& plan, ConstBytes own_wire, const StateView& state,
                          const std::uint32_t* verdict, Stream stream) const = 0;
 

@@ -183,17 +183,17 @@ std::string canonical(const std::string& where, const Key& key, std::string_view
       }
       return std::string(text);
     }
-    case Kind::integer_or_word: {
+    case Kind::integer_or_word:
+    case Kind::number_or_word: {
       const std::size_t bar = key.allowed.rfind('|');
-      const std::string_view interval = key.allowed.substr(bar + 1);
       const Texts words = split(key.allowed.substr(0, bar), '|');
       if (std::find(words.begin(), words.end(), text) != words.end()) return std::string(text);
-      const std::optional<std::uint64_t> value = parse_number<std::uint64_t>(text);
-      if (!value)
-        refuse(given + " is not valid" + suggestion(text, words) + " allowed: " + joined(words) + ", or an integer in " +
-               std::string(interval));
-      if (!inside(double(*value), interval)) refuse(given + " is outside " + std::string(interval));
-      return canonical_number(*value);
+      const bool whole = key.kind == Kind::integer_or_word;
+      if (whole ? !parse_number<std::uint64_t>(text) : !parse_number<double>(text))
+        refuse(given + " is not valid" + suggestion(text, words) + " allowed: " + joined(words) +
+               (whole ? ", or an integer in " : ", or a number in ") + std::string(key.allowed.substr(bar + 1)));
+      const Key number{key.name, whole ? Kind::integer : Kind::number, {}, key.allowed.substr(bar + 1), {}};
+      return canonical(where, number, text);
     }
     case Kind::number_list: {
       std::string list;

@@ -21,6 +21,7 @@ struct DeviceReport {
 /// What the ratio policy decides per segment and step. Codecs read the member that is theirs.
 struct Setting {
   double density = 1.0;  ///< top-k: kept / total, in (0, 1]
+  float eta = 0.0f;      ///< EControl: the share of the residual that is fed back
   bool operator==(const Setting&) const = default;
 };
 
@@ -62,6 +63,8 @@ struct Plan {
   /// Payloads that are decoded alone, each into its own place of the output: a codec whose values allow it rounds them so that the output
   /// rounds nothing.
   Output output = {};
+  /// Recursion::Kind::estimate: one per segment, where H lies. Decoding adds its mean there, and output.factor × H is what it writes.
+  std::span<float* const> mean_estimates = {};
   /// Payloads are at least so large, zero-padded: those of parts of different sizes travel as the largest's.
   std::size_t payload_bytes = 0;
 

@@ -19,9 +19,15 @@ namespace thinwire {
 ///   momentum_correction (DGC):  u ← m·u + g;  v ← v + u          (Nesterov: u ← m·(u + g);  v ← v + (u + g));
 ///                               message = v;  v ← v − sent;  u ← 0 where something was sent, if `mask`.   State: momentum (u), accumulated
 ///                               (v).
-/// @source EF14: Seide et al. 2014; DGC: Lin et al. 2018, momentum correction and momentum factor masking.
+///   estimate:  every rank has an estimate h of its gradient, and all have the mean H of them. With t = g − h
+///                EF21:      message = t;           h ← h + sent.                       State: estimate (h), mean_estimate (H).
+///                EControl:  message = eta·e + t;   h ← h + sent;   e ← e + t − sent.   State: residual (e) too.
+///              H ← H + mean of what was sent, and is what comes back. With `fresh` < 1 stands v ← (1 − fresh)·v + fresh·g where g does
+///              (EF21-SGDM, EControl + wM). State: average (v).
+/// @source EF14: Seide et al. 2014; DGC: Lin et al. 2018, momentum correction and momentum factor masking; EF21: Richtárik et al. 2021;
+/// EF21-SGDM: Fatkhullin et al. 2023; EControl: Gao et al. 2024.
 struct Recursion {
-  enum class Kind : std::uint8_t { none, error_feedback, momentum_correction };
+  enum class Kind : std::uint8_t { none, error_feedback, momentum_correction, estimate };
   Kind kind = Kind::none;
   float decay = 1.0f;      ///< error_feedback: rho in (0, 1]
   float momentum = 0.9f;   ///< momentum_correction: m in [0, 1)
@@ -31,22 +37,28 @@ struct Recursion {
   /// target=momentum: beta1·m + (1 − beta1)·g stands where g does, with the momentum m that all ranks share (1-bit Adam; none and
   /// error_feedback). m is read here; whoever applies the mean writes it.
   bool averaged = false;
+  bool control = false;   ///< estimate: EControl's residual, fed back with each segment's Setting::eta; false: EF21, which has none
+  enum class Eta : std::uint8_t { automatic, theory, paper, number };
+  Eta eta = Eta::automatic;  ///< control: how a segment's eta follows from its codec's contraction (eta_of)
+  float given_eta = 0.0f;    ///< Eta::number
+  float fresh = 1.0f;  ///< estimate: the worker average's share of the new gradient, in (0, 1]; 1 = off
+  bool starting = false;  ///< estimate: a dense step that sets it (init=dense), or the first that is compressed (init=compressed)
 
   bool operator==(const Recursion&) const = default;
 };
 
-inline constexpr std::size_t kMaxStateArrays = 2;
+inline constexpr std::size_t kMaxStateArrays = 4;
 
-/// Names of the state arrays of a parameter that is compressed, in the order of SegmentState::array. The last one is the residual: it holds
-/// what was not sent.
+/// Names of the state arrays of a parameter that is compressed, in the order of SegmentState::array.
 std::span<const std::string_view> state_names(const Recursion& recursion) noexcept;
 /// The same for a parameter that is never compressed: DGC keeps its momentum, the others nothing.
 std::span<const std::string_view> dense_state_names(const Recursion& recursion) noexcept;
 
 /// One segment's state: pointers to its first element, in the place of the plan's data.
 struct SegmentState {
-  std::array<float*, kMaxStateArrays>
-      array{};  ///< none: {}; error_feedback: {e}; momentum_correction: {u, v}, v null where nothing is ever compressed; averaged: m first
+  /// none: {}; error_feedback: {e}; momentum_correction: {u, v}, v null where nothing is ever compressed; averaged: m first; estimate: {h,
+  /// H}, then e under control, then v with a worker average.
+  std::array<float*, kMaxStateArrays> array{};
   float* memory = nullptr;  ///< Codec::memory(segment) floats of the codec's own
 
   bool operator==(const SegmentState&) const = default;
@@ -54,6 +66,10 @@ struct SegmentState {
 
 /// Where v or e is, or null: the array into which take-backs go and which a dense step empties.
 float* residual_of(const Recursion& recursion, const SegmentState& state) noexcept;
+/// estimate: h, H and v; null for other recursions, and v where there is no worker average.
+float* estimate_of(const Recursion& recursion, const SegmentState& state) noexcept;
+float* mean_estimate_of(const Recursion& recursion, const SegmentState& state) noexcept;
+float* average_of(const Recursion& recursion, const SegmentState& state) noexcept;
 
 /// A plan's state, and what its gradients are multiplied by before anything else.
 struct StateView {
@@ -61,6 +77,11 @@ struct StateView {
   const float* grad_factor = nullptr;      ///< one per segment: 1 / loss scale × clip factor; null: 1
   const float* beta1 = nullptr;            ///< averaged: one per segment
 };
+
+/// EControl's eta for a codec of this nominal contraction delta in (0, 1], with c = sqrt(1 − delta): delta (automatic), (1 − c)/(3c)
+/// (theory), delta/400 (paper), none of them above delta; or the given number.
+/// @source Gao et al. 2024 (paper); Gao, Rodomanov, Rack, Stich 2025 (theory).
+float eta_of(const Recursion& recursion, double delta) noexcept;
 
 /// out = beta1·momentum + (1 − beta1)·mean, element by element: what the shared momentum becomes at a dense step before it is compressed.
 /// `out` may be either.
@@ -92,5 +113,18 @@ void dense_message(const Recursion& recursion, const Plan& plan, ConstBytes grad
 
 /// After a finite verdict on a dense step: residuals are empty. After any other verdict nothing needs doing: the message is still there.
 void settle_dense(const Recursion& recursion, const Plan& plan, const StateView& state, Stream stream);
+
+/// estimate, after a bad verdict on a compressed step: the estimates have advanced on all ranks, so e ← e + h, which holds what e and the
+/// gradient did. EF21 has no residual: nothing happens.
+void keep_news(const Recursion& recursion, const Plan& plan, const StateView& state) noexcept;
+
+/// estimate, a dense step that is `starting`, after its verdict and before settle_dense. A finite one: h ← the message, v ← h, and H becomes
+/// `means`, packed; `joined`: the message was 0. The message of EF21, which has no residual to lie in, lies in h: after a bad verdict h and
+/// H start from 0.
+void start_estimates(const Recursion& recursion, const Plan& plan, const StateView& state, const float* means, bool finite,
+                     bool joined) noexcept;
+
+/// H ← H + factor · sum, and sum ← H. H stays finite: it is cut at the largest float.
+void add_to_mean_estimate(float* sum, float factor, float* mean_estimate, std::size_t count) noexcept;
 
 }  // namespace thinwire

@@ -5,6 +5,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "compressors/core/codec.hpp"
 #include "compressors/core/config.hpp"
@@ -24,14 +25,14 @@ std::unique_ptr<const RatioPolicy> make_policy(const Config& config);
 
 namespace grammar {
 
-enum class Kind { number, integer, flag, word, number_list, integer_or_word };
+enum class Kind { number, integer, flag, word, number_list, integer_or_word, number_or_word };
 
 struct Key {
   std::string_view name;
   Kind kind;
   std::string_view fallback;  ///< default, canonical text; empty: the key must be given
   std::string_view allowed;   ///< number, integer: an interval such as "(0, 1]"; word: "fp32|bf16|fp16"; number_list: an interval for each;
-                              ///< integer_or_word: "auto|[0, inf)"
+                              ///< integer_or_word, number_or_word: "auto|[0, inf)"
   std::string_view help;
 };
 struct Name {
@@ -56,6 +57,8 @@ std::span<const Preset> presets();
 std::string help();
 /// Combinations across slots. @throws Error{invalid_config}.
 void check_combination(const Config& config);
+/// What is allowed and likely to go wrong, a sentence each: what it is, what happens, what to choose.
+std::vector<std::string> warnings(const Config& config);
 
 }  // namespace grammar
 }  // namespace thinwire

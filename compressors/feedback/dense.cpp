@@ -70,6 +70,11 @@ DenseSegment choose(feedback::Form form, bool momentum, bool residual) noexcept 
   switch (form) {
     case Form::none:
       return dense_segment<Form::none, false>;
+    case Form::estimate:  // a dense message needs no estimate; the first one may lie in it
+    case Form::smoothed_estimate:
+      return residual ? dense_segment<Form::none, true> : dense_segment<Form::none, false>;
+    case Form::control:
+    case Form::smoothed_control:
     case Form::error_feedback:
       return residual ? dense_segment<Form::error_feedback, true> : dense_segment<Form::none, false>;
     case Form::momentum:
@@ -114,7 +119,7 @@ void dense_message(const Recursion& recursion, const Plan& plan, ConstBytes grad
     const float factor = state.grad_factor != nullptr ? state.grad_factor[s] : 1.0f;
     const SegmentState& arrays = state.segments[s];
     float* out = message.as<float>() + packed;
-    float* v = residual_of(recursion, arrays);
+    float* v = recursion.starting && !recursion.control ? estimate_of(recursion, arrays) : residual_of(recursion, arrays);
     const Rates rates{feedback::rate_of(recursion), state.beta1 != nullptr ? state.beta1[s] : 0.0f};
     bad |= choose(form, arrays.array[0] != nullptr, v != nullptr)(grad, segment.first, factor, rates, arrays.array[0], v, out, n);
     packed += n;

@@ -6,6 +6,7 @@
 #include "compressors/core/cuda_device.cuh"
 #include "compressors/core/device_recursion.hpp"
 #include "compressors/core/dtype.hpp"
+#include "compressors/core/error.hpp"
 #include "compressors/feedback/clip.hpp"
 #include "compressors/feedback/feedback_math.hpp"
 #include "compressors/feedback/form.hpp"
@@ -210,6 +211,8 @@ void launch_dense_message(const Recursion& recursion, const DeviceRanges& ranges
       return run(dense_kernel<Form::averaged>);
     case Form::averaged_feedback:
       return run(dense_kernel<Form::averaged_feedback>);
+    default:
+      fail(Errc::unsupported, "feedback with estimates works in host memory only so far");
   }
 }
 

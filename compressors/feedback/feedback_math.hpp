@@ -29,8 +29,37 @@ template <Form form, class V>
   }
 }
 
-/// What stands where g does under target=momentum.
-/// @source 1-bit Adam (Tang et al. 2021): m_r = beta1·m + (1 − beta1)·g_r.
+/// The message of forms with an estimate: x = eta·e + t (EF21: t), and e ← e + t, of which what is sent leaves later; t = g − h first, for
+/// where g ≈ h the difference is exact.
+/// @source EControl (Gao et al. 2024); EF21 (Richtárik et al. 2021).
+template <Form form, class V>
+[[gnu::always_inline]] THINWIRE_HD inline void estimate_message(const V& g, const V& eta, const V& estimate, V& residual, V& x) noexcept {
+  const V t = g - estimate;
+  if constexpr (is_control(form)) {
+    x = eta * residual + t;
+    residual = residual + t;
+  } else {
+    x = t;
+  }
+}
+
+/// Below this magnitude no sum of two values that a form with an estimate makes leaves fp32's range.
+inline constexpr float kAmple = 0x1p125f;
+
+/// x, cut at the largest float.
+[[gnu::always_inline]] THINWIRE_HD inline float saturated(float x) noexcept {
+  if (is_finite(x)) return x;
+  return bits_float((float_bits(x) & 0x80000000u) | 0x7f7fffffu);
+}
+
+/// One element of a form with an estimate. What it keeps if nothing is sent: residual and average.
+struct Estimated {
+  float x = 0, residual = 0, average = 0;
+  bool finite = true;
+};
+
+/// What stands where g does under target=momentum, and the worker average of forms that have one.
+/// @source 1-bit Adam (Tang et al. 2021): m_r = beta1·m + (1 − beta1)·g_r; EF21-SGDM (Fatkhullin et al. 2023).
 template <class V>
 [[gnu::always_inline]] THINWIRE_HD inline V average(const V& beta, const V& fresh, const V& m, const V& g) noexcept {
   return beta * m + fresh * g;
@@ -41,6 +70,29 @@ template <class V>
   const bool finite = is_finite(scaled);
   g = finite ? scaled : 0.0f;
   return finite;
+}
+
+/// A gradient that is not finite is no news: the estimate stands for it. Where the message or what is kept would leave fp32's range the
+/// element sits the step out: x = 0, and it keeps what it has. `eta`: control; `keep`, `fresh`: smoothed.
+template <Form form>
+[[gnu::always_inline]] THINWIRE_HD inline Estimated estimated(float scaled, float eta, float keep, float fresh, float estimate,
+                                                              float residual, float average_before) noexcept {
+  Estimated out;
+  float g;
+  out.finite = news(scaled, g);
+  if (!out.finite) g = estimate;
+  if constexpr (is_smoothed(form)) g = average(keep, fresh, average_before, g);
+  out.average = g;
+  out.residual = residual;
+  estimate_message<form>(g, eta, estimate, out.residual, out.x);
+  if (!is_finite(out.x) || !is_finite(out.residual) || !is_finite(out.average)) out = {0.0f, residual, average_before, false};
+  return out;
+}
+
+/// Forms with an estimate: w was sent. e ← e − w, h ← h + w; the residual does not matter where there is none.
+[[gnu::always_inline]] THINWIRE_HD inline void send(float w, float& residual, float& estimate) noexcept {
+  residual = saturated(residual - w);
+  estimate = saturated(estimate + w);
 }
 
 /// What stays behind of a message x whose rounded value w was sent: exact but for values cut at fp16's largest.

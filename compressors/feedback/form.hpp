@@ -9,19 +9,40 @@
 namespace thinwire::feedback {
 
 /// Recursion::Kind with Nesterov's variant and the averaged ones apart: what decides the shape of a kernel.
-enum class Form : std::uint8_t { none = 0, error_feedback = 1, momentum = 2, nesterov = 3, averaged = 4, averaged_feedback = 5 };
-inline constexpr int kForms = 6, kGradientForms = 4;  ///< the first four know no shared momentum
+enum class Form : std::uint8_t {
+  none,
+  error_feedback,
+  momentum,
+  nesterov,
+  estimate,  ///< EF21
+  smoothed_estimate,
+  control,  ///< EControl
+  smoothed_control,
+  averaged,
+  averaged_feedback
+};
+inline constexpr int kForms = 10, kGradientForms = 8;  ///< the first eight know no shared momentum
 
 constexpr Form form_of(const Recursion& recursion) noexcept {
   if (recursion.kind == Recursion::Kind::none) return recursion.averaged ? Form::averaged : Form::none;
   if (recursion.kind == Recursion::Kind::error_feedback) return recursion.averaged ? Form::averaged_feedback : Form::error_feedback;
+  if (recursion.kind == Recursion::Kind::estimate) {
+    if (recursion.control) return recursion.fresh < 1 ? Form::smoothed_control : Form::control;
+    return recursion.fresh < 1 ? Form::smoothed_estimate : Form::estimate;
+  }
   return recursion.nesterov ? Form::nesterov : Form::momentum;
 }
-/// The recursion's one coefficient: rho or m.
+/// The recursion's one coefficient: rho or m; eta is each segment's own.
 constexpr float rate_of(const Recursion& recursion) noexcept {
+  if (recursion.kind == Recursion::Kind::estimate) return 1.0f;  // of dense messages, e + g
   return recursion.kind == Recursion::Kind::error_feedback ? recursion.decay : recursion.momentum;
 }
-THINWIRE_HD constexpr bool has_residual(Form form) noexcept { return form != Form::none && form != Form::averaged; }
+THINWIRE_HD constexpr bool has_estimate(Form form) noexcept { return form >= Form::estimate && form <= Form::smoothed_control; }
+THINWIRE_HD constexpr bool is_control(Form form) noexcept { return form == Form::control || form == Form::smoothed_control; }
+THINWIRE_HD constexpr bool is_smoothed(Form form) noexcept { return form == Form::smoothed_estimate || form == Form::smoothed_control; }
+THINWIRE_HD constexpr bool has_residual(Form form) noexcept {
+  return form != Form::none && form != Form::averaged && (!has_estimate(form) || is_control(form));
+}
 THINWIRE_HD constexpr bool has_momentum(Form form) noexcept { return form == Form::momentum || form == Form::nesterov; }
 
 THINWIRE_HD constexpr bool is_averaged(Form form) noexcept { return form == Form::averaged || form == Form::averaged_feedback; }

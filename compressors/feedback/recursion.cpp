@@ -60,6 +60,8 @@ double element_squares(ConstBytes grad, std::size_t first, std::size_t n) noexce
 }
 
 constexpr std::string_view kCorrectionNames[] = {"momentum", "accumulated"}, kAveragedNames[] = {"momentum", "residual"};
+constexpr std::string_view kEstimateNames[] = {"estimate", "mean_estimate", "average"},
+                           kControlNames[] = {"estimate", "mean_estimate", "residual", "average"};
 
 }  // namespace
 
@@ -71,6 +73,10 @@ std::span<const std::string_view> state_names(const Recursion& recursion) noexce
       return recursion.averaged ? std::span(kAveragedNames) : std::span(kAveragedNames).last(1);
     case Recursion::Kind::momentum_correction:
       return kCorrectionNames;
+    case Recursion::Kind::estimate: {
+      const std::span<const std::string_view> all = recursion.control ? std::span<const std::string_view>(kControlNames) : kEstimateNames;
+      return all.first(all.size() - (recursion.fresh < 1 ? 0 : 1));
+    }
   }
   return {};
 }
@@ -88,8 +94,21 @@ float* residual_of(const Recursion& recursion, const SegmentState& state) noexce
       return state.array[recursion.averaged ? 1 : 0];
     case Recursion::Kind::momentum_correction:
       return state.array[1];
+    case Recursion::Kind::estimate:
+      return recursion.control ? state.array[2] : nullptr;
   }
   return nullptr;
+}
+
+float* estimate_of(const Recursion& recursion, const SegmentState& state) noexcept {
+  return recursion.kind == Recursion::Kind::estimate ? state.array[0] : nullptr;
+}
+float* mean_estimate_of(const Recursion& recursion, const SegmentState& state) noexcept {
+  return recursion.kind == Recursion::Kind::estimate ? state.array[1] : nullptr;
+}
+float* average_of(const Recursion& recursion, const SegmentState& state) noexcept {
+  if (recursion.kind != Recursion::Kind::estimate || !(recursion.fresh < 1)) return nullptr;
+  return state.array[recursion.control ? 3 : 2];
 }
 
 namespace feedback {

@@ -8,6 +8,7 @@
 
 #include "compressors/core/codec_checks.hpp"
 #include "compressors/core/error.hpp"
+#include "compressors/core/rounding.hpp"
 #include "compressors/core/wire.hpp"
 #include "compressors/feedback/squared_norm.hpp"
 #include "compressors/sign/sign_kernels.hpp"
@@ -55,7 +56,8 @@ struct SegmentPass {
     Chunk chunk = whole;
     chunk.grad = static_cast<const std::byte*>(chunk.grad) + from * size_of(dtype);
     if (chunk.momentum != nullptr) chunk.momentum += from;
-    if (chunk.residual != nullptr) chunk.residual += from;
+    for (float** array : {&chunk.residual, &chunk.estimate, &chunk.average})
+      if (*array != nullptr) *array += from;
     if (chunk.live != nullptr) chunk.live += from / 8;
     chunk.count = count;
     return chunk;
@@ -67,14 +69,12 @@ struct SegmentPass {
     for (std::size_t i = 0; i < chunk.count; ++i) {
       if (!is_live(chunk.live, i)) continue;
       float x;
-      if (chunk.residual != nullptr) {
+      if (keeps_message(form)) {
         x = chunk.residual[i];
       } else {
-        Chunk one = chunk;  // made again, alone: no kernel keeps messages of forms without residual
-        one.grad = static_cast<const std::byte*>(chunk.grad) + i * size_of(dtype);
-        if (one.momentum != nullptr) one.momentum += i;
-        one.live = nullptr;
-        one.count = 1;
+        Chunk one =
+            at(std::size_t(static_cast<const std::byte*>(chunk.grad) - static_cast<const std::byte*>(whole.grad)) / size_of(dtype) + i, 1);
+        one.live = nullptr;  // made again, alone: no kernel keeps messages of these forms
         float partial[kPartials] = {};
         std::uint8_t bit;
         range_kernel(Scale::l1, form, dtype)(one, 0, 1, partial, &bit);
@@ -117,6 +117,7 @@ class Sign final : public Codec {
   Combine combine() const noexcept override { return Combine::reencode; }
   std::size_t memory(const Segment&) const noexcept override { return 0; }
   const char* memory_name() const noexcept override { return ""; }
+  double nominal_delta(const Segment&) const noexcept override { return kSignDelta; }
   std::size_t target(const Segment& segment) const noexcept override { return segment.count; }
 
   WireLayout layout(const Plan& plan) const override {
@@ -155,6 +156,10 @@ class Sign final : public Codec {
       wire::write_header(payload_header(plan, part_of(plan, r), options_, capacity, flags), wire.sub(r * capacity, capacity));
   }
 
+  /// Elements [from, from + count) of segment s: the ranks' mean goes to where H lies, and H to `out`. @returns whether all of out is
+  /// finite.
+  bool add_to_estimate(const Plan& plan, std::size_t s, std::size_t from, Peers peers, std::size_t count, float factor, Bytes out) const;
+
   SignOptions options_;
   const Kernels& kernels_;
 };
@@ -182,10 +187,14 @@ void Sign::run(const Recursion& recursion, const Plan& plan, ConstBytes grad, co
       pass.whole.grad = grad.data + segment.first * size_of(grad.dtype);
       pass.whole.momentum = recursion.averaged ? own.array[0] : nullptr;
       pass.whole.residual = residual_of(recursion, own);
+      pass.whole.estimate = estimate_of(recursion, own);
+      pass.whole.average = average_of(recursion, own);
       pass.whole.live = segment.live;
       pass.whole.count = segment.count;
       pass.whole.factor = state.grad_factor != nullptr ? state.grad_factor[s] : 1.0f;
-      pass.whole.rate = feedback::rate_of(recursion);
+      pass.whole.rate = feedback::has_estimate(form) ? segment.setting.eta : feedback::rate_of(recursion);
+      pass.whole.fresh = recursion.fresh;
+      pass.whole.keep = 1.0f - recursion.fresh;
       pass.whole.beta = recursion.averaged ? state.beta1[s] : 0.0f;
       const std::size_t block = block_of(options_, segment.count);
       for (std::size_t from = 0; from < segment.count; from += block) {
@@ -193,7 +202,11 @@ void Sign::run(const Recursion& recursion, const Plan& plan, ConstBytes grad, co
         const double sum = pass.encode_block(from, count, bits + from / 8);
         const Chunk chunk = pass.at(from, count);
         const float scale = fit(scale_of(sum, live_among(chunk.live, count), options_.scale), plan.output);
-        if (chunk.residual != nullptr) kernels_.leave(chunk.residual, chunk.live, count, scale);
+        if (feedback::has_estimate(form)) {
+          kernels_.commit[std::size_t(form)][std::size_t(grad.dtype)](chunk, bits + from / 8, scale);
+        } else if (chunk.residual != nullptr) {
+          kernels_.leave(chunk.residual, chunk.live, count, scale);
+        }
         std::memcpy(scales, &scale, 4);
         scales += 4;
       }
@@ -210,6 +223,23 @@ void Sign::run(const Recursion& recursion, const Plan& plan, ConstBytes grad, co
   if (flags != nullptr) *flags = found;
 }
 
+bool Sign::add_to_estimate(const Plan& plan, std::size_t s, std::size_t from, Peers peers, std::size_t count, float factor,
+                           Bytes out) const {
+  alignas(64) std::array<float, kSumBlock> means;  // in L1
+  std::byte* const to = out.data + (plan.segments[s].first + from) * size_of(out.dtype);
+  bool finite = true;
+  for (std::size_t i = 0; i < count; i += means.size()) {
+    const std::size_t n = std::min(means.size(), count - i);
+    Peers piece = peers;
+    piece.offset += i / 8;
+    if (piece.live != nullptr) piece.live += i / 8;
+    kernels_.decode[std::size_t(DType::fp32)](piece, n, factor, means.data(), false);
+    add_to_mean_estimate(means.data(), 1.0f, plan.mean_estimates[s] + from + i, n);
+    finite &= store_scaled(means.data(), plan.output.factor, out.dtype, to + i * size_of(out.dtype), n);
+  }
+  return finite;
+}
+
 void Sign::decode(const Plan& plan, std::span<const ConstBytes> wires, float factor, Bytes workspace, Bytes out, std::uint32_t* flags,
                   Stream) const {
   if (parts_of(plan) > 1) {
@@ -219,6 +249,8 @@ void Sign::decode(const Plan& plan, std::span<const ConstBytes> wires, float fac
       Plan part = plan;
       part.segments = part_of(plan, r);
       part.part_end = {};
+      if (!plan.mean_estimates.empty())
+        part.mean_estimates = plan.mean_estimates.subspan(std::size_t(part.segments.data() - plan.segments.data()), part.segments.size());
       decode(part, wires.subspan(r, 1), factor, workspace, out, flags, Stream::host());
     }
     return;
@@ -241,6 +273,11 @@ void Sign::decode(const Plan& plan, std::span<const ConstBytes> wires, float fac
       for (std::size_t r = 0; r < wires.size(); ++r) std::memcpy(&scales[r], wires[r].data + sizeof(wire::Header) + 4 * scale, 4);
       const Peers peers{bits, from / 8, scales, wires.size(), segment.live != nullptr ? segment.live + from / 8 : nullptr};
       const std::size_t count = std::min(block, segment.count - from);
+      if (!plan.mean_estimates.empty()) {
+        const std::size_t s = std::size_t(&segment - plan.segments.data());
+        if (!add_to_estimate(plan, s, from, peers, count, factor, out)) found |= kFlagNonfinite;
+        continue;
+      }
       if (!kernels_.decode[std::size_t(out.dtype)](peers, count, factor, out.data + (segment.first + from) * size_of(out.dtype), streaming))
         found |= kFlagNonfinite;
     }
@@ -255,6 +292,7 @@ void Sign::take_back(const Recursion& recursion, const Plan& plan, ConstBytes ow
   if (verdict != nullptr && (*verdict & kFlagNonfinite) == 0) return;
   const std::size_t capacity = part_capacity(plan, options_);
   kChecks.payload_size(own_wire.size, capacity * parts_of(plan));
+  if (recursion.kind == Recursion::Kind::estimate) return keep_news(recursion, plan, state);
   if (!feedback::has_residual(feedback::form_of(recursion))) return;
   kChecks.state(plan, recursion, state.segments.size());
   check_recursion(recursion, plan, state);

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "compressors/core/recursion.hpp"
 #include "compressors/sign/sign_kernels.hpp"

@@ -109,6 +109,7 @@ class SignCuda final : public Codec {
   Combine combine() const noexcept override { return Combine::reencode; }
   std::size_t memory(const Segment&) const noexcept override { return 0; }
   const char* memory_name() const noexcept override { return ""; }
+  double nominal_delta(const Segment&) const noexcept override { return kSignDelta; }
   std::size_t target(const Segment& segment) const noexcept override { return segment.count; }
 
   WireLayout layout(const Plan& plan) const override {

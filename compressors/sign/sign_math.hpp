@@ -14,6 +14,11 @@ namespace thinwire::sign {
 
 using Scale = SignOptions::Scale;
 
+/// Whether the residual holds the message between encoding and what leaves it.
+THINWIRE_HD constexpr bool keeps_message(feedback::Form form) noexcept {
+  return feedback::has_residual(form) && !feedback::has_estimate(form);
+}
+
 /// The message of one live element, always finite. `finite` falls where the gradient or the message was not: their news is dropped. `m`:
 /// averaged forms; `residual`: forms that have one.
 template <feedback::Form form>

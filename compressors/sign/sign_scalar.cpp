@@ -4,6 +4,7 @@
 
 #include "compressors/core/plan.hpp"
 #include "compressors/core/recursion.hpp"
+#include "compressors/core/rounding.hpp"
 #include "compressors/feedback/feedback_math.hpp"
 #include "compressors/sign/sign_kernels.hpp"
 #include "compressors/sign/sign_math.hpp"
@@ -18,19 +19,34 @@ float load_grad(const void* grad, std::size_t i) noexcept {
   if constexpr (dtype == DType::fp16) return fp16_to_float(static_cast<const std::uint16_t*>(grad)[i]);
 }
 
+template <Form form, DType dtype>
+feedback::Estimated estimated_at(const Chunk& c, std::size_t i) noexcept {
+  float residual = 0, average = 0;
+  if constexpr (feedback::has_residual(form)) residual = c.residual[i];
+  if constexpr (feedback::is_smoothed(form)) average = c.average[i];
+  return feedback::estimated<form>(load_grad<dtype>(c.grad, i) * c.factor, c.rate, c.keep, c.fresh, c.estimate[i], residual, average);
+}
+
 template <Scale scale, Form form, DType dtype>
 std::uint32_t range(const Chunk& c, std::size_t from, std::size_t to, float* partial, std::uint8_t* bits) {
   std::uint32_t flags = 0;
   for (std::size_t i = from; i < to; ++i) {
     if (i % 8 == 0) bits[i / 8] = 0;
     if (!is_live(c.live, i)) continue;
-    float m = 0, residual = 0;
-    if constexpr (feedback::is_averaged(form)) m = c.momentum[i];
-    if constexpr (feedback::has_residual(form)) residual = c.residual[i];
     bool finite = true;
-    const float x = message_of<form>(load_grad<dtype>(c.grad, i) * c.factor, c.rate, c.beta, m, residual, finite);
+    float x;
+    if constexpr (feedback::has_estimate(form)) {
+      const feedback::Estimated element = estimated_at<form, dtype>(c, i);
+      x = element.x;
+      finite = element.finite;
+    } else {
+      float m = 0, residual = 0;
+      if constexpr (feedback::is_averaged(form)) m = c.momentum[i];
+      if constexpr (feedback::has_residual(form)) residual = c.residual[i];
+      x = message_of<form>(load_grad<dtype>(c.grad, i) * c.factor, c.rate, c.beta, m, residual, finite);
+      if constexpr (feedback::has_residual(form)) c.residual[i] = x;
+    }
     if (!finite) flags = kFlagNonfinite;
-    if constexpr (feedback::has_residual(form)) c.residual[i] = x;
     partial[i % kPartials] += weight<scale>(magnitude(x));
     bits[i / 8] |= std::uint8_t(bit_of(x)) << (i % 8);
   }
@@ -40,6 +56,22 @@ std::uint32_t range(const Chunk& c, std::size_t from, std::size_t to, float* par
 template <Scale scale, Form form, DType dtype>
 std::uint32_t encode(const Chunk& chunk, float* partial, std::uint8_t* bits) {
   return range<scale, form, dtype>(chunk, 0, chunk.count, partial, bits);
+}
+
+template <Form form, DType dtype>
+void commit_elements(const Chunk& c, std::size_t from, std::size_t to, const std::uint8_t* bits, float scale) {
+  for (std::size_t i = from; i < to; ++i) {
+    if (!is_live(c.live, i)) continue;
+    feedback::Estimated element = estimated_at<form, dtype>(c, i);
+    feedback::send(value_of(((bits[i / 8] >> (i % 8)) & 1u) != 0, scale), element.residual, c.estimate[i]);
+    if constexpr (feedback::has_residual(form)) c.residual[i] = element.residual;
+    if constexpr (feedback::is_smoothed(form)) c.average[i] = element.average;
+  }
+}
+
+template <Form form, DType dtype>
+void commit(const Chunk& chunk, const std::uint8_t* bits, float scale) {
+  commit_elements<form, dtype>(chunk, 0, chunk.count, bits, scale);
 }
 
 void leave(float* residual, const std::uint8_t* live, std::size_t count, float scale) {
@@ -52,25 +84,15 @@ bool decode(const Peers& peers, std::size_t count, float factor, void* out, bool
   return decode_range(peers, 0, count, factor, dtype, out);
 }
 
-template <Scale scale, Form form>
-constexpr std::array<RangeKernel, kDTypes> kFormRanges = {range<scale, form, DType::fp32>, range<scale, form, DType::bf16>,
-                                                          range<scale, form, DType::fp16>};
-template <Scale scale>
-constexpr std::array<std::array<RangeKernel, kDTypes>, feedback::kForms> kScaleRanges = {
-    kFormRanges<scale, Form::none>,     kFormRanges<scale, Form::error_feedback>,   {}, {},
-    kFormRanges<scale, Form::averaged>, kFormRanges<scale, Form::averaged_feedback>};
-constexpr std::array<std::array<std::array<RangeKernel, kDTypes>, feedback::kForms>, kScales> kRanges = {kScaleRanges<Scale::l1>,
-                                                                                                         kScaleRanges<Scale::l2>};
-template <Scale scale, Form form>
-constexpr std::array<EncodeKernel, kDTypes> kFormEncoders = {encode<scale, form, DType::fp32>, encode<scale, form, DType::bf16>,
-                                                             encode<scale, form, DType::fp16>};
-template <Scale scale>
-constexpr std::array<std::array<EncodeKernel, kDTypes>, feedback::kForms> kScaleEncoders = {
-    kFormEncoders<scale, Form::none>,     kFormEncoders<scale, Form::error_feedback>,   {}, {},
-    kFormEncoders<scale, Form::averaged>, kFormEncoders<scale, Form::averaged_feedback>};
-
+constexpr auto kRanges =
+    for_all_scales<RangeKernel>([]<Scale scale, Form form, DType dtype>() -> RangeKernel { return range<scale, form, dtype>; });
+constexpr auto kCommits = for_estimates<CommitRange>([]<Form form, DType dtype>() -> CommitRange { return commit_elements<form, dtype>; });
 constexpr Kernels kScalar = {
-    {kScaleEncoders<Scale::l1>, kScaleEncoders<Scale::l2>}, leave, [] {}, {decode<DType::fp32>, decode<DType::bf16>, decode<DType::fp16>}};
+    for_all_scales<EncodeKernel>([]<Scale scale, Form form, DType dtype>() -> EncodeKernel { return encode<scale, form, dtype>; }),
+    leave,
+    for_estimates<CommitKernel>([]<Form form, DType dtype>() -> CommitKernel { return commit<form, dtype>; }),
+    [] {},
+    {decode<DType::fp32>, decode<DType::bf16>, decode<DType::fp16>}};
 
 }  // namespace
 
@@ -80,9 +102,10 @@ RangeKernel range_kernel(Scale scale, Form form, DType grad) noexcept {
   return kRanges[std::size_t(scale)][std::size_t(form)][std::size_t(grad)];
 }
 
+CommitRange commit_range(Form form, DType grad) noexcept { return kCommits[std::size_t(form)][std::size_t(grad)]; }
+
 bool decode_range(const Peers& peers, std::size_t from, std::size_t to, float factor, DType dtype, void* out) {
   bool finite = true;
-  auto* half = static_cast<std::uint16_t*>(out);
   for (std::size_t i = from; i < to; ++i) {
     float mean = 0;
     if (is_live(peers.live, i)) {
@@ -93,16 +116,7 @@ bool decode_range(const Peers& peers, std::size_t from, std::size_t to, float fa
       for (std::size_t r = 2; r < peers.count; r += 2) sum += r + 1 < peers.count ? value(r) + value(r + 1) : value(r);
       mean = sum * factor;
     }
-    if (dtype == DType::fp32) {
-      finite &= is_finite(mean);
-      static_cast<float*>(out)[i] = mean;
-    } else if (dtype == DType::bf16) {
-      half[i] = float_to_bf16(mean);
-      finite &= (half[i] & 0x7f80u) != 0x7f80u;
-    } else {
-      half[i] = float_to_fp16(mean);
-      finite &= (half[i] & 0x7c00u) != 0x7c00u;
-    }
+    finite &= store_scaled(&mean, 1.0f, dtype, static_cast<std::byte*>(out) + i * size_of(dtype), 1);
   }
   return finite;
 }

@@ -16,14 +16,47 @@ inline std::uint64_t word_at(const std::uint8_t* bits) noexcept {
   return word;
 }
 
+/// A chunk's coefficients as vectors. `beta`: of the average that the form has.
+template <class L, Form form>
+struct Factors {
+  using V = typename L::V;
+  V grad, rate, beta, fresh;
+  explicit Factors(const Chunk& c) noexcept
+      : grad(L::set(c.factor)),
+        rate(L::set(c.rate)),
+        beta(L::set(feedback::is_smoothed(form) ? c.keep : c.beta)),
+        fresh(L::set(feedback::is_smoothed(form) ? c.fresh : 1.0f - c.beta)) {}
+};
+
+/// A vector of elements of a form with an estimate, as feedback::estimated is one.
+template <class L, Form form>
+struct Estimates {
+  using V = typename L::V;
+  V x{}, residual{}, average{}, estimate;
+
+  [[gnu::always_inline]] Estimates(const Chunk& c, const Factors<L, form>& factors, std::size_t at, V g) noexcept {
+    g *= factors.grad;
+    if constexpr (feedback::has_residual(form)) residual = L::load(c.residual + at);
+    if constexpr (feedback::is_smoothed(form)) average = g = feedback::average(factors.beta, factors.fresh, L::load(c.average + at), g);
+    estimate = L::load(c.estimate + at);
+    feedback::estimate_message<form>(g, factors.rate, estimate, residual, x);
+  }
+  /// At kAmple or above: elements are to be looked at one by one.
+  [[gnu::always_inline]] V most() const noexcept {
+    const V both = L::larger_bits(L::abs(x), L::abs(estimate));
+    if constexpr (feedback::has_residual(form)) return L::larger_bits(both, L::abs(residual));
+    return both;
+  }
+};
+
 /// A row in units of four vectors: with sums of a whole row, what one unit needs fits into sixteen registers.
 template <class L, Scale scale, Form form, DType dtype, bool masked>
 std::uint32_t encode_rows(const Chunk& c, float* partial, std::uint8_t* bits) {
   using V = typename L::V;
   using Word = typename L::Word;  // a bit for each element of a unit
   constexpr std::size_t kVectors = kRow / L::kWidth, kUnit = 4 * L::kWidth;
-  const V factor = L::set(c.factor), rate = L::set(c.rate), beta = L::set(c.beta), fresh = L::set(1.0f - c.beta);
-  const V infinity = L::set(bits_float(0x7f800000u));
+  const Factors<L, form> factors(c);
+  const V limit = L::set(feedback::has_estimate(form) ? feedback::kAmple : bits_float(0x7f800000u));
   V sum[kVectors];
   for (std::size_t j = 0; j < kVectors; ++j) sum[j] = L::load(partial + j * L::kWidth);
   std::uint32_t flags = 0;
@@ -31,13 +64,19 @@ std::uint32_t encode_rows(const Chunk& c, float* partial, std::uint8_t* bits) {
     V x[4], most{};
     for (std::size_t j = 0; j < 4; ++j) {
       const std::size_t at = i + j * L::kWidth;
-      V g = L::template load_grad<dtype>(c.grad, at) * factor, residual{}, unused{};
-      if constexpr (feedback::has_residual(form)) residual = L::load(c.residual + at);
-      if constexpr (feedback::is_averaged(form)) g = feedback::average(beta, fresh, L::load(c.momentum + at), g);
-      feedback::message<feedback::past_average(form)>(g, rate, residual, unused, x[j]);
-      most = j == 0 ? L::abs(x[j]) : L::larger_bits(most, L::abs(x[j]));
+      if constexpr (feedback::has_estimate(form)) {
+        Estimates<L, form> element(c, factors, at, L::template load_grad<dtype>(c.grad, at));
+        x[j] = element.x;
+        most = j == 0 ? element.most() : L::larger_bits(most, element.most());
+      } else {
+        V g = L::template load_grad<dtype>(c.grad, at) * factors.grad, residual{}, unused{};
+        if constexpr (feedback::has_residual(form)) residual = L::load(c.residual + at);
+        if constexpr (feedback::is_averaged(form)) g = feedback::average(factors.beta, factors.fresh, L::load(c.momentum + at), g);
+        feedback::message<feedback::past_average(form)>(g, factors.rate, residual, unused, x[j]);
+        most = j == 0 ? L::abs(x[j]) : L::larger_bits(most, L::abs(x[j]));
+      }
     }
-    if (L::any(L::not_less(most, infinity))) [[unlikely]] {
+    if (L::any(L::not_less(most, limit))) [[unlikely]] {
       for (std::size_t j = 0; j < kVectors; ++j) L::store(partial + j * L::kWidth, sum[j]);
       flags |= range_kernel(scale, form, dtype)(c, i, i + kUnit, partial, bits);
       for (std::size_t j = 0; j < kVectors; ++j) sum[j] = L::load(partial + j * L::kWidth);
@@ -55,10 +94,10 @@ std::uint32_t encode_rows(const Chunk& c, float* partial, std::uint8_t* bits) {
       if constexpr (masked) {
         const auto alive = L::mask_of(live >> (j * L::kWidth));
         w = L::choose(alive, w, L::set(0.0f));
-        if constexpr (feedback::has_residual(form)) x[j] = L::choose(alive, x[j], L::load(c.residual + at));
+        if constexpr (keeps_message(form)) x[j] = L::choose(alive, x[j], L::load(c.residual + at));
       }
       sums[j] += w;
-      if constexpr (feedback::has_residual(form)) L::store(c.residual + at, x[j]);
+      if constexpr (keeps_message(form)) L::store(c.residual + at, x[j]);
     }
   };
   std::size_t i = 0;
@@ -92,6 +131,32 @@ void leave(float* residual, const std::uint8_t* live, std::size_t count, float s
     }
   }
   kernels_scalar().leave(residual + i, live != nullptr ? live + i / 8 : nullptr, count - i, scale);
+}
+
+template <class L, Form form, DType dtype>
+void commit(const Chunk& c, const std::uint8_t* bits, float scale) {
+  using V = typename L::V;
+  const CommitRange one_by_one = commit_range(form, dtype);
+  if (!(scale < feedback::kAmple) || c.live != nullptr) return one_by_one(c, 0, c.count, bits, scale);
+  const Factors<L, form> factors(c);
+  const V plus = L::set(scale), minus = L::set(-scale), limit = L::set(feedback::kAmple);
+  std::size_t i = 0;
+  for (; i + kRow <= c.count; i += kRow) {
+    const std::uint64_t word = word_at(bits + i / 8);
+    for (std::size_t j = 0; j < kRow; j += L::kWidth) {
+      const std::size_t at = i + j;
+      Estimates<L, form> element(c, factors, at, L::template load_grad<dtype>(c.grad, at));
+      if (L::any(L::not_less(element.most(), limit))) [[unlikely]] {
+        one_by_one(c, at, at + L::kWidth, bits, scale);
+        continue;
+      }
+      const V value = L::choose(L::mask_of(word >> j), plus, minus);
+      L::store(c.estimate + at, element.estimate + value);
+      if constexpr (feedback::has_residual(form)) L::store(c.residual + at, element.residual - value);
+      if constexpr (feedback::is_smoothed(form)) L::store(c.average + at, element.average);
+    }
+  }
+  one_by_one(c, i, c.count, bits, scale);
 }
 
 enum class Write { plain, halves, streaming };
@@ -325,18 +390,9 @@ bool decode(const Peers& peers, std::size_t count, float factor, void* out, bool
 template <class L>
 constexpr Kernels make_kernels() noexcept {
   Kernels out{};
-  const auto fill = [&]<Scale scale, Form form>() {
-    out.encode[std::size_t(scale)][std::size_t(form)] = {encode<L, scale, form, DType::fp32>, encode<L, scale, form, DType::bf16>,
-                                                         encode<L, scale, form, DType::fp16>};
-  };
-  const auto fill_scale = [&]<Scale scale>() {
-    fill.template operator()<scale, Form::none>();
-    fill.template operator()<scale, Form::error_feedback>();
-    fill.template operator()<scale, Form::averaged>();
-    fill.template operator()<scale, Form::averaged_feedback>();
-  };
-  fill_scale.template operator()<Scale::l1>();
-  fill_scale.template operator()<Scale::l2>();
+  out.encode =
+      for_all_scales<EncodeKernel>([]<Scale scale, Form form, DType dtype>() -> EncodeKernel { return encode<L, scale, form, dtype>; });
+  out.commit = for_estimates<CommitKernel>([]<Form form, DType dtype>() -> CommitKernel { return commit<L, form, dtype>; });
   out.leave = leave<L>;
   out.fence = [] { _mm_sfence(); };
   out.decode = {decode<L, DType::fp32>, decode<L, DType::bf16>, decode<L, DType::fp16>};

@@ -77,9 +77,11 @@ struct Cut {
   }
 };
 
-/// The message after the pass, as it lies in the state; a gradient without state is read again. 0 where nothing may be sent.
+/// The message after the pass, as it lies in the state; that of a form with an estimate, or of a gradient without state, is made again.
+/// 0 where nothing may be sent.
 float message_at(const SegmentPass& pass, std::size_t i) noexcept {
   const Block& s = pass.segment;
+  if (feedback::has_estimate(pass.form)) return message_kernel(pass.form, pass.grad_dtype)(s, i);
   if (!is_live(s.live, i)) return 0;
   if (s.residual != nullptr) return s.residual[i];
   const float raw = pass.grad_dtype == DType::fp32   ? load_grad<DType::fp32>(s.grad, i)
@@ -129,10 +131,16 @@ class Staging {
     constexpr std::size_t kAhead = 16;
     for (std::size_t j = 0; j < count_; ++j) {
       const std::uint32_t i = block_.index[j], later = block_.index[std::min(j + kAhead, count_ - 1)];
-      if (block_.residual != nullptr) __builtin_prefetch(block_.residual + later, 1);
+      for (const float* array : {block_.residual, block_.estimate})
+        if (array != nullptr) __builtin_prefetch(array + later, 1);
       if (block_.momentum != nullptr) __builtin_prefetch(block_.momentum + later, 1);
       const float x = block_.value[j], w = wire_round(x, block_.wire);
       block_.value[j] = w;
+      if (block_.estimate != nullptr) {
+        float none = 0;
+        feedback::send(w, block_.residual != nullptr ? block_.residual[i] : none, block_.estimate[i]);
+        continue;
+      }
       if (block_.residual != nullptr) feedback::leave(x, w, block_.residual[i]);
       if (block_.momentum != nullptr && block_.mask) block_.momentum[i] = 0;
     }
@@ -225,6 +233,7 @@ SegmentResult stream_exact(const SegmentPass& pass, const SegmentWire& wire, con
         staging.offer(std::uint32_t(i - first), x, cut.takes(float_bits(magnitude(x))));
       }
     }
+    if (feedback::has_estimate(pass.form)) advance_kernel(pass.form, pass.grad_dtype)(block_at(pass, first, workspace));
     staging.settle();
     packer.append(first / kBlock, workspace.index, workspace.value, staging.count());
   }

@@ -50,7 +50,8 @@ Block block_at(const SegmentPass& pass, std::size_t first, const Workspace& work
   Block block = pass.segment;
   block.grad = static_cast<const std::byte*>(block.grad) + first * size_of(pass.grad_dtype);
   if (block.momentum != nullptr) block.momentum += first;
-  if (block.residual != nullptr) block.residual += first;
+  for (float** array : {&block.residual, &block.estimate, &block.average})
+    if (*array != nullptr) *array += first;
   if (block.live != nullptr) block.live += first / 8;
   block.count = std::uint32_t(std::min<std::size_t>(pass.segment.count - first, kBlock));
   block.index = workspace.index;
@@ -71,6 +72,9 @@ class TopK final : public Codec {
   Combine combine() const noexcept override { return Combine::gather; }
   std::size_t memory(const Segment&) const noexcept override { return options_.exact ? 0 : 1; }
   const char* memory_name() const noexcept override { return options_.exact ? "" : "threshold"; }
+  double nominal_delta(const Segment& segment) const noexcept override {
+    return segment.count == 0 ? 1.0 : double(segment_wire(segment, options_).k) / double(segment.count);
+  }
   std::size_t target(const Segment& segment) const noexcept override { return segment_wire(segment, options_).k; }
 
   WireLayout layout(const Plan& plan) const override {
@@ -145,11 +149,15 @@ void TopK::run(const Recursion& recursion, const Plan& plan, ConstBytes grad, co
     pass.norm = counts.norms != nullptr ? &norm : nullptr;
     pass.segment.grad = grad.data + segment.first * size_of(grad.dtype);
     pass.segment.momentum = feedback::has_momentum(form) ? own.array[0] : nullptr;
-    pass.segment.residual = feedback::has_momentum(form) ? own.array[1] : form == Form::error_feedback ? own.array[0] : nullptr;
+    pass.segment.residual = residual_of(recursion, own);
+    pass.segment.estimate = estimate_of(recursion, own);
+    pass.segment.average = average_of(recursion, own);
     pass.segment.live = segment.live;
     pass.segment.count = std::uint32_t(segment.count);
     pass.segment.factor = state.grad_factor != nullptr ? state.grad_factor[s] : 1.0f;
-    pass.segment.rate = feedback::rate_of(recursion);
+    pass.segment.rate = feedback::has_estimate(form) ? segment.setting.eta : feedback::rate_of(recursion);
+    pass.segment.fresh = recursion.fresh;
+    pass.segment.keep = 1.0f - recursion.fresh;
     pass.segment.wire = options_.wire;
     pass.segment.mask = recursion.mask;
 
@@ -219,8 +227,12 @@ void TopK::decode(const Plan& plan, std::span<const ConstBytes> wires, float fac
         std::memcpy(&entries.kept, wires[r].data + sizeof(wire::Header) + 4 * s, 4);
         add_range(kernels_, layout, options_.wire, segment.count, entries, cursors[r], begin, end, scratch.tile);
       }
-      if (!kernels_.finish(scratch.tile, end - begin, factor, out.dtype, out.data + (segment.first + begin) * size_of(out.dtype),
-                           streaming))
+      float scale = factor;
+      if (!plan.mean_estimates.empty()) {
+        add_to_mean_estimate(scratch.tile, factor, plan.mean_estimates[s] + begin, end - begin);
+        scale = plan.output.factor;
+      }
+      if (!kernels_.finish(scratch.tile, end - begin, scale, out.dtype, out.data + (segment.first + begin) * size_of(out.dtype), streaming))
         found |= kFlagNonfinite;
     }
     at += layout.bytes();
@@ -232,15 +244,15 @@ void TopK::take_back(const Recursion& recursion, const Plan& plan, ConstBytes ow
                      const std::uint32_t* verdict, Stream) const {
   if (verdict != nullptr && (*verdict & kFlagNonfinite) == 0) return;
   check(plan, own_wire, 0);
-  const Form form = feedback::form_of(recursion);
-  if (!feedback::has_residual(form)) return;
+  if (recursion.kind == Recursion::Kind::estimate) return keep_news(recursion, plan, state);
+  if (!feedback::has_residual(feedback::form_of(recursion))) return;
   std::size_t at = entries_offset(plan.segments.size());
   for (std::size_t s = 0; s < plan.segments.size(); ++s) {
     const Segment& segment = plan.segments[s];
     const SegmentWire layout = segment_wire(segment, options_);
     Entries entries{own_wire.data + at, own_wire.data + at + layout.index_bytes, 0};
     std::memcpy(&entries.kept, own_wire.data + sizeof(wire::Header) + 4 * s, 4);
-    float* residual = state.segments[s].array[feedback::has_momentum(form) ? 1 : 0];
+    float* residual = residual_of(recursion, state.segments[s]);
     Cursor cursor;
     for (std::size_t begin = 0; begin < segment.count; begin += kBlock) {
       add_range(kernels_, layout, options_.wire, segment.count, entries, cursor, begin,

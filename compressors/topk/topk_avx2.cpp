@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "compressors/core/recursion.hpp"
 #include "compressors/topk/topk_kernels.hpp"
@@ -30,7 +31,8 @@ struct Avx2 : simd::Avx2 {
   static constexpr int kSlots = 3;  // of a group of 32
 };
 
-constexpr Kernels kAvx2 = make_kernels<Avx2>({{{0.002f, 0.003f, 0.005f, 0.005f}, {0.03f, 0.03f, 0.03f, 0.03f}}});
+constexpr Kernels kAvx2 = make_kernels<Avx2>(
+    {{{0.002f, 0.003f, 0.005f, 0.005f, 0.005f, 0.005f, 0.005f, 0.005f}, {0.03f, 0.03f, 0.03f, 0.03f, 0.03f, 0.03f, 0.03f, 0.03f}}});
 
 }  // namespace
 

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "compressors/core/recursion.hpp"
 #include "compressors/topk/topk_kernels.hpp"
@@ -35,7 +36,8 @@ struct Avx512 : simd::Avx512 {
   static constexpr int kSlots = 4;  // of a group of 64
 };
 
-constexpr Kernels kAvx512 = make_kernels<Avx512>({{{0.002f, 0.003f, 0.005f, 0.005f}, {0.03f, 0.03f, 0.03f, 0.03f}}});
+constexpr Kernels kAvx512 = make_kernels<Avx512>(
+    {{{0.002f, 0.003f, 0.005f, 0.005f, 0.005f, 0.005f, 0.005f, 0.005f}, {0.03f, 0.03f, 0.03f, 0.03f, 0.03f, 0.03f, 0.03f, 0.03f}}});
 
 }  // namespace
 

@@ -128,6 +128,9 @@ class TopKCuda final : public Codec {
   Combine combine() const noexcept override { return Combine::gather; }
   std::size_t memory(const Segment&) const noexcept override { return options_.exact ? 0 : 1; }
   const char* memory_name() const noexcept override { return options_.exact ? "" : "threshold"; }
+  double nominal_delta(const Segment& segment) const noexcept override {
+    return segment.count == 0 ? 1.0 : double(segment_wire(segment, options_).k) / double(segment.count);
+  }
   std::size_t target(const Segment& segment) const noexcept override { return segment_wire(segment, options_).k; }
 
   WireLayout layout(const Plan& plan) const override {

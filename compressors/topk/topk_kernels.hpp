@@ -22,15 +22,19 @@ inline constexpr std::size_t kStagingSlack = 64;  // entries that a left-pack ma
 struct Block {
   const void* grad = nullptr;
   float* momentum = nullptr;           ///< u; forms with momentum
-  float* residual = nullptr;           ///< e or v; null for Form::none
+  float* residual = nullptr;           ///< e or v; null for forms without
+  float* estimate = nullptr;           ///< h; forms with an estimate
+  float* average = nullptr;            ///< the worker average; smoothed forms
   const std::uint8_t* live = nullptr;  ///< bit 0 of byte 0 is the first element; null: all live
   std::uint32_t count = 0;
-  std::uint32_t room = 0;  ///< the first `room` hits are emitted; later ones are counted and stay in the residual
-  float factor = 1;        ///< of the gradient
-  float rate = 0;          ///< rho or m
-  float threshold = 0;     ///< hit: |x| >= threshold, which is positive
+  std::uint32_t room = 0;     ///< the first `room` hits are emitted; later ones are counted and stay in the residual
+  float factor = 1;           ///< of the gradient
+  float rate = 0;             ///< rho, m or eta
+  float keep = 0, fresh = 1;  ///< smoothed forms: the shares of the worker average and of the gradient in it
+  float threshold = 0;        ///< hit: |x| >= threshold, which is positive
   DType wire = DType::fp32;
-  bool clear = true;               ///< false: emit x itself, unrounded, and leave the state as if nothing was sent
+  /// false: emit x itself, unrounded, and leave the state as if nothing was sent; forms with an estimate write none of it (AdvanceKernel).
+  bool clear = true;
   bool mask = true;                ///< momentum factor masking
   std::uint16_t* index = nullptr;  ///< staging of min(room, count) + kStagingSlack entries
   float* value = nullptr;
@@ -50,6 +54,10 @@ using StreamKernel = void (*)(const Block& block, Emitted& emitted);
 /// Elements [from, to) of a block, one by one, continuing `emitted`: what vector kernels call for tails, masks, full rooms and non-finite
 /// values.
 using RangeKernel = void (*)(const Block& block, std::uint32_t from, std::uint32_t to, Emitted& emitted);
+/// Forms with an estimate: what they keep if nothing is sent. With what `clear` = false emitted it makes the fused pass in two.
+using AdvanceKernel = void (*)(const Block& block);
+/// Forms with an estimate: the message of element i, from a state that is not advanced yet; 0 where nothing may be sent.
+using MessageKernel = float (*)(const Block& segment, std::size_t i);
 /// |x| bits of the sample of a segment; dead elements and messages that overflow count as 0. @returns how many: sample_size(count).
 using SampleKernel = std::size_t (*)(const Block& segment, std::uint64_t step, std::uint32_t* magnitudes);
 /// out = factor × tile, rounded once to dtype; the tile is zero afterwards. @returns whether all of out is finite. `streaming`: past the
@@ -81,6 +89,8 @@ const Kernels& kernels_scalar() noexcept;
 const Kernels& kernels_avx2() noexcept;
 const Kernels& kernels_avx512() noexcept;
 RangeKernel range_kernel(Form form, DType grad) noexcept;
+AdvanceKernel advance_kernel(Form form, DType grad) noexcept;
+MessageKernel message_kernel(Form form, DType grad) noexcept;
 
 /// The groups of a sample one after the other, without a division each.
 class SampleGroups {

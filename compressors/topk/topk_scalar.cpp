@@ -1,18 +1,56 @@
 // The portable twin: one element at a time, the reference of the others.
 
+#include <algorithm>
 #include <bit>
 #include <cstring>
+#include <utility>
 
 #include "compressors/core/recursion.hpp"
+#include "compressors/core/rounding.hpp"
 #include "compressors/feedback/feedback_math.hpp"
 #include "compressors/topk/topk_kernels.hpp"
 
 namespace thinwire::topk {
 namespace {
 
+template <Form form, DType dtype>
+feedback::Estimated estimated_at(const Block& b, std::size_t i) noexcept {
+  float residual = 0, average = 0;
+  if constexpr (feedback::has_residual(form)) residual = b.residual[i];
+  if constexpr (feedback::is_smoothed(form)) average = b.average[i];
+  return feedback::estimated<form>(load_grad<dtype>(b.grad, i) * b.factor, b.rate, b.keep, b.fresh, b.estimate[i], residual, average);
+}
+
+/// Writes what an element of a form with an estimate keeps.
+template <Form form>
+void keep(const Block& b, std::size_t i, const feedback::Estimated& element) noexcept {
+  if constexpr (feedback::has_residual(form)) b.residual[i] = element.residual;
+  if constexpr (feedback::is_smoothed(form)) b.average[i] = element.average;
+}
+
+template <Form form, DType dtype>
+void estimate_range(const Block& b, std::uint32_t from, std::uint32_t to, Emitted& emitted) {
+  for (std::uint32_t i = from; i < to; ++i) {
+    if (!is_live(b.live, i)) continue;
+    feedback::Estimated element = estimated_at<form, dtype>(b, i);
+    if (!element.finite) emitted.flags |= kFlagNonfinite;
+    if (magnitude(element.x) >= b.threshold) {
+      ++emitted.hits;
+      if (emitted.count < b.room) {
+        const float w = b.clear ? wire_round(element.x, b.wire) : element.x;
+        b.index[emitted.count] = std::uint16_t(i);
+        b.value[emitted.count++] = w;
+        if (b.clear) feedback::send(w, element.residual, b.estimate[i]);
+      }
+    }
+    if (b.clear) keep<form>(b, i, element);
+  }
+}
+
 /// Reads gradient and state once, writes state once; entries in index order. Bit-exact.
 template <Form form, DType dtype>
 void range(const Block& b, std::uint32_t from, std::uint32_t to, Emitted& emitted) {
+  if constexpr (feedback::has_estimate(form)) return estimate_range<form, dtype>(b, from, to, emitted);
   for (std::uint32_t i = from; i < to; ++i) {
     if (!is_live(b.live, i)) continue;
     float g, x, u = 0, residual = 0;
@@ -43,12 +81,24 @@ void range(const Block& b, std::uint32_t from, std::uint32_t to, Emitted& emitte
 }
 
 template <Form form, DType dtype>
+void advance(const Block& b) {
+  for (std::uint32_t i = 0; i < b.count; ++i)
+    if (is_live(b.live, i)) keep<form>(b, i, estimated_at<form, dtype>(b, i));
+}
+
+template <Form form, DType dtype>
+float message_at(const Block& segment, std::size_t i) {
+  return is_live(segment.live, i) ? estimated_at<form, dtype>(segment, i).x : 0.0f;
+}
+
+template <Form form, DType dtype>
 void stream(const Block& block, Emitted& emitted) {
   range<form, dtype>(block, 0, block.count, emitted);
 }
 
 template <Form form, DType dtype>
 std::uint32_t magnitude_at(const Block& s, std::size_t i) noexcept {
+  if constexpr (feedback::has_estimate(form)) return float_bits(magnitude(message_at<form, dtype>(s, i)));
   if (!is_live(s.live, i)) return 0;
   float g, x, u = 0, residual = 0;
   if constexpr (feedback::has_residual(form)) residual = s.residual[i];
@@ -87,22 +137,8 @@ void narrow(const float* values, std::size_t count, DType wire, std::byte* out) 
 }
 
 bool finish(float* tile, std::size_t count, float factor, DType dtype, void* out, bool) {
-  bool finite = true;
-  auto* half = static_cast<std::uint16_t*>(out);
-  for (std::size_t i = 0; i < count; ++i) {
-    const float mean = tile[i] * factor;
-    tile[i] = 0;
-    if (dtype == DType::fp32) {
-      finite &= is_finite(mean);
-      static_cast<float*>(out)[i] = mean;
-    } else if (dtype == DType::bf16) {
-      half[i] = float_to_bf16(mean);
-      finite &= (half[i] & 0x7f80u) != 0x7f80u;
-    } else {
-      half[i] = float_to_fp16(mean);
-      finite &= (half[i] & 0x7c00u) != 0x7c00u;
-    }
-  }
+  const bool finite = store_scaled(tile, factor, dtype, out, count);
+  std::fill_n(tile, count, 0.0f);
   return finite;
 }
 
@@ -115,19 +151,31 @@ std::uint32_t add_bitmap(const std::uint32_t* words, std::size_t count, const st
   return next;
 }
 
-template <Form form>
-constexpr std::array<StreamKernel, kDTypes> kStreams = {stream<form, DType::fp32>, stream<form, DType::bf16>, stream<form, DType::fp16>};
-template <Form form>
-constexpr std::array<RangeKernel, kDTypes> kRanges = {range<form, DType::fp32>, range<form, DType::bf16>, range<form, DType::fp16>};
-template <Form form>
-constexpr std::array<SampleKernel, kDTypes> kSamples = {sample<form, DType::fp32>, sample<form, DType::bf16>, sample<form, DType::fp16>};
-
-constexpr std::array<std::array<StreamKernel, kDTypes>, feedback::kGradientForms> kAllStreams = {
-    kStreams<Form::none>, kStreams<Form::error_feedback>, kStreams<Form::momentum>, kStreams<Form::nesterov>};
-constexpr std::array<std::array<RangeKernel, kDTypes>, feedback::kGradientForms> kAllRanges = {
-    kRanges<Form::none>, kRanges<Form::error_feedback>, kRanges<Form::momentum>, kRanges<Form::nesterov>};
-constexpr Kernels kScalar = {{kAllStreams, kAllStreams, kAllStreams},
-                             {kSamples<Form::none>, kSamples<Form::error_feedback>, kSamples<Form::momentum>, kSamples<Form::nesterov>},
+/// kernel.operator()<form, dtype>() for every form and gradient dtype.
+template <class Kernel, class Make>
+constexpr auto for_all(Make make) {
+  std::array<std::array<Kernel, kDTypes>, feedback::kGradientForms> out{};
+  const auto fill = [&]<std::size_t... form>(std::index_sequence<form...>) {
+    ((out[form] = {make.template operator()<Form(form), DType::fp32>(), make.template operator()<Form(form), DType::bf16>(),
+                   make.template operator()<Form(form), DType::fp16>()}),
+     ...);
+  };
+  fill(std::make_index_sequence<feedback::kGradientForms>());
+  return out;
+}
+constexpr auto kRanges = for_all<RangeKernel>([]<Form form, DType dtype>() -> RangeKernel { return range<form, dtype>; });
+constexpr auto kStreams = for_all<StreamKernel>([]<Form form, DType dtype>() -> StreamKernel { return stream<form, dtype>; });
+constexpr auto kSamples = for_all<SampleKernel>([]<Form form, DType dtype>() -> SampleKernel { return sample<form, dtype>; });
+constexpr auto kAdvances = for_all<AdvanceKernel>([]<Form form, DType dtype>() -> AdvanceKernel {
+  if constexpr (feedback::has_estimate(form)) return advance<form, dtype>;
+  return nullptr;
+});
+constexpr auto kMessages = for_all<MessageKernel>([]<Form form, DType dtype>() -> MessageKernel {
+  if constexpr (feedback::has_estimate(form)) return message_at<form, dtype>;
+  return nullptr;
+});
+constexpr Kernels kScalar = {{kStreams, kStreams, kStreams},
+                             kSamples,
                              {},
                              narrow,
                              finish,
@@ -137,6 +185,8 @@ constexpr Kernels kScalar = {{kAllStreams, kAllStreams, kAllStreams},
 
 const Kernels& kernels_scalar() noexcept { return kScalar; }
 
-RangeKernel range_kernel(Form form, DType grad) noexcept { return kAllRanges[std::size_t(form)][std::size_t(grad)]; }
+RangeKernel range_kernel(Form form, DType grad) noexcept { return kRanges[std::size_t(form)][std::size_t(grad)]; }
+AdvanceKernel advance_kernel(Form form, DType grad) noexcept { return kAdvances[std::size_t(form)][std::size_t(grad)]; }
+MessageKernel message_kernel(Form form, DType grad) noexcept { return kMessages[std::size_t(form)][std::size_t(grad)]; }
 
 }  // namespace thinwire::topk

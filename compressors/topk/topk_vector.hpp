@@ -7,6 +7,14 @@
 namespace thinwire::topk {
 namespace {
 
+/// A block's coefficients as vectors.
+template <class L>
+struct Factors {
+  using V = typename L::V;
+  V grad, rate, keep, fresh;
+  explicit Factors(const Block& b) noexcept : grad(L::set(b.factor)), rate(L::set(b.rate)), keep(L::set(b.keep)), fresh(L::set(b.fresh)) {}
+};
+
 /// Vectors of consecutive elements between load and store.
 template <class L, Form form, DType dtype>
 struct Group {
@@ -15,37 +23,53 @@ struct Group {
   static constexpr int kVectors = 4;
   static constexpr std::uint32_t kElements = kVectors * L::kWidth;
 
-  V x[kVectors], u[kVectors];
+  V x[kVectors], u[kVectors], kept[kVectors], estimate[kVectors], average[kVectors];  // what the form has
   Mask hit[kVectors];
 
   /// @returns bit j for every element j that is a hit or not finite.
-  [[gnu::always_inline]] inline std::uint64_t update(const Block& b, std::uint32_t i, const V& factor, const V& rate,
+  [[gnu::always_inline]] inline std::uint64_t update(const Block& b, std::uint32_t i, const Factors<L>& factors,
                                                      const V& threshold) noexcept {
     std::uint64_t hits = 0;
     for (int j = 0; j < kVectors; ++j) {
       const std::uint32_t at = i + std::uint32_t(j) * L::kWidth;
-      const V g = L::template load_grad<dtype>(b.grad, at) * factor;
+      V g = L::template load_grad<dtype>(b.grad, at) * factors.grad;
       V residual{};
       if constexpr (feedback::has_residual(form)) residual = L::load(b.residual + at);
       if constexpr (feedback::has_momentum(form)) u[j] = L::load(b.momentum + at);
-      feedback::message<form>(g, rate, residual, u[j], x[j]);
+      if constexpr (feedback::has_estimate(form)) {
+        if constexpr (feedback::is_smoothed(form))
+          average[j] = g = feedback::average(factors.keep, factors.fresh, L::load(b.average + at), g);
+        estimate[j] = L::load(b.estimate + at);
+        feedback::estimate_message<form>(g, factors.rate, estimate[j], residual, x[j]);
+        kept[j] = residual;
+      } else {
+        feedback::message<form>(g, factors.rate, residual, u[j], x[j]);
+        kept[j] = x[j];
+      }
       hit[j] = L::not_less(L::abs(x[j]), threshold);
       hits |= std::uint64_t(L::bits(hit[j])) << (std::uint32_t(j) * L::kWidth);
     }
     return hits;
   }
-  /// A gradient that is not finite makes x so: the state always is.
-  [[gnu::always_inline]] inline bool any_nonfinite() const noexcept {
-    const V infinity = L::set(bits_float(0x7f800000u));
-    auto any = L::not_less(L::abs(x[0]), infinity);
-    for (int j = 1; j < kVectors; ++j) any = L::either(any, L::not_less(L::abs(x[j]), infinity));
-    return L::any(any);
+  /// Whether elements must be looked at one by one. A gradient that is not finite makes x so: the state always is.
+  [[gnu::always_inline]] inline bool needs_care() const noexcept {
+    const V limit = L::set(feedback::has_estimate(form) ? feedback::kAmple : bits_float(0x7f800000u));
+    V most = L::abs(x[0]);
+    for (int j = 0; j < kVectors; ++j) {
+      most = L::larger_bits(most, L::abs(x[j]));
+      if constexpr (feedback::has_estimate(form)) most = L::larger_bits(most, L::abs(estimate[j]));
+      if constexpr (feedback::is_control(form)) most = L::larger_bits(most, L::abs(kept[j]));
+    }
+    return L::any(L::not_less(most, limit));
   }
+  /// What is kept if nothing is sent.
   [[gnu::always_inline]] inline void store(const Block& b, std::uint32_t i) const noexcept {
+    if (feedback::has_estimate(form) && !b.clear) return;
     for (int j = 0; j < kVectors; ++j) {
       const std::uint32_t at = i + std::uint32_t(j) * L::kWidth;
-      if constexpr (feedback::has_residual(form)) L::store(b.residual + at, x[j]);
+      if constexpr (feedback::has_residual(form)) L::store(b.residual + at, kept[j]);
       if constexpr (feedback::has_momentum(form)) L::store(b.momentum + at, u[j]);
+      if constexpr (feedback::is_smoothed(form)) L::store(b.average + at, average[j]);
     }
   }
 };
@@ -53,34 +77,20 @@ struct Group {
 /// What is emitted of a hit: x itself (fp32 on the wire, or candidates), or x rounded.
 enum class Emit { exact, bf16, fp16 };
 
-/// Updates a group that holds a non-finite value, element by element. @returns its hits.
-template <Form form, DType dtype, std::uint32_t kElements>
-[[gnu::noinline]] std::uint64_t update_carefully(const Block& b, std::uint32_t i, Emitted& emitted) noexcept {
-  std::uint16_t index[kElements];
-  float value[kElements];
-  Block group = b;
-  group.room = kElements;
-  group.clear = false;
-  group.index = index;
-  group.value = value;
-  Emitted found;
-  range_kernel(form, dtype)(group, i, i + kElements, found);
-  emitted.flags |= found.flags;
-  std::uint64_t hits = 0;
-  for (std::uint32_t j = 0; j < found.count; ++j) hits |= std::uint64_t(1) << (index[j] - i);
-  return hits;
-}
-
-/// Emits hits whose state holds the whole message still, and leaves there what the wire cuts off.
+/// Emits hits whose state holds the whole message still, and leaves there what the wire cuts off. `messages`: those of elements from
+/// `first` on, of forms with an estimate, whose state does not hold them.
 template <class L, Form form, DType dtype>
-void settle(const Block& b, const std::uint16_t* hits, std::uint32_t count, Emitted& emitted) noexcept {
+void settle(const Block& b, const std::uint16_t* hits, std::uint32_t count, const float* messages, std::uint32_t first,
+            Emitted& emitted) noexcept {
   std::uint16_t* __restrict const index = b.index + emitted.count;
   float* __restrict const value = b.value + emitted.count;
   float* __restrict const residual = b.residual;
   float* __restrict const momentum = b.momentum;
   emitted.count += count;
   std::memcpy(index, hits, 2 * count);
-  if constexpr (!feedback::has_residual(form)) {
+  if constexpr (feedback::has_estimate(form)) {
+    for (std::uint32_t j = 0; j < count; ++j) value[j] = messages[hits[j] - first];
+  } else if constexpr (!feedback::has_residual(form)) {
     const float factor = b.factor;
     const void* grad = b.grad;
     for (std::uint32_t j = 0; j < count; ++j) value[j] = load_grad<dtype>(grad, hits[j]) * factor;
@@ -97,6 +107,16 @@ void settle(const Block& b, const std::uint16_t* hits, std::uint32_t count, Emit
     if (b.mask) {
       for (std::uint32_t j = 0; j < count; ++j) momentum[hits[j]] = 0;
     }
+  }
+  if constexpr (feedback::has_estimate(form)) {
+    for (std::uint32_t j = 0; j < count && b.wire != DType::fp32; j += L::kWidth) {
+      const auto x = L::load(value + j);
+      L::store(value + j, b.wire == DType::bf16 ? L::round_bf16(x) : L::round_fp16(x));
+    }
+    float none = 0;
+    for (std::uint32_t j = 0; j < count; ++j)
+      feedback::send(value[j], feedback::has_residual(form) ? residual[hits[j]] : none, b.estimate[hits[j]]);
+    return;
   }
   if (b.wire == DType::fp32) return;
   for (std::uint32_t j = 0; j < count; j += L::kWidth) {  // the last vector reaches into the staging's slack
@@ -131,20 +151,34 @@ template <class L, Form form, DType dtype, int kSlots>
 void collect(const Block& b, Emitted& emitted) {
   if (b.live != nullptr) return range_kernel(form, dtype)(b, 0, b.count, emitted);
   using G = Group<L, form, dtype>;
-  const auto factor = L::set(b.factor), rate = L::set(b.rate), threshold = L::set(b.threshold);
+  const Factors<L> factors(b);
+  const auto threshold = L::set(b.threshold);
   const std::uint32_t whole = b.count / G::kElements * G::kElements;
   std::uint16_t hits[kChunk + 64];
+  float messages[feedback::has_estimate(form) ? kChunk : 1];
+  bool usable = true;  // the bitmap: not where elements were looked at one by one
   for (std::uint32_t i = 0; i < whole;) {
-    const std::uint32_t end = whole - i < kChunk ? whole : i + kChunk;
+    const std::uint32_t begin = i, end = whole - i < kChunk ? whole : i + kChunk;
     std::uint16_t* next = hits;
+    const auto settle_hits = [&]() __attribute__((always_inline)) {
+      const auto found = std::uint32_t(next - hits), room = b.room - emitted.count;
+      emitted.hits += found;
+      settle<L, form, dtype>(b, hits, found < room ? found : room, messages, begin, emitted);
+      next = hits;
+    };
     for (; i < end; i += G::kElements) {
       G group;
-      std::uint64_t bits = group.update(b, i, factor, rate, threshold);
-      if ((kSlots != 0 || bits != 0) && group.any_nonfinite()) [[unlikely]] {
-        bits = update_carefully<form, dtype, G::kElements>(b, i, emitted);
-      } else {
-        group.store(b, i);
+      std::uint64_t bits = group.update(b, i, factors, threshold);
+      // A message is a hit where it is not finite; those of other forms may need care without one.
+      if ((kSlots != 0 || feedback::has_estimate(form) || bits != 0) && group.needs_care()) [[unlikely]] {
+        settle_hits();
+        range_kernel(form, dtype)(b, i, i + G::kElements, emitted);
+        usable = false;
+        continue;
       }
+      group.store(b, i);
+      if (feedback::has_estimate(form) && (kSlots != 0 || bits != 0))
+        for (int j = 0; j < G::kVectors; ++j) L::store(messages + (i - begin) + std::uint32_t(j) * L::kWidth, group.x[j]);
       note<G::kElements>(b, i, bits);
       if constexpr (kSlots == 0) {
         for (; bits != 0; bits &= bits - 1) *next++ = std::uint16_t(i + L::first_bit(bits));
@@ -155,11 +189,9 @@ void collect(const Block& b, Emitted& emitted) {
         next = after;
       }
     }
-    const auto found = std::uint32_t(next - hits), room = b.room - emitted.count;
-    emitted.hits += found;
-    settle<L, form, dtype>(b, hits, found < room ? found : room, emitted);
+    settle_hits();
   }
-  emitted.noted = whole;
+  emitted.noted = usable ? whole : 0;
   range_kernel(form, dtype)(b, whole, b.count, emitted);
 }
 
@@ -168,17 +200,18 @@ void collect(const Block& b, Emitted& emitted) {
 template <class L, Form form, DType dtype, Emit kind>
 void pack_as(const Block& b, Emitted& emitted) {
   using G = Group<L, form, dtype>;
-  const auto factor = L::set(b.factor), rate = L::set(b.rate), threshold = L::set(b.threshold);
+  const Factors<L> factors(b);
+  const auto threshold = L::set(b.threshold);
   const auto clear = L::lanes(b.clear), clear_momentum = L::lanes(b.clear && b.mask);
   std::uint32_t i = 0, count = 0;
   bool usable = true;  // the bitmap: not where something was not finite
   for (; i + G::kElements <= b.count; i += G::kElements) {
     G group;
-    const std::uint64_t bits = group.update(b, i, factor, rate, threshold);
+    const std::uint64_t bits = group.update(b, i, factors, threshold);
     note<G::kElements>(b, i, bits);
-    const bool nonfinite = group.any_nonfinite();
-    if (nonfinite || count + G::kElements > b.room) [[unlikely]] {
-      if (count == b.room && !nonfinite) {
+    const bool care = group.needs_care();
+    if (care || count + G::kElements > b.room) [[unlikely]] {
+      if (count == b.room && !care) {
         emitted.hits += std::uint32_t(__builtin_popcountll(bits));
         group.store(b, i);
       } else {
@@ -186,7 +219,7 @@ void pack_as(const Block& b, Emitted& emitted) {
         emitted.count = count;
         range_kernel(form, dtype)(b, i, i + G::kElements, emitted);
         count = emitted.count;
-        if (nonfinite) usable = false;
+        if (care) usable = false;
       }
       continue;
     }
@@ -195,12 +228,16 @@ void pack_as(const Block& b, Emitted& emitted) {
       if constexpr (kind == Emit::bf16) w = L::round_bf16(w);
       if constexpr (kind == Emit::fp16) w = L::round_fp16(w);
       count += L::pack(group.hit[j], i + std::uint32_t(j) * L::kWidth, w, b.index + count, b.value + count);
-      if constexpr (kind == Emit::exact) {
-        group.x[j] = L::zero_where(L::both(group.hit[j], clear), group.x[j]);
+      if constexpr (feedback::has_estimate(form)) {  // stored where something is sent, that is nowhere else than under `clear`
+        group.kept[j] = L::choose(group.hit[j], group.kept[j] - w, group.kept[j]);
+        group.estimate[j] = L::choose(group.hit[j], group.estimate[j] + w, group.estimate[j]);
+        if (b.clear) L::store(b.estimate + i + std::uint32_t(j) * L::kWidth, group.estimate[j]);
+      } else if constexpr (kind == Emit::exact) {
+        group.kept[j] = L::zero_where(L::both(group.hit[j], clear), group.x[j]);
       } else {
         typename L::V left;
         feedback::leave(group.x[j], w, left);
-        group.x[j] = L::choose(group.hit[j], left, group.x[j]);
+        group.kept[j] = L::choose(group.hit[j], left, group.x[j]);
       }
       if constexpr (feedback::has_momentum(form)) group.u[j] = L::zero_where(L::both(group.hit[j], clear_momentum), group.u[j]);
     }
@@ -222,16 +259,26 @@ void pack(const Block& b, Emitted& emitted) {
 
 /// |x| bits of kWidth elements from i on; 0 for messages that overflow.
 template <class L, Form form, DType dtype>
-[[gnu::always_inline]] inline void magnitudes_at(const Block& s, std::size_t i, const typename L::V& factor, const typename L::V& rate,
-                                                 std::uint32_t* out) noexcept {
+[[gnu::always_inline]] inline void magnitudes_at(const Block& s, std::size_t i, const Factors<L>& factors, std::uint32_t* out) noexcept {
   using V = typename L::V;
   const V infinity = L::set(bits_float(0x7f800000u));
   V residual{}, u{}, x;
   if constexpr (feedback::has_residual(form)) residual = L::load(s.residual + i);
   if constexpr (feedback::has_momentum(form)) u = L::load(s.momentum + i);
-  V g = L::template load_grad<dtype>(s.grad, i) * factor;
-  g = L::zero_where(L::not_less(L::abs(g), infinity), g);
-  feedback::message<form>(g, rate, residual, u, x);
+  V g = L::template load_grad<dtype>(s.grad, i) * factors.grad;
+  const auto news = L::not_less(L::abs(g), infinity);
+  if constexpr (feedback::has_estimate(form)) {
+    const V estimate = L::load(s.estimate + i);
+    g = L::choose(news, estimate, g);
+    V average{};
+    if constexpr (feedback::is_smoothed(form)) average = g = feedback::average(factors.keep, factors.fresh, L::load(s.average + i), g);
+    feedback::estimate_message<form>(g, factors.rate, estimate, residual, x);
+    const V most = L::larger_bits(L::abs(residual), L::abs(average));  // an element that sits out has no message
+    x = L::zero_where(L::not_less(most, infinity), x);
+  } else {
+    g = L::zero_where(news, g);
+    feedback::message<form>(g, factors.rate, residual, u, x);
+  }
   const V a = L::abs(x);
   L::store(reinterpret_cast<float*>(out), L::zero_where(L::not_less(a, infinity), a));
 }
@@ -240,14 +287,16 @@ template <class L, Form form, DType dtype>
 template <class L, Form form, DType dtype>
 std::size_t sample(const Block& s, std::uint64_t step, std::uint32_t* magnitudes) {
   if (s.live != nullptr) return kernels_scalar().sample[std::size_t(form)][std::size_t(dtype)](s, step, magnitudes);
-  const auto factor = L::set(s.factor), rate = L::set(s.rate);
+  const Factors<L> factors(s);
   if (sample_size(s.count) == s.count) {  // all of it, in order
     const std::size_t whole = s.count / L::kWidth * L::kWidth;
-    for (std::size_t i = 0; i < whole; i += L::kWidth) magnitudes_at<L, form, dtype>(s, i, factor, rate, magnitudes + i);
+    for (std::size_t i = 0; i < whole; i += L::kWidth) magnitudes_at<L, form, dtype>(s, i, factors, magnitudes + i);
     Block tail = s;
     tail.grad = static_cast<const std::byte*>(s.grad) + whole * size_of(dtype);
     if constexpr (feedback::has_residual(form)) tail.residual += whole;
     if constexpr (feedback::has_momentum(form)) tail.momentum += whole;
+    if constexpr (feedback::has_estimate(form)) tail.estimate += whole;
+    if constexpr (feedback::is_smoothed(form)) tail.average += whole;
     tail.count -= std::uint32_t(whole);
     return whole + kernels_scalar().sample[std::size_t(form)][std::size_t(dtype)](tail, step, magnitudes + whole);
   }
@@ -259,13 +308,15 @@ std::size_t sample(const Block& s, std::uint64_t step, std::uint32_t* magnitudes
     __builtin_prefetch(static_cast<const std::byte*>(s.grad) + first * size_of(dtype), 0, 2);
     if constexpr (feedback::has_residual(form)) __builtin_prefetch(s.residual + first, 0, 2);
     if constexpr (feedback::has_momentum(form)) __builtin_prefetch(s.momentum + first, 0, 2);
+    if constexpr (feedback::has_estimate(form)) __builtin_prefetch(s.estimate + first, 0, 2);
+    if constexpr (feedback::is_smoothed(form)) __builtin_prefetch(s.average + first, 0, 2);
   };
   for (std::uint64_t j = 0; j < kAhead && j < groups.taken(); ++j) ask(j);
   for (std::uint64_t j = 0; j < groups.taken(); ++j) {
     const std::size_t first = ring[j % kAhead];
     if (j + kAhead < groups.taken()) ask(j + kAhead);
     for (std::size_t i = 0; i < kSampleGroup; i += L::kWidth)
-      magnitudes_at<L, form, dtype>(s, first + i, factor, rate, magnitudes + j * kSampleGroup + i);
+      magnitudes_at<L, form, dtype>(s, first + i, factors, magnitudes + j * kSampleGroup + i);
   }
   return sample_size(s.count);
 }
@@ -341,22 +392,20 @@ std::uint32_t add_bitmap(const std::uint32_t* words, std::size_t count, const st
 template <class L>
 constexpr Kernels make_kernels(const std::array<std::array<float, feedback::kGradientForms>, kTiers - 1>& crossover) noexcept {
   Kernels out{};
-  const auto fill = [&]<Form form, DType dtype>() {
-    constexpr auto f = std::size_t(form), d = std::size_t(dtype);
+  const auto fill = [&]<std::size_t f, DType dtype>() {
+    constexpr auto form = Form(f);
+    constexpr auto d = std::size_t(dtype);
     out.stream[0][f][d] = collect<L, form, dtype, 0>;
     out.stream[1][f][d] = collect<L, form, dtype, L::kSlots>;
     out.stream[2][f][d] = pack<L, form, dtype>;
     out.sample[f][d] = sample<L, form, dtype>;
   };
-  const auto fill_form = [&]<Form form>() {
-    fill.template operator()<form, DType::fp32>();
-    fill.template operator()<form, DType::bf16>();
-    fill.template operator()<form, DType::fp16>();
+  const auto fill_all = [&]<std::size_t... form>(std::index_sequence<form...>) {
+    (fill.template operator()<form, DType::fp32>(), ...);
+    (fill.template operator()<form, DType::bf16>(), ...);
+    (fill.template operator()<form, DType::fp16>(), ...);
   };
-  fill_form.template operator()<Form::none>();
-  fill_form.template operator()<Form::error_feedback>();
-  fill_form.template operator()<Form::momentum>();
-  fill_form.template operator()<Form::nesterov>();
+  fill_all(std::make_index_sequence<feedback::kGradientForms>());
   out.crossover = crossover;
   out.narrow = narrow<L>;
   out.finish = finish<L>;
