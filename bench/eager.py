@@ -51,15 +51,24 @@ def eager_ef14(grad, _, residual, threshold):
     return index, values
 
 
-def eager_ef14_sign(grad, _, residual, __):
+def packed_by_numpy(positive):
+    return numpy.packbits(positive.numpy(), bitorder="little")
+
+
+def packed_by_torch(positive):
+    """The same bytes where the bits are, on a GPU too. The number of bits is a multiple of 8, as DeepSpeed pads it."""
+    weights = torch.ones(8, dtype=torch.uint8, device=positive.device) << torch.arange(8, dtype=torch.uint8, device=positive.device)
+    return (positive.view(-1, 8) * weights).sum(dim=1, dtype=torch.uint8)
+
+
+def eager_ef14_sign(grad, _, residual, __, pack=packed_by_numpy):
     """The worker's half of a DeepSpeed-style step as a sequence of operations, each a pass over memory: error in, norm, signs with sign(0) = +1, what they decode
-    to, error out, bits. On a CPU numpy packs them."""
+    to, error out, bits."""
     message = torch.add(grad, residual)
     scale = message.norm() / message.numel() ** 0.5
     decoded = message.sign().add_(1).bool().float().add_(-0.5).mul_(2.0).mul_(scale)
     torch.sub(message, decoded, out=residual)
-    bits = numpy.packbits(message.sign_().add_(1).bool().numpy())
-    return bits, scale
+    return pack(message.sign_().add_(1).bool()), scale
 
 
 def threshold_for(recursion, grad, u, v, density):

@@ -22,11 +22,11 @@ def reached(folder: pathlib.Path) -> list[tuple[str, str, float, float | None]]:
     """(what, "at least" or "at most", the goal, the number or None where the run has none)."""
     kernels = read(folder, "kernels-cuda.json")
     rows, pairs = kernels.get("rows", []), {pair["pair"]: pair["ratio"] for pair in kernels.get("pairs", [])}
-    topk, hook = read(folder, "topk.json"), {row["kernel"]: row["time_to_plain"] for row in read(folder, "hook.json").get("rows", [])}
+    eager, hook = read(folder, "eager.json"), {row["kernel"]: row["time_to_plain"] for row in read(folder, "hook.json").get("rows", [])}
 
-    def copy(kernel: str, density: float) -> float | None:
-        """x device-to-device copy, of the row whose density is nearest."""
-        near = [row for row in rows if row["kernel"] == kernel and abs((row["density"] or 0) - density) < density / 2]
+    def copy(kernel: str, density: float | None = None) -> float | None:
+        """x device-to-device copy, of the row whose density is near, or that has none."""
+        near = [row for row in rows if row["kernel"] == kernel and (row["density"] is None if density is None else abs((row["density"] or 0) - density) < density / 2)]
         return near[0]["ratio_memcpy"] if near else None
 
     out = []
@@ -35,10 +35,12 @@ def reached(folder: pathlib.Path) -> list[tuple[str, str, float, float | None]]:
             out.append((f"{recursion}_topk_sampled, {density:.1%}, x copy", "at least", 0.85, copy(f"{recursion}_topk_sampled", density)))
         out.append((f"{recursion}_topk_sampled, bf16 gradients, 1 %, x copy", "at least", 0.80, copy(f"{recursion}_topk_sampled_bf16grad", 0.01)))
     out.append(("decode of 8 payloads, 1 %, x copy", "at least", 0.67, copy("decode_topk_8", 0.01)))
+    out.append(("ef14_sign, x copy", "at least", 0.85, copy("ef14_sign")))
     out.append(("ordered against unordered selection, time", "at most", 1.10, pairs.get("ordered against unordered selection")))
     out.append(("161 ResNet-50 layers against one array, time", "at most", 1.30, pairs.get("161 ResNet-50 layers against one array")))
-    out.append(("torch.topk by exact selection, time", "at least", 4.0, topk.get("topk_to_exact")))
-    out.append(("exact selection by the fused EF14 step, time", "at most", 3.0, topk.get("exact_to_fused")))
+    out.append(("torch.topk by exact selection, time", "at least", 4.0, eager.get("topk_to_exact")))
+    out.append(("exact selection by the fused EF14 step, time", "at most", 3.0, eager.get("exact_to_fused")))
+    out.append(("torch's eager 1-bit step by ef14_sign, time", "at least", 4.0, eager.get("eager_to_ef14_sign")))
     out.append(("hook with codec=none by plain DDP, time", "at most", 1.10, hook.get("hook_none")))
     return out
 

@@ -16,7 +16,24 @@ constexpr std::size_t kSlideBetweenRanks = 37;  // repetitions apart: other payl
 
 }  // namespace
 
-Recursion recursion_named(const std::string& name) { return make_recursion(Config::parse("codec=topk:density=0.01 feedback=" + name)); }
+Recursion recursion_named(const std::string& name) {
+  constexpr std::string_view kAveraged = "averaged_";
+  const bool averaged = name.starts_with(kAveraged);
+  Recursion out = make_recursion(Config::parse("codec=topk:density=0.01 feedback=" + name.substr(averaged ? kAveraged.size() : 0)));
+  out.averaged = averaged;
+  return out;
+}
+
+SegmentState state_in(const Recursion& recursion, float* momentum, float* residual) noexcept {
+  SegmentState out;
+  std::size_t a = 0;
+  for (const std::string_view name : state_names(recursion)) out.array[a++] = name == "momentum" ? momentum : residual;
+  return out;
+}
+
+double state_bytes(const Recursion& recursion) noexcept {
+  return sizeof(float) * (2 * double(state_names(recursion).size()) - (recursion.averaged ? 1 : 0));
+}
 
 StreamKernel::StreamKernel(StreamCase what, Arrays& arrays) : case_(std::move(what)), arrays_(arrays) {
   recursion_ = recursion_named(case_.recursion);
@@ -54,29 +71,18 @@ StreamKernel::StreamKernel(StreamCase what, Arrays& arrays) : case_(std::move(wh
   entry_bytes_ = double(bytes) / double(capacity);
   float* next = memory_.data();
   for (const Segment& segment : segments_) {
-    SegmentState state;
-    if (recursion_.kind == Recursion::Kind::error_feedback) {
-      state.array = {arrays.residual() + segment.first, nullptr};
-    } else if (recursion_.kind == Recursion::Kind::momentum_correction) {
-      state.array = {arrays.momentum() + segment.first, arrays.residual() + segment.first};
-    }
+    SegmentState& state = state_.emplace_back(state_in(recursion_, arrays.momentum() + segment.first, arrays.residual() + segment.first));
     const std::size_t floats = codec_->memory(segment);
     state.memory = floats > 0 ? next : nullptr;
     next += floats;
-    state_.push_back(state);
   }
-  state_bytes_ = double(state_names(recursion_).size()) * 2 * sizeof(float);
-}
-
-std::string StreamKernel::name() const {
-  return case_.recursion + "_topk_" + (case_.topk.exact ? "exact" : "sampled") + (case_.variant.empty() ? "" : "_" + case_.variant);
 }
 
 std::optional<double> StreamKernel::density() const {
   return double(std::accumulate(kept_.begin(), kept_.end(), std::uint64_t(0))) / double(numel_);
 }
 
-double StreamKernel::bytes_per_element() const { return double(size_of(case_.grad)) + state_bytes_ + entry_bytes_ * *density(); }
+double StreamKernel::bytes_per_element() const { return double(size_of(case_.grad)) + state_bytes(recursion_) + entry_bytes_ * *density(); }
 
 void StreamKernel::settle() {
   arrays_.settle(recursion_, case_.density);
@@ -136,15 +142,14 @@ DenseKernel::DenseKernel(What what, const std::string& recursion, Arrays& arrays
   segment_.rows = 1;
   segment_.columns = std::uint32_t(segment_.count);
   plan_ = {{&segment_, 1}, {&part_end_, 1}, 0};
-  if (recursion_.kind == Recursion::Kind::error_feedback) state_.array = {arrays.residual(), nullptr};
-  if (recursion_.kind == Recursion::Kind::momentum_correction) state_.array = {arrays.momentum(), arrays.residual()};
+  state_ = state_in(recursion_, arrays.momentum(), arrays.residual());
 }
 
 std::string DenseKernel::name() const { return recursion_name_ + (what_ == What::norms ? "_norms" : "_dense"); }
 
 double DenseKernel::bytes_per_element() const {
   if (what_ == What::norms) return sizeof(float);
-  return sizeof(float) * (1 + 2 * double(state_names(recursion_).size()) + 1);  // gradient, state twice, message
+  return sizeof(float) + state_bytes(recursion_) + sizeof(float);  // gradient, state, message
 }
 
 void DenseKernel::settle() { arrays_.settle(recursion_, 0.01); }

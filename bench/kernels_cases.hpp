@@ -13,8 +13,13 @@
 
 namespace thinwire::bench {
 
-/// "none", "ef14" or "dgc" with the defaults of the configuration grammar.
+/// "none", "ef14", "averaged_ef14" or "dgc" with the defaults of the configuration grammar.
 Recursion recursion_named(const std::string& name);
+
+/// Its arrays among these two, as state_names has them in order.
+SegmentState state_in(const Recursion& recursion, float* momentum, float* residual) noexcept;
+/// Bytes of state per element that a pass moves at least: each array read and written once; an averaged momentum is only read.
+double state_bytes(const Recursion& recursion) noexcept;
 
 /// What a stream kernel is made of.
 struct StreamCase {
@@ -25,13 +30,15 @@ struct StreamCase {
   DType grad = DType::fp32;
   std::vector<std::size_t> layers = {};  ///< elements per segment; empty: one segment of all elements
   Isa isa = Isa::scalar;
+
+  std::string name() const { return recursion + "_topk_" + (topk.exact ? "exact" : "sampled") + (variant.empty() ? "" : "_" + variant); }
 };
 
 /// Codec::stream: the fused pass that ships. Bytes: gradient and state, read and written once, and the entries that were kept.
 class StreamKernel final : public Kernel {
  public:
   StreamKernel(StreamCase what, Arrays& arrays);
-  std::string name() const override;
+  std::string name() const override { return case_.name(); }
   const char* isa() const override { return to_string(case_.isa); }
   std::size_t numel() const override { return numel_; }
   std::optional<double> claimed() const override { return case_.density; }
@@ -63,7 +70,7 @@ class StreamKernel final : public Kernel {
   std::size_t numel_ = 0;
   WireLayout layout_;
   Buffer wire_, workspace_;
-  double state_bytes_ = 0, entry_bytes_ = 0;
+  double entry_bytes_ = 0;
 };
 
 /// Codec::decode of several ranks' payloads into one dense mean. Bytes: the output once, and all entries.

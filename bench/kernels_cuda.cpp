@@ -1,6 +1,6 @@
 // thinwire_bench_kernels_cuda: every kernel of a GPU beside device-to-device copy in the same repetitions.
 
-#include <cuda_runtime_api.h>
+#include <cuda_runtime.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>

@@ -48,6 +48,17 @@ THINWIRE_CLONES void fill_uniform(float* out, std::size_t count, float bound, st
   }
 }
 
+Settled settled(const Recursion& recursion, double density) {
+  double momentum = 0;
+  if (recursion.kind == Recursion::Kind::momentum_correction)
+    momentum = 1 / std::sqrt(1 - double(recursion.momentum) * recursion.momentum);
+  else if (recursion.averaged)
+    momentum = std::sqrt((1 - double(kBeta1)) / (1 + double(kBeta1)));
+  const double increment =
+      (momentum > 0 ? momentum : 1) * std::sqrt(2 / M_PI);  // a step adds the momentum to the residual, or the gradient
+  return {float(momentum), float(increment / (2 * density))};
+}
+
 Arrays::Arrays(std::size_t numel, Placement placement) : numel_(numel) {
   if (placement == Placement::arena) {
     const std::array<std::size_t, 6> counts = {numel + kSlack, numel, numel, numel, numel, (numel + kSlack) / 2};
@@ -76,13 +87,9 @@ Arrays::~Arrays() {
 
 void Arrays::settle(const Recursion& recursion, double density) {
   if (recursion.kind == Recursion::Kind::none) return;
-  double sigma = 1;  // of what a step adds to the residual
-  if (recursion.kind == Recursion::Kind::momentum_correction) {
-    sigma = 1 / std::sqrt(1 - double(recursion.momentum) * recursion.momentum);
-    fill_normal(momentum_, numel_, float(sigma), 4);
-  }
-  const double increment = sigma * std::sqrt(2 / M_PI);
-  fill_uniform(residual_, numel_, float(increment / (2 * density)), 5);
+  const Settled to = settled(recursion, density);
+  if (to.momentum > 0) fill_normal(momentum_, numel_, to.momentum, 4);
+  fill_uniform(residual_, numel_, to.residual, 5);
 }
 
 std::string Arrays::offsets() const {

@@ -14,6 +14,15 @@ namespace thinwire::bench {
 void fill_normal(float* out, std::size_t count, float sigma, std::uint64_t seed);
 void fill_uniform(float* out, std::size_t count, float bound, std::uint64_t seed);
 
+inline constexpr float kBeta1 = 0.9f;  ///< of averaged recursions
+
+/// How far state has come after many steps of standard normal gradients.
+struct Settled {
+  float momentum;  ///< its standard deviation; 0: there is none
+  float residual;  ///< t: uniform in [-t, t] with t = E|increment| / 2·density, so that the share `density` crosses t at the next step
+};
+Settled settled(const Recursion& recursion, double density);
+
 /// arena: as a reducer places its state. spaced: the power-of-two distance of 128 MiB that large mallocs end up with.
 enum class Placement { arena, spaced };
 
@@ -39,8 +48,7 @@ class Arrays {
   const float* from() const noexcept { return from_; }  ///< the references read it
   float* out() const noexcept { return out_; }          ///< the references and decodes write it
 
-  /// Momentum as after many steps of this gradient; residual uniform in [-t, t] with t = E|increment| / 2·density, so that this share
-  /// crosses t at the next step.
+  /// Momentum and residual as after many steps of this gradient.
   void settle(const Recursion& recursion, double density);
   /// Where the arrays lie: distances to the gradient, in MiB and bytes.
   std::string offsets() const;

@@ -17,9 +17,7 @@ std::string with_density(const std::string& name, double density) {
 }
 
 Group stream_group(const StreamCase& what) {
-  const std::string name =
-      what.recursion + "_topk_" + (what.topk.exact ? "exact" : "sampled") + (what.variant.empty() ? "" : "_" + what.variant);
-  return {{with_density(name, what.density)},
+  return {{with_density(what.name(), what.density)},
           [what](Arrays& arrays) {
             Kernels kernels;
             kernels.push_back(std::make_unique<StreamKernel>(what, arrays));

@@ -7,17 +7,16 @@
 namespace thinwire::bench {
 namespace {
 
-constexpr float kBeta1 = 0.9f;
-/// Residuals of signs settle at about .8 of the gradient's norm (specs: behaviour of error feedback); Arrays::settle takes a density.
-constexpr double kSettled = 0.29;
 constexpr std::size_t kSlideBetweenRanks = 37;  // repetitions apart: other payloads have other bits
 
 }  // namespace
 
+double SignCase::wire_bytes(std::size_t numel) const noexcept {
+  return 1.0 / 8 + sizeof(float) / double(options.block == 0 ? numel : options.block);
+}
+
 SignKernel::SignKernel(SignCase what, Arrays& arrays) : case_(std::move(what)), arrays_(arrays) {
-  const bool averaged = case_.recursion == "averaged_ef14";
-  recursion_ = recursion_named(averaged ? "ef14" : case_.recursion);
-  recursion_.averaged = averaged;
+  recursion_ = recursion_named(case_.recursion);
   codec_ = make_sign(case_.options, case_.isa);
   segment_.count = arrays.numel();
   segment_.rows = 1;
@@ -27,25 +26,10 @@ SignKernel::SignKernel(SignCase what, Arrays& arrays) : case_(std::move(what)), 
   capacity_ = layout.part_capacity;
   wire_.reserve(capacity_);
   workspace_.reserve(layout.workspace);
-  if (recursion_.kind == Recursion::Kind::error_feedback) state_.array = {arrays.residual(), nullptr};
-  if (averaged) state_.array = {arrays.momentum(), arrays.residual()};
+  state_ = state_in(recursion_, arrays.momentum(), arrays.residual());
 }
 
-double SignKernel::wire_bytes() const noexcept {
-  const double block = double(case_.options.block == 0 ? numel() : case_.options.block);
-  return 1.0 / 8 + sizeof(float) / block;
-}
-
-double SignKernel::bytes_per_element() const {
-  const double state = recursion_.kind == Recursion::Kind::none ? 0 : recursion_.averaged ? 12 : 8;
-  return sizeof(float) + state + wire_bytes();
-}
-
-void SignKernel::settle() {
-  arrays_.settle(recursion_, kSettled);
-  // As after many steps of gradients without a mean: (1 − beta1) / (1 + beta1) of their variance.
-  if (recursion_.averaged) fill_normal(arrays_.momentum(), numel(), 0.23f, 6);
-}
+double SignKernel::bytes_per_element() const { return sizeof(float) + state_bytes(recursion_) + case_.wire_bytes(numel()); }
 
 void SignKernel::stream(std::size_t window, std::uint64_t step) {
   plan_.step = step;
@@ -55,10 +39,7 @@ void SignKernel::stream(std::size_t window, std::uint64_t step) {
 }
 
 void SignDecodeKernel::settle() {
-  SignCase what;
-  what.recursion = "none";
-  what.isa = isa_;
-  sender_ = std::make_unique<SignKernel>(what, arrays_);
+  sender_ = std::make_unique<SignKernel>(sent_, arrays_);
   storage_.clear();
   wires_.clear();
   for (int rank = 0; rank < payloads_; ++rank) {
@@ -71,7 +52,7 @@ void SignDecodeKernel::settle() {
   workspace_.reserve(sender_->codec().layout(sender_->plan()).per_payload * std::size_t(payloads_));
 }
 
-double SignDecodeKernel::bytes_per_element() const { return sizeof(float) + payloads_ * sender_->wire_bytes(); }
+double SignDecodeKernel::bytes_per_element() const { return sizeof(float) + payloads_ * sent_.wire_bytes(numel()); }
 
 void SignDecodeKernel::run(std::size_t) {
   std::uint32_t flags = 0;

@@ -18,7 +18,12 @@ struct SignCase {
   SignOptions options = {};
   Isa isa = Isa::scalar;
 
+  /// Residuals of signs settle at about .8 of the message's norm (specs: behaviour of error feedback); Arrays::settle takes a density.
+  static constexpr double kSettled = 0.29;
+
   std::string name() const { return recursion + "_sign" + (variant.empty() ? "" : "_" + variant); }
+  /// Scales and bits per element, of so many.
+  double wire_bytes(std::size_t numel) const noexcept;
 };
 
 /// Codec::stream: the pass that ships. Bytes: gradient, momentum (averaged) and residual read once, the residual written once, one bit per
@@ -30,14 +35,12 @@ class SignKernel final : public Kernel {
   const char* isa() const override { return to_string(case_.isa); }
   std::size_t numel() const override { return segment_.count; }
   double bytes_per_element() const override;
-  void settle() override;
+  void settle() override { arrays_.settle(recursion_, SignCase::kSettled); }
   void run(std::size_t repetition) override { stream(repetition, repetition); }
 
   /// One step: the gradient of this repetition's window, under this number in the payload's header.
   void stream(std::size_t window, std::uint64_t step);
   ConstBytes payload() const noexcept { return wire_.bytes().sub(0, capacity_); }
-  /// Scales and bits per element.
-  double wire_bytes() const noexcept;
   const Codec& codec() const noexcept { return *codec_; }
   Plan plan() const noexcept { return plan_; }
 
@@ -57,9 +60,9 @@ class SignKernel final : public Kernel {
 /// Codec::decode of several ranks' signs into one dense mean. Bytes: the output once, and all bits and scales.
 class SignDecodeKernel final : public Kernel {
  public:
-  SignDecodeKernel(int payloads, Isa isa, Arrays& arrays) : payloads_(payloads), isa_(isa), arrays_(arrays) {}
+  SignDecodeKernel(int payloads, Isa isa, Arrays& arrays) : payloads_(payloads), sent_{.recursion = "none", .isa = isa}, arrays_(arrays) {}
   std::string name() const override { return "decode_sign_" + std::to_string(payloads_); }
-  const char* isa() const override { return to_string(isa_); }
+  const char* isa() const override { return to_string(sent_.isa); }
   std::size_t numel() const override { return arrays_.numel(); }
   double bytes_per_element() const override;
   void settle() override;
@@ -67,7 +70,7 @@ class SignDecodeKernel final : public Kernel {
 
  private:
   int payloads_;
-  Isa isa_;
+  SignCase sent_;
   Arrays& arrays_;
   std::unique_ptr<SignKernel> sender_;
   std::vector<Buffer> storage_;

@@ -67,9 +67,10 @@ class Deadline {
   std::thread thread_;
 };
 
+using RankBody = std::function<void(std::shared_ptr<Communicator>)>;
+
 /// Runs body(communicator) on one thread per rank. A body that throws is rethrown here after all have ended.
-inline void run_ranks(int world, const std::function<void(std::shared_ptr<Communicator>)>& body,
-                      std::chrono::seconds limit = std::chrono::seconds(240)) {
+inline void run_ranks(int world, const RankBody& body, std::chrono::seconds limit = std::chrono::seconds(240)) {
   const Deadline deadline(limit);
   auto ranks = make_loopback(world);
   std::vector<std::exception_ptr> errors(ranks.size());
@@ -164,7 +165,10 @@ struct Outcome {
   }
 };
 
-inline Outcome play(const Scenario& s) {
+/// `run`: calls the body as every rank, or as those that are in this process; what the others see stays empty.
+inline Outcome play(
+    const Scenario& s,
+    const std::function<void(int, const RankBody&)>& run = [](int world, const RankBody& body) { run_ranks(world, body); }) {
   const auto steps = std::size_t(s.steps), world = std::size_t(s.world);
   Outcome out;
   out.mean.assign(steps, std::vector<std::vector<Vec>>(world, std::vector<Vec>(s.parameters.size())));
@@ -172,7 +176,7 @@ inline Outcome play(const Scenario& s) {
   out.state.resize(world);
   out.stats.resize(world);
   const std::uint64_t first_step = s.start.empty() ? 0 : s.start.front().step;
-  run_ranks(s.world, [&](std::shared_ptr<Communicator> communicator) {
+  run(s.world, [&](std::shared_ptr<Communicator> communicator) {
     const int rank = communicator->rank();
     ReducerOptions reducer_options = s.reducer;
     reducer_options.device = s.device;

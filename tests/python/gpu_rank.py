@@ -1,5 +1,5 @@
-"""One rank of a DDP run on GPU 0: gradients that are known beforehand go through the hook, and what comes back is what replay says on the
-CPU, to the bit. gpu_rank.py RANK WORLD FOLDER"""
+"""One rank of a DDP run, on GPU 0 over NCCL where DEVICE is cuda, else over Gloo: gradients that are known beforehand go through the hook, and
+what comes back is what replay says on the CPU, to the bit. gpu_rank.py RANK WORLD FOLDER DEVICE"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import traceback
 from pathlib import Path
 
-RANK, WORLD, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+RANK, WORLD, FOLDER, DEVICE = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
 if WORLD > 1:  # several ranks on one GPU: NCCL takes each for a host of its own
     os.environ.update(NCCL_HOSTID=f"rank{RANK}", NCCL_NET="Socket", NCCL_IB_DISABLE="1", NCCL_SOCKET_IFNAME="lo", NCCL_MAX_CTAS="2")
 
@@ -24,6 +24,9 @@ CONFIGS = [
     "codec=topk:density=0.02,wire=bf16,select=exact feedback=ef14 min_numel=1000",
     "dgc:density=0.01,clip_norm=0.5 min_numel=1000 start_step=1",
     "codec=topk:density=0.1,index=bitmap feedback=ef14 min_numel=1000 exchange=gather",
+    "codec=sign feedback=ef14 min_numel=1000 exchange=two_phase",
+    "codec=sign:scale=l2,block=512 feedback=ef14 min_numel=1000 exchange=gather",
+    "onebit_adam:freeze=2 min_numel=1000",
 ]
 SHAPES = {"a": (300, 200), "b": (200,), "c": (129, 65), "d": (40000, 3)}
 STEPS = 5
@@ -49,16 +52,16 @@ def gradients(dtype: torch.dtype) -> dict[str, torch.Tensor]:
 def run(config: str, dtype: torch.dtype) -> None:
     grads = gradients(dtype)
     expected = thinwire.replay(config, grads)
-    model = DistributedDataParallel(Given(dtype).cuda(), device_ids=[0], bucket_cap_mb=0.3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    state = thinwire.attach(model, config, optimizer)
+    model = DistributedDataParallel(Given(dtype).to(DEVICE), device_ids=[0] if DEVICE == "cuda" else None, bucket_cap_mb=0.3)
+    state = thinwire.attach(model, config)  # no optimizer: nothing is done with what comes back, which may be a momentum
     for step in range(STEPS):
-        optimizer.zero_grad()
-        model({name: g[step, RANK].cuda() for name, g in grads.items()}).backward()
+        model.zero_grad()
+        model({name: g[step, RANK].to(DEVICE) for name, g in grads.items()}).backward()
         for name, parameter in model.module.named_parameters():
             got, want = parameter.grad.cpu(), expected.mean[name][step]
             assert torch.equal(got, want), f"{config} {dtype} step {step} {name}: {(got.float() - want.float()).abs().max()}"
     saved = state.state_dict()
+    assert {name: set(arrays) for name, arrays in saved["parameters"].items()} == {name: set(arrays) for name, arrays in expected.state[RANK].items()}, config
     for name, arrays in saved["parameters"].items():
         for array, values in arrays.items():
             assert torch.equal(values.flatten(), expected.state[RANK][name][array].flatten()), f"{config} {dtype} state {name}.{array}"
@@ -68,8 +71,9 @@ def run(config: str, dtype: torch.dtype) -> None:
 
 
 def main() -> None:
-    torch.cuda.set_device(0)
-    dist.init_process_group("nccl", init_method=f"file://{FOLDER}/store", rank=RANK, world_size=WORLD)
+    if DEVICE == "cuda":
+        torch.cuda.set_device(0)
+    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo", init_method=f"file://{FOLDER}/store", rank=RANK, world_size=WORLD)
     said: dict[str, str] = {}
     for config in CONFIGS:
         for dtype in (torch.float32, torch.bfloat16):

@@ -434,23 +434,43 @@ def test_the_training_of_gpus_runs_on_the_cpu(digits: Path, tmp_path: Path) -> N
 
 def test_goals_are_told_from_what_was_reached(tmp_path: Path) -> None:
     rows = [{"kernel": kernel, "density": density, "ratio_memcpy": ratio, "seconds_median": 1e-3, "numel": 4096}
-            for kernel, density, ratio in (("dgc_topk_sampled", 0.0098, 0.84), ("dgc_topk_sampled", 0.0011, 0.85), ("none_topk_exact", 0.01, 0.5), ("ef14_topk_sampled", 0.011, 0.9))]
+            for kernel, density, ratio in (("dgc_topk_sampled", 0.0098, 0.84), ("dgc_topk_sampled", 0.0011, 0.85), ("none_topk_exact", 0.01, 0.5), ("ef14_topk_sampled", 0.011, 0.9),
+                                           ("ef14_sign", None, 0.86), ("ef14_sign_512", None, 0.5))]
     (tmp_path / "kernels-cuda.json").write_text(json.dumps({"rows": rows, "pairs": [{"pair": "ordered against unordered selection", "ratio": 1.2}]}))
-    topk = python("bench/gpu_topk.py", tmp_path / "kernels-cuda.json", "--device", "cpu", "--json", tmp_path / "topk.json")
-    assert topk.returncode == 0, topk.stderr
+    eager = python("bench/gpu_eager.py", tmp_path / "kernels-cuda.json", "--device", "cpu", "--json", tmp_path / "eager.json")
+    assert eager.returncode == 0, eager.stderr
     table = python("bench/gpu_goals.py", tmp_path).stdout
     words = {line[:46].strip(): line.split()[-1] for line in table.splitlines()}
     assert words["dgc_topk_sampled, 0.1%, x copy"] == "met" and words["dgc_topk_sampled, 1.0%, x copy"] == "MISSED"
+    assert words["ef14_sign, x copy"] == "met" and words["torch's eager 1-bit step by ef14_sign, time"] in ("met", "MISSED")
     assert words["ordered against unordered selection, time"] == "MISSED" and words["exact selection by the fused EF14 step, time"] == "met"
     assert table.count("not measured") == 8, table  # dgc 8 %, two of ef14, both bf16, decode, the layers, the hook
     assert python("bench/gpu_goals.py").returncode == 2
 
 
-def test_the_table_of_topk_wants_rows(tmp_path: Path) -> None:
+def test_bits_packed_by_torch_are_numpys() -> None:
+    """The eager 1-bit step that a GPU's rows are compared with sends what the codec would: 1 where !(x < 0), the first element in the lowest bit."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "bench")!r})
+import eager, numpy, torch
+grad = torch.randn(4096, generator=torch.Generator().manual_seed(3))
+grad[:4] = torch.tensor([0.0, -0.0, -1e-45, 1e-45])
+for pack in (eager.packed_by_torch, eager.packed_by_numpy):
+    residual = torch.zeros(4096)
+    bits, scale = eager.eager_ef14_sign(grad, None, residual, None, pack)
+    assert numpy.array_equal(numpy.asarray(bits), numpy.packbits(~(grad.numpy() < 0), bitorder="little"))
+    assert torch.equal(residual, grad - torch.where(grad < 0, -scale, scale))
+"""
+    result = run([sys.executable, "-c", program])
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_table_of_eager_operations_wants_rows(tmp_path: Path) -> None:
     for name, text in (("missing.json", None), ("cut.json", '{"rows": ['), ("other.json", "{}")):
         if text is not None:
             (tmp_path / name).write_text(text)
-        result = python("bench/gpu_topk.py", tmp_path / name)
+        result = python("bench/gpu_eager.py", tmp_path / name)
         assert result.returncode == 1 and name in result.stderr and "Traceback" not in result.stderr, result.stderr
 
 
@@ -507,16 +527,16 @@ class FakeGpu:
 
 def test_run_gpu_ends_what_hangs_and_goes_on(tmp_path: Path) -> None:
     """The hanging program is in a process group of its own, as timeout and mpirun make them."""
-    fake = FakeGpu(tmp_path, gpu_topk="echo begun; HANG", hook_overhead="echo not here; exit 77", gpu_training="echo wrong; exit 3")
+    fake = FakeGpu(tmp_path, gpu_eager="echo begun; HANG", hook_overhead="echo not here; exit 77", gpu_training="echo wrong; exit 3")
     (fake.out / "kernels-cuda.json").write_text(json.dumps({"rows": [], "pairs": [{"pair": "ordered against unordered selection", "ratio": 1.05}]}))
-    (fake.out / "topk.json").write_text('{"topk_to_exact": 9}')  # of an earlier run
-    parts = [word for part in ("topk", "hook", "quickstart") for word in ("--only", part)]
+    (fake.out / "eager.json").write_text('{"topk_to_exact": 9}')  # of an earlier run
+    parts = [word for part in ("eager", "hook", "quickstart") for word in ("--only", part)]
     result = run([RUN_GPU, fake.out, "--budget", "9", *parts], env=fake.environment, seconds=60)
     said = fake.summary()
-    assert result.returncode == 1 and list(said) == ["build", "topk", "hook", "quickstart"], result.stdout + result.stderr
-    assert said["build"] == "passed" and re.match(r"timed out after \d s, see topk.log", said["topk"]), said
+    assert result.returncode == 1 and list(said) == ["build", "eager", "hook", "quickstart"], result.stdout + result.stderr
+    assert said["build"] == "passed" and re.match(r"timed out after \d s, see eager.log", said["eager"]), said
     assert said["hook"] == "skipped: not here" and said["quickstart"] == "FAILED, see quickstart.log", said
-    assert not fake.sleeps() and (fake.out / "topk.log").read_text() == "begun\n"
+    assert not fake.sleeps() and (fake.out / "eager.log").read_text() == "begun\n"
     goals = (fake.out / "goals.txt").read_text()
     assert re.search(r"ordered against unordered.* met", goals) and re.search(r"torch.topk .* not measured", goals), goals
     assert goals in (fake.out / "summary.txt").read_text() and "FAILED after" in result.stdout
