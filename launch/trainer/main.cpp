@@ -17,6 +17,7 @@
 #include <string>
 
 #include "compressors/core/device.hpp"
+#include "compressors/core/registry.hpp"
 #include "launch/trainer/gpu.hpp"
 #include "launch/trainer/idx.hpp"
 #include "launch/trainer/machine.hpp"
@@ -105,7 +106,9 @@ int main_of_rank(int argc, char** argv, int rank) {
   std::ostream silent(nullptr);
   try {
     app.parse(argc, argv);
-    Config::parse(options.config);  // as it was given, so that the message speaks of nothing else
+    const Config config = Config::parse(options.config);  // as it was given, so that the message speaks of nothing else
+    for (const std::string& text : rank == 0 ? grammar::warnings(config) : std::vector<std::string>())
+      std::fprintf(stderr, "thinwire_train: warning: %s\n", text.c_str());
   } catch (const CLI::ParseError& error) {
     const int status = rank == 0 ? app.exit(error) : app.exit(error, silent, silent);
     return status == 0 ? 0 : 2;

@@ -449,6 +449,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("replay", &replay_dict, py::arg("config"), py::arg("grads"), py::arg("record_payloads"));
   m.def("estimate", &estimate_list, py::arg("config"), py::arg("numel"), py::arg("world"));
   m.def("grammar_help", &grammar::help);
+  m.def("config_warnings", &grammar::warnings, py::arg("config"));
   m.def("isa_info", &isa_info);
   m.def("device_info", &device_info);
 }

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from . import _extension  # first: checks torch before anything loads the extension
 from . import optim
-from .config import Config, dgc, error_feedback, onebit_adam
+from .config import Config, dgc, econtrol, error_feedback, onebit_adam
 from .errors import ConfigError, Error
 from .hook import HookState, attach, hook
 from .info import build_info
@@ -28,6 +28,7 @@ __all__ = [
     "attach",
     "build_info",
     "dgc",
+    "econtrol",
     "error_feedback",
     "hook",
     "onebit_adam",

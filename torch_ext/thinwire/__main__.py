@@ -109,6 +109,9 @@ def _check(arguments: argparse.Namespace, console: Console) -> list[dict[str, An
     for slot in str(config).split(" "):
         table.add_row(*slot.split("=", 1))
     console.print(table)
+    warnings = native.config_warnings(config)
+    for warning in warnings:
+        console.print(f"warning: {warning}", highlight=False)
 
     numel, world = arguments.numel, arguments.world
     classes = [("tensor of two or more dimensions", numel)]
@@ -118,7 +121,7 @@ def _check(arguments: argparse.Namespace, console: Console) -> list[dict[str, An
     rows = []
     for name, count in classes:
         for stage in native.estimate(config, count, world):
-            row = {"config": str(config), "world": world, "class": name, "numel": count, **stage}
+            row = {"config": str(config), "world": world, "class": name, "numel": count, "warnings": warnings, **stage}
             row["factor"] = stage["dense_bytes"] / stage["wire_bytes"] if stage["wire_bytes"] else 1.0
             row["seconds_1gbit"], row["dense_seconds_1gbit"] = stage["wire_bytes"] / 125e6, stage["dense_bytes"] / 125e6
             rows.append(row)

@@ -62,10 +62,28 @@ def onebit_adam(
     )
 
 
-def error_feedback(kind: str = "ef14", *, codec: str, **keys_and_slots: Any) -> Config:
-    """Error feedback around any codec: what was not sent is added to the next message. Use it with any optimizer.
+def econtrol(
+    *,
+    codec: str = "topk:density=0.1",
+    eta: str | float = "auto",
+    worker_ema: float = 1.0,
+    init: str = "dense",
+    **slots: Any,
+) -> Config:
+    """EControl: every rank sends the change of an estimate of its gradient, and feeds back its residual by degrees.
 
-    ``keys_and_slots``: keys of the feedback (``decay=0.9``) and other slots (``min_numel=0``).
+    Use it with any optimizer: what comes back is dense. ``eta``: ``"auto"`` (the codec's contraction), ``"theory"``, ``"paper"`` or a number;
+    ``worker_ema``: the new gradient's share in a rank's running average, 1 = off; ``init``: of the estimates, ``"dense"`` (by a dense first
+    step), ``"compressed"`` or ``"zero"``. ``slots``: any other slot.
+    """
+    return Config(codec=codec, feedback=f"econtrol:eta={eta},worker_ema={worker_ema},init={init}", **slots)
+
+
+def error_feedback(kind: str = "ef14", *, codec: str, **keys_and_slots: Any) -> Config:
+    """Error feedback around any codec: ``"ef14"`` adds what was not sent to the next message, ``"ef21"`` and ``"econtrol"`` send the change of an
+    estimate. Use it with any optimizer.
+
+    ``keys_and_slots``: keys of the feedback (``decay=0.9``, ``worker_ema=0.1``) and other slots (``min_numel=0``).
     """
     slots = {name: value for name, value in keys_and_slots.items() if name in _SLOTS}
     keys = ",".join(

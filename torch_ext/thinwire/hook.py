@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -65,6 +66,8 @@ class HookState:
         scale = _scale_of(grad_scaler, None if named is None else named[0][1].device)
         self._group = group = _group(process_group)
         self._optimizer = paired
+        for text in native.config_warnings(self._config) if group.rank() == 0 else ():
+            warnings.warn(text, stacklevel=2)
         store = group.get_group_store()
         # Numbers the hooks of this group: every rank counts its own, all in the same order. A refused call is not counted: whoever corrects
         # it meets the peers that wait for it.

@@ -1,0 +1,354 @@
+// thinwire_bench_error_control: error feedback side by side on small problems, over the real engine, beside a reference in double precision
+// and what is expected of it. Exit 1 if a number is not as expected.
+
+#include <CLI/CLI.hpp>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+#include "bench/control_network.hpp"
+#include "compressors/core/error.hpp"
+
+namespace thinwire::bench {
+namespace {
+
+using Json = nlohmann::json;
+
+struct Report {
+  Json rows = Json::array();
+  std::vector<std::string> violated;
+
+  void expect(bool holds, const std::string& what) {
+    if (!holds) violated.push_back(what);
+  }
+  void curve(Json& row, const Run& run, std::size_t every) {
+    row["every"] = every;
+    row["distance"] = run.distances;
+    row["residual"] = run.residuals;
+  }
+};
+
+std::string text_of(const Run& run, const char* format = "%zu") {
+  char text[32];
+  if (run.diverged) return "diverges";
+  if (!run.reached) return std::snprintf(text, sizeof text, "(%.2e)", run.plateau), text;
+  return std::snprintf(text, sizeof text, format, run.steps), text;
+}
+std::string number(double x) {
+  char text[32];
+  return std::snprintf(text, sizeof text, "%.3g", x), text;
+}
+bool near_count(std::size_t a, std::size_t b) { return std::fabs(double(a) - double(b)) <= std::max(1.0, 0.02 * double(b)); }
+
+struct Entry {
+  const char* name;
+  Method method;
+  double eta;
+  const char* feedback;  ///< of the engine's config; null: in the reference alone
+};
+constexpr Entry kEntries[] = {{"uncompressed", Method::sgd, 0, ""},
+                              {"no feedback", Method::naive, 0, "none"},
+                              {"EF14", Method::ef14, 0, "ef14"},
+                              {"EC-Ideal", Method::ideal, 0, nullptr},
+                              {"two messages (D-EC)", Method::two_messages, 0, nullptr},
+                              {"EF21", Method::ef21, 0, "ef21"},
+                              {"EControl .005", Method::econtrol, 0.005, "econtrol:eta=0.005"},
+                              {"EControl theory", Method::econtrol, 0.018031, "econtrol:eta=theory"},
+                              {"EControl .05", Method::econtrol, 0.05, "econtrol:eta=0.05"},
+                              {"EControl auto", Method::econtrol, 0.1, "econtrol"},
+                              {"EControl .2", Method::econtrol, 0.2, "econtrol:eta=0.2"},
+                              {"EControl .3", Method::econtrol, 0.3, "econtrol:eta=0.3"}};
+
+std::string config_of(const std::string& codec, const Entry& entry) {
+  if (entry.feedback[0] == '\0') return "codec=none";
+  return codec + " exchange=gather min_numel=1 feedback=" + entry.feedback;
+}
+
+void divergence(Report& report) {
+  std::printf("Three quadratics whose gradients top-1 misreads; steps to ‖x‖² < 1e-20 (engine, and the reference once more: < 1e-10)\n%-22s %10s %10s %10s %10s\n", "method", "expected",
+              "reference", "once more", "engine");
+  const ThreeQuadratics problem;
+  const Descent descent{.gamma = 0.01, .stop = 1e-20, .most = 5000};
+  const struct {
+    const char* name;
+    Method method;
+    double eta;
+    const char* feedback;
+    std::size_t expected;
+  } entries[] = {{"no feedback", Method::naive, 0, "none", 0},
+                 {"EF14", Method::ef14, 0, "ef14", 1986},
+                 {"EF21", Method::ef21, 0, "ef21", 1987},
+                 {"EControl .05", Method::econtrol, 0.05, "econtrol:eta=0.05", 2016}};
+  for (const auto& entry : entries) {
+    Descent own = descent;
+    if (entry.expected == 0) own.most = 100;
+    const bool grows = entry.expected == 0;
+    const Run reference = run_reference(problem, entry.method, entry.eta, 1, top(1), own);
+    if (!grows) own.stop = 1e-10;  // what the first step's fp32 rounds of the estimates stays in them
+    const Run rough = run_reference(problem, entry.method, entry.eta, 1, top(1), own);
+    const Run engine =
+        run_engine(problem, std::string("codec=topk:density=0.3,select=exact exchange=gather min_numel=1 feedback=") + entry.feedback, own);
+    // Without feedback x grows by 1 + 11·gamma/6 a step.
+    const double grown = std::pow(1 + 11 * own.gamma / 6, 200) * 3;
+    const auto growth = [](double distance) { return "x " + number(std::sqrt(distance / 3)); };
+    std::printf("%-22s %10s %10s %10s %10s\n", entry.name, (grows ? growth(grown) : std::to_string(entry.expected)).c_str(),
+                (grows ? growth(reference.last) : text_of(reference)).c_str(), (grows ? growth(rough.last) : text_of(rough)).c_str(),
+                (grows ? growth(engine.last) : text_of(engine)).c_str());
+    report.expect(grows ? std::fabs(engine.last / grown - 1) < 1e-3
+                        : near_count(reference.steps, entry.expected) && near_count(engine.steps, rough.steps),
+                  std::string("three quadratics, ") + entry.name);
+    Json row = {{"section", "quadratics"},
+                {"method", entry.name},
+                {"expected", grows ? Json() : Json(entry.expected)},
+                {"reference", reference.steps},
+                {"engine", engine.steps}};
+    report.curve(row, engine, own.every);
+    report.rows.push_back(row);
+  }
+}
+
+/// Steps of the reference to 1e-16 as expected, and of the engine to where fp32's rounding of gradients as large as zeta is not felt yet.
+void least_squares(Report& report, double zeta) {
+  struct Expected {
+    std::size_t steps;
+    double plateau;
+  };
+  const auto expected = [&](std::size_t i) -> Expected {
+    const std::size_t steps[] = {636, 6176, 612, 612, 645, 611, 3257, 1086, 697, 654, 642, 0};
+    const double naive = zeta == 10 ? 12.4 : 1060, ef14 = zeta == 10 ? 3.81e-2 : 3.61;
+    if (zeta != 0 && i == 1) return {0, naive};
+    if (zeta != 0 && i == 2) return {0, ef14};
+    return {steps[i], 0};
+  };
+  const LeastSquares problem(16, 20, zeta);
+  const double gamma = 1 / (32 * problem.smoothness()), within = zeta < 100 ? 1e-8 : 1e-6;
+  std::printf(
+      "\nLeast squares, 16 ranks of 20, top-2, zeta = %g: steps to ‖grad f‖² < 1e-16 (engine, and the reference once more: < %g), or "
+      "(the level it hovers at)\n%-22s %10s %10s %12s %10s %12s\n",
+      zeta, within, "method", "expected", "reference", "once more", "engine", "largest |e|");
+  for (std::size_t i = 0; i < std::size(kEntries); ++i) {
+    const Entry& entry = kEntries[i];
+    const Expected want = expected(i);
+    Descent fine{.gamma = gamma, .stop = 1e-16}, coarse{.gamma = gamma, .stop = within};
+    const bool hovers = want.plateau != 0;
+    const Run reference = run_reference(problem, entry.method, entry.eta, 1, top(2), fine);
+    const Run rough = hovers ? reference : run_reference(problem, entry.method, entry.eta, 1, top(2), coarse);
+    if (hovers) coarse.most = 6000, coarse.stop = 0;
+    const Run engine =
+        entry.feedback == nullptr ? Run{} : run_engine(problem, config_of("codec=topk:density=0.1,select=exact", entry), coarse);
+    const std::string wanted = hovers ? "(" + number(want.plateau) + ")" : want.steps == 0 ? "diverges" : std::to_string(want.steps);
+    std::printf("%-22s %10s %10s %12s %10s %12.3g\n", entry.name, wanted.c_str(), text_of(reference).c_str(),
+                hovers ? "" : text_of(rough).c_str(), entry.feedback == nullptr ? "–" : text_of(engine).c_str(), engine.largest_residual);
+    const std::string who = "least squares, zeta " + number(zeta) + ", " + entry.name;
+    const auto within_two = [](double a, double b) { return a <= 2 * b && b <= 2 * a; };
+    if (hovers) {
+      report.expect(within_two(reference.plateau, want.plateau) && within_two(engine.plateau, want.plateau), who);
+    } else if (want.steps == 0) {
+      report.expect(reference.diverged && engine.diverged, who);
+    } else {
+      report.expect(near_count(reference.steps, want.steps), who + ", reference");
+      report.expect(entry.feedback == nullptr || near_count(engine.steps, rough.steps), who + ", engine");
+    }
+    Json row = {{"section", "least_squares"},
+                {"zeta", zeta},
+                {"method", entry.name},
+                {"reference", text_of(reference)},
+                {"engine", entry.feedback == nullptr ? Json() : Json(text_of(engine))}};
+    report.curve(row, engine, coarse.every);
+    report.rows.push_back(row);
+  }
+}
+
+/// Per-tensor signs have no k: their contraction depends on the message.
+void signs(Report& report) {
+  std::printf("\nThe same with scaled signs: steps to ‖grad f‖² < 1e-16 (engine: < 1e-8), or (level)\n%-22s %10s %10s %12s %10s\n",
+              "method, zeta", "expected", "reference", "ref. 1e-8", "engine");
+  const struct {
+    const char* name;
+    Method method;
+    double eta;
+    const char* feedback;
+    double zeta;
+    std::size_t expected;
+    double plateau;
+  } entries[] = {{"EF14", Method::ef14, 0, "ef14", 0, 611, 0},
+                 {"EF14", Method::ef14, 0, "ef14", 10, 0, 9e-3},
+                 {"EF21", Method::ef21, 0, "ef21", 10, 609, 0},
+                 {"EControl .05", Method::econtrol, 0.05, "econtrol:eta=0.05", 10, 733, 0},
+                 {"EControl auto (.5)", Method::econtrol, 0.5, "econtrol", 10, 638, 0},
+                 {"EControl 1.2", Method::econtrol, 1.2, "econtrol:eta=1.2", 10, 0, 0}};
+  for (const auto& entry : entries) {
+    const LeastSquares problem(16, 20, entry.zeta);
+    Descent fine{.gamma = 1 / (32 * problem.smoothness()), .stop = 1e-16}, coarse = fine;
+    coarse.stop = 1e-8;
+    const Run reference = run_reference(problem, entry.method, entry.eta, 1, scaled_sign, fine),
+              rough = run_reference(problem, entry.method, entry.eta, 1, scaled_sign, coarse);
+    if (entry.plateau != 0) coarse.most = 6000, coarse.stop = 0;
+    const Run engine =
+        run_engine(problem, std::string("codec=sign:block=tensor exchange=gather min_numel=1 feedback=") + entry.feedback, coarse);
+    const bool diverges = entry.expected == 0 && entry.plateau == 0;
+    std::printf("%-16s %5g %10s %10s %12s %10s\n", entry.name, entry.zeta,
+                diverges             ? "diverges"
+                : entry.plateau != 0 ? ("(" + number(entry.plateau) + ")").c_str()
+                                     : std::to_string(entry.expected).c_str(),
+                text_of(reference).c_str(), entry.plateau != 0 ? "" : text_of(rough).c_str(), text_of(engine).c_str());
+    const std::string who = std::string("signs, ") + entry.name + ", zeta " + number(entry.zeta);
+    if (diverges) {
+      report.expect(reference.diverged && engine.diverged, who);
+    } else if (entry.plateau != 0) {
+      report.expect(engine.plateau < 2 * entry.plateau && engine.plateau > entry.plateau / 2, who);
+    } else {
+      report.expect(near_count(reference.steps, entry.expected) && near_count(engine.steps, rough.steps), who);
+    }
+    report.rows.push_back({{"section", "signs"},
+                           {"zeta", entry.zeta},
+                           {"method", entry.name},
+                           {"reference", text_of(reference)},
+                           {"engine", text_of(engine)}});
+  }
+}
+
+/// The level that gradient noise leaves, mean of ‖grad f‖² over the last quarter.
+void noise(Report& report, int world, std::size_t steps, double scale) {
+  const double theory = 0.018031;
+  const struct {
+    const char* name;
+    Method method;
+    double eta, average;
+    const char* feedback;
+    double expected[3];
+  } entries[] = {{"uncompressed", Method::sgd, 0, 1, "", {0.194, 0.0478, 0.0127}},
+                 {"EF14", Method::ef14, 0, 1, "ef14", {0.341, 0.0574, 0.0135}},
+                 {"EF21", Method::ef21, 0, 1, "ef21", {1.42, 0.320, 0.084}},
+                 {"EF21-SGDM .1", Method::ef21, 0, 0.1, "ef21:worker_ema=0.1", {0.202, 0.0503, 0.0134}},
+                 {"EControl theory", Method::econtrol, theory, 1, "econtrol:eta=theory", {0.757, 0.185, 0.0474}},
+                 {"EControl theory + .1", Method::econtrol, theory, 0.1, "econtrol:eta=theory,worker_ema=0.1", {0.205, 0.0497, 0.0133}},
+                 {"EControl auto", Method::econtrol, 0.1, 1, "econtrol", {0, 0.0948, 0}}};
+  std::printf("\nNoise of deviation 10, %d ranks, zeta = 10: mean ‖grad f‖² of the last quarter of %zu steps\n%-22s %10s %10s %10s\n",
+              world, steps, "method", "expected", "reference", "engine");
+  const LeastSquares problem(world, 20, 10);
+  const Descent descent{.gamma = 1 / (64 * problem.smoothness()), .stop = 0, .sigma = 10, .most = steps};
+  for (const auto& entry : entries) {
+    const double want = entry.expected[world == 4 ? 0 : world == 16 ? 1 : 2];
+    const Run reference = run_reference(problem, entry.method, entry.eta, entry.average, top(2), descent);
+    const Run engine =
+        run_engine(problem,
+                   entry.feedback[0] == '\0'
+                       ? "codec=none"
+                       : std::string("codec=topk:density=0.1,select=exact exchange=gather min_numel=1 feedback=") + entry.feedback,
+                   descent);
+    std::printf("%-22s %10s %10.3g %10.3g\n", entry.name, want == 0 ? "–" : number(want).c_str(), reference.plateau, engine.plateau);
+    // Levels are means of correlated noise: `scale` allows for the fewer steps here.
+    report.expect(want == 0 || (engine.plateau < want * scale && engine.plateau > want / scale),
+                  "noise, " + std::to_string(world) + " ranks, " + entry.name);
+    report.rows.push_back({{"section", "noise"},
+                           {"world", world},
+                           {"method", entry.name},
+                           {"expected", want},
+                           {"reference", reference.plateau},
+                           {"engine", engine.plateau}});
+  }
+}
+
+void network(Report& report) {
+  std::printf(
+      "\nA network 64-128-10 on label-sorted shards, 8 ranks, plain SGD, 3000 steps: loss in training, accuracy in the test\n%-34s %8s "
+      "%12s %10s\n",
+      "method", "rate", "loss", "accuracy%");
+  const auto run = [&](const char* name, const std::string& config, double rate) {
+    Training how;
+    how.rate = rate;
+    const Trained trained = train_network(config, how, 0);
+    std::printf("%-34s %8g %12.4g %10.2f\n", name, rate, trained.loss, trained.accuracy * 100);
+    report.rows.push_back({{"section", "network"},
+                           {"method", name},
+                           {"rate", rate},
+                           {"loss", std::isfinite(trained.loss) ? Json(trained.loss) : Json()},
+                           {"accuracy", trained.accuracy}});
+    return std::isfinite(trained.loss) ? trained.loss : std::numeric_limits<double>::infinity();
+  };
+  const std::string tenth = "codec=topk:density=0.1 exchange=gather min_numel=1 feedback=",
+                    hundredth = "codec=topk:density=0.01 exchange=gather min_numel=1 feedback=";
+  // 2: about the largest rate that the uncompressed run bears.
+  const double dense = run("uncompressed", "codec=none", 2);
+  run("EF14, 10 %", tenth + "ef14", 2);
+  const double ef21 = run("EF21, 10 %", tenth + "ef21", 2), econtrol = run("EControl auto, 10 %", tenth + "econtrol", 2);
+  run("EControl theory, 10 %", tenth + "econtrol:eta=theory", 2);
+  report.expect(econtrol <= 3 * dense, "network: EControl at 10 % within 3 times the uncompressed loss");
+  report.expect(ef21 >= 20 * dense, "network: EF21 at 10 % clearly worse");
+  const double base = run("uncompressed", "codec=none", 0.3);
+  run("EF14, 1 %", hundredth + "ef14", 0.3);
+  run("EF21, 1 %", hundredth + "ef21", 0.3);
+  const double stale = run("EControl auto, 1 %", hundredth + "econtrol", 0.3),
+               averaged = run("EControl auto, average .1, 1 %", hundredth + "econtrol:worker_ema=0.1", 0.3);
+  report.expect(averaged < 3 * base && averaged < stale, "network: at 1 % a worker average repairs EControl");
+}
+
+/// What the wire's dtype costs, and how far H drifts from the mean of h.
+void wires(Report& report, std::size_t steps) {
+  std::printf(
+      "\nThe wire's dtype, 16 ranks, zeta = 10, no noise, %zu steps: mean ‖grad f‖² of the last quarter, and max |H − mean h|\n%-22s %12s "
+      "%12s\n",
+      steps, "wire", "level", "drift");
+  const LeastSquares problem(16, 20, 10);
+  const Descent descent{.gamma = 1 / (32 * problem.smoothness()), .stop = 0, .most = steps};
+  for (const char* wire : {"fp32", "bf16", "fp16"}) {
+    double drift = 0;
+    const Run engine = run_engine(
+        problem, std::string("codec=topk:density=0.1,select=exact,wire=") + wire + " exchange=gather min_numel=1 feedback=econtrol",
+        descent, &drift);
+    std::printf("%-22s %12.3g %12.3g\n", wire, engine.plateau, drift);
+    // H and h are updated by the same rounded values: only fp32's own rounding is left, of numbers below 64.
+    report.expect(engine.plateau < 1e-9 && drift < 1e-4, std::string("wire=") + wire);
+    report.rows.push_back({{"section", "wire"}, {"wire", wire}, {"engine", engine.plateau}, {"drift", drift}});
+  }
+}
+
+int run(int argc, char** argv) {
+  std::string file;
+  bool quick = false;
+  CLI::App app(
+      "Error feedback side by side on small problems: over the real engine, ranks as threads, beside a reference in double precision.");
+  app.add_flag("--quick", quick, "the first two tables only");
+  app.add_option("--json", file, "where to write {\"rows\": [...]}, curves of distance and residual among them");
+  CLI11_PARSE(app, argc, argv);
+  const auto begin = std::chrono::steady_clock::now();
+  Report report;
+  divergence(report);
+  least_squares(report, 0);
+  if (!quick) {
+    least_squares(report, 10);
+    least_squares(report, 100);
+    signs(report);
+    noise(report, 4, 20000, 1.5);
+    noise(report, 16, 20000, 1.5);
+    wires(report, 4000);
+    network(report);
+  }
+  if (!file.empty()) {
+    std::ofstream out(file);
+    out << Json{{"rows", report.rows}}.dump(1) << "\n";
+    if (!out) {
+      std::fprintf(stderr, "cannot write %s\n", file.c_str());
+      return 1;
+    }
+  }
+  std::printf("\n%.0f s\n", std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
+  for (const std::string& what : report.violated) std::printf("not as expected: %s\n", what.c_str());
+  if (report.violated.empty()) std::printf("all as expected\n");
+  return report.violated.empty() ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace thinwire::bench
+
+int main(int argc, char** argv) {
+  try {
+    return thinwire::bench::run(argc, argv);
+  } catch (const thinwire::Error& e) {
+    std::fprintf(stderr, "%s: %s\n", thinwire::to_string(e.code()), e.what());
+    return 1;
+  }
+}
