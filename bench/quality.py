@@ -18,10 +18,12 @@ EXPERIMENTS = {
     "teacher": "a perceptron that learns from a random one; 4 ranks as threads over the engine, every method; gates relative to dense",
     "fashion": "Fashion-MNIST by two DDP processes through launch/quickstart, 3 epochs; DGC at 1 % and .1 % within a point of dense",
     "adam": "the same with Adam: 1-bit Adam, which freezes by itself, within a point of dense Adam",
+    "shards": "Fashion-MNIST by four processes, each with labels of its own, top-k at 10 %: EControl at least as accurate as EF14 and EF21",
     "text": "a transformer learns pydoc's topics character by character, two DDP processes; 1-bit Adam's validation loss within 2 % of AdamW's",
 }
 FASHION = ("dgc:density=0.01", "dgc:density=0.001")
 ADAM = ("onebit_adam",)
+SHARDS = tuple(f"codec=topk:density=0.1 feedback={feedback} exchange=gather" for feedback in ("ef14", "ef21", "econtrol"))
 TEXT = "onebit_adam:freeze=200"  # a quarter of the steps. Not auto: this variance falls and rises, and is never stable
 POINTS = 1.0  # by which the mean accuracy over the seeds may be below dense
 LOSS = 1.02  # times AdamW's validation loss
@@ -49,17 +51,18 @@ def teacher(seeds, folder):
     return json.loads(file.read_text())["rows"], done.returncode == 0
 
 
-def fashion(seeds, folder, configs=FASHION, name="fashion"):
+def train(seeds, folder, configs, name, options):
+    """Rows of launch/quickstart over all seeds, and the table of their last epochs. @returns rows, mean accuracy and mean factor by config."""
     rows = []
     for seed in range(seeds):
         file = folder / f"{name}-{seed}.json"
-        command = [sys.executable, report.ROOT / "launch" / "quickstart.py", "--world=2", "--epochs=3", f"--seed={seed}", "--json", file, "--output", folder]
+        command = [sys.executable, report.ROOT / "launch" / "quickstart.py", *options, "--epochs=3", f"--seed={seed}", "--json", file, "--output", folder]
         for config in configs:
             command += ["--config", config]
         if subprocess.run(command).returncode != 0:
             raise SystemExit(1)
         rows += [row | {"seed": seed} for row in json.loads(file.read_text())["rows"]]
-    if name != "fashion":  # dense rows are there under two optimizers
+    if name != "fashion":  # the same configs, other trainings
         rows = [row | {"method": f"{name} {row['config']}"} for row in rows]
     last = [row for row in rows if row["epoch"] == 3]
     means, factors, lines = {}, {}, []
@@ -70,6 +73,11 @@ def fashion(seeds, folder, configs=FASHION, name="fashion"):
         lines.append([config, len(mine), f"{means[config] * 100:.2f}", f"{(means['codec=none'] - means[config]) * 100:+.2f}", f"{factors[config]:.1f}",
                       f"{statistics.mean(row['seconds'] for row in mine):.0f}"])  # fmt: skip
     print(report.table(["config", "seeds", "accuracy%", "points below dense", "factor", "s"], lines))
+    return rows, means, factors
+
+
+def fashion(seeds, folder, configs=FASHION, name="fashion"):
+    rows, means, factors = train(seeds, folder, configs, name, ["--world=2"])
     good = True
     for config in configs:
         if not (means["codec=none"] - means[config]) * 100 <= POINTS:
@@ -81,6 +89,16 @@ def fashion(seeds, folder, configs=FASHION, name="fashion"):
 
 def adam(seeds, folder):
     return fashion(seeds, folder, ADAM, "adam")
+
+
+def shards(seeds, folder):
+    rows, means, _ = train(seeds, folder, SHARDS, "shards", ["--world=4", "--by-label"])
+    ef14, ef21, econtrol = (means[config] for config in SHARDS)
+    good = True
+    for other, accuracy in (("EF14", ef14), ("EF21", ef21)):
+        if not econtrol >= accuracy:
+            good = violated(f"shards: EControl {econtrol:.2%} against {accuracy:.2%} of {other}")
+    return rows, good
 
 
 def train_text(seed, config, options=()):
@@ -125,7 +143,7 @@ def main():
     about = report.machine()
     rows, good = [], True
     with tempfile.TemporaryDirectory() as folder:
-        for name, run in (("teacher", teacher), ("fashion", fashion), ("adam", adam), ("text", text)):
+        for name, run in (("teacher", teacher), ("fashion", fashion), ("adam", adam), ("shards", shards), ("text", text)):
             if args.only in (None, name):
                 print(f"\n{name}: {EXPERIMENTS[name]}", flush=True)
                 more, held = run(args.seeds, pathlib.Path(folder))

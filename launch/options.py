@@ -38,6 +38,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="of the initial parameters and of the order of the images")
     parser.add_argument("--data", metavar="DIR", help="folder with the four idx files of Fashion-MNIST or MNIST, gzipped or not")
     parser.add_argument("--subset", type=number(int, 0), default=0, metavar="N", help="train on the first N images and test on the first N / 5; default: all")
+    parser.add_argument("--by-label", action="store_true", help="every rank trains on neighbouring labels alone: gradients of different ranks differ as much as they can")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one rank per GPU, over NCCL; default cpu")
     parser.add_argument("--share-gpus", action="store_true", help="for tests: more ranks than GPUs, each a host of its own to NCCL")
     parser.add_argument("--timeout", type=number(float, 1), default=120, metavar="S", help="seconds after which a silent peer is an error; default 120; a timeout in the config counts for the hook")

@@ -41,7 +41,7 @@ def command_of_a_rank(options: argparse.Namespace, config: str) -> list[str]:
         command += ["--lr", str(options.lr)]
     for name in ("optimizer", "epochs", "batch", "momentum", "beta2", "weight_decay", "seed", "subset", "timeout"):
         command += ["--" + name.replace("_", "-"), str(getattr(options, name))]
-    command += ["--device", options.device] + ["--share-gpus"] * options.share_gpus
+    command += ["--device", options.device] + ["--share-gpus"] * options.share_gpus + ["--by-label"] * options.by_label
     return command + (["--data", options.data] if options.data else [])
 
 

@@ -128,14 +128,22 @@ class Trainer:
         dist.all_reduce(right)
         return right.item() / count
 
-    def epoch(self, epoch: int) -> dict:
+    def batches(self, epoch: int) -> torch.Tensor:
+        """This rank's images, (steps, batch): every world-th of all in random order, or of its own labels' in one."""
         generator = torch.Generator().manual_seed(self.options.seed * 1000003 + epoch)
-        order = torch.randperm(len(self.images), generator=generator).to(self.device)
+        each = self.epoch_steps * self.options.batch
+        if self.options.by_label:
+            shard = torch.sort(self.labels.cpu(), stable=True).indices[self.rank * each : (self.rank + 1) * each]
+            return shard[torch.randperm(each, generator=generator)].view(self.epoch_steps, -1)
+        order = torch.randperm(len(self.images), generator=generator)
+        return order[self.rank : each * self.world : self.world].reshape(self.epoch_steps, -1)
+
+    def epoch(self, epoch: int) -> dict:
+        batches = self.batches(epoch).to(self.device)
         loss_sum = torch.zeros(1, dtype=torch.float64, device=self.device)
         quick = {self.epoch_steps * part // QUICK_TESTS for part in range(1, QUICK_TESTS)} if self.options.events else set()
         for step in range(self.epoch_steps):
-            first = step * self.world * self.options.batch + self.rank
-            loss = self.step(order[first : first + self.world * self.options.batch : self.world])
+            loss = self.step(batches[step])
             loss_sum += loss
             if self.options.events and self.rank == 0:
                 ranks.emit("step", step=self.done, loss=loss, **self.bytes_so_far())  # counted at every step, outside the seconds
