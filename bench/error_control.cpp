@@ -67,8 +67,10 @@ std::string config_of(const std::string& codec, const Entry& entry) {
 }
 
 void divergence(Report& report) {
-  std::printf("Three quadratics whose gradients top-1 misreads; steps to ‖x‖² < 1e-20 (engine, and the reference once more: < 1e-10)\n%-22s %10s %10s %10s %10s\n", "method", "expected",
-              "reference", "once more", "engine");
+  std::printf(
+      "Three quadratics whose gradients top-1 misreads; steps to ‖x‖² < 1e-20 (engine, and the reference once more: < 1e-10)\n%-22s %10s "
+      "%10s %10s %10s\n",
+      "method", "expected", "reference", "once more", "engine");
   const ThreeQuadratics problem;
   const Descent descent{.gamma = 0.01, .stop = 1e-20, .most = 5000};
   const struct {

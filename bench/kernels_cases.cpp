@@ -27,11 +27,15 @@ Recursion recursion_named(const std::string& name) {
 SegmentState state_in(const Recursion& recursion, float* momentum, float* residual) noexcept {
   SegmentState out;
   std::size_t a = 0;
-  for (const std::string_view name : state_names(recursion)) out.array[a++] = name == "momentum" ? momentum : residual;
+  for (const std::string_view name : state_names(recursion)) {
+    float* const array = name == "mean_estimate" ? nullptr : name == "momentum" || name == "estimate" ? momentum : residual;
+    out.array[a++] = array;  // the mean of all ranks is the decode's
+  }
   return out;
 }
 
-double state_bytes(const Recursion& recursion) noexcept {
+double state_bytes(const Recursion& recursion, bool sends_all) noexcept {
+  if (recursion.kind == Recursion::Kind::estimate) return (recursion.control ? 8 : 0) + (sends_all ? 8 : 4);
   return sizeof(float) * (2 * double(state_names(recursion).size()) - (recursion.averaged ? 1 : 0));
 }
 
@@ -47,7 +51,7 @@ StreamKernel::StreamKernel(StreamCase what, Arrays& arrays) : case_(std::move(wh
     segment.count = count;
     segment.rows = 1;
     segment.columns = std::uint32_t(count);
-    segment.setting.density = case_.density;
+    segment.setting = {case_.density, eta_of(recursion_, case_.density)};
     segments_.push_back(segment);
     numel_ += count;
   }
@@ -82,7 +86,9 @@ std::optional<double> StreamKernel::density() const {
   return double(std::accumulate(kept_.begin(), kept_.end(), std::uint64_t(0))) / double(numel_);
 }
 
-double StreamKernel::bytes_per_element() const { return double(size_of(case_.grad)) + state_bytes(recursion_) + entry_bytes_ * *density(); }
+double StreamKernel::bytes_per_element() const {
+  return double(size_of(case_.grad)) + state_bytes(recursion_, false) + entry_bytes_ * *density();
+}
 
 void StreamKernel::settle() {
   arrays_.settle(recursion_, case_.density);
@@ -149,7 +155,7 @@ std::string DenseKernel::name() const { return recursion_name_ + (what_ == What:
 
 double DenseKernel::bytes_per_element() const {
   if (what_ == What::norms) return sizeof(float);
-  return sizeof(float) + state_bytes(recursion_) + sizeof(float);  // gradient, state, message
+  return sizeof(float) + state_bytes(recursion_, true) + sizeof(float);  // gradient, state, message
 }
 
 void DenseKernel::settle() { arrays_.settle(recursion_, 0.01); }

@@ -13,13 +13,14 @@
 
 namespace thinwire::bench {
 
-/// "none", "ef14", "averaged_ef14" or "dgc" with the defaults of the configuration grammar.
+/// "none", "ef14", "averaged_ef14", "dgc", "ef21" or "econtrol" with the defaults of the configuration grammar.
 Recursion recursion_named(const std::string& name);
 
-/// Its arrays among these two, as state_names has them in order.
+/// Its arrays among these two, as state_names has them in order; an estimate takes the momentum's place.
 SegmentState state_in(const Recursion& recursion, float* momentum, float* residual) noexcept;
-/// Bytes of state per element that a pass moves at least: each array read and written once; an averaged momentum is only read.
-double state_bytes(const Recursion& recursion) noexcept;
+/// Bytes of state per element that a pass moves at least: each array read and written once; an averaged momentum is only read. An
+/// estimate is written where something is sent: everywhere (`sends_all`), or with the entries.
+double state_bytes(const Recursion& recursion, bool sends_all) noexcept;
 
 /// What a stream kernel is made of.
 struct StreamCase {

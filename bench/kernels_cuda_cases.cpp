@@ -125,7 +125,7 @@ class Streamed {
   }
   double payload_bytes() const { return sent() * pass_.entry_bytes; }
   /// The minimum: gradient and state once each way, and the payload.
-  double bytes_per_element() const { return double(size_of(pass_.grad)) + state_bytes(pass_.recursion) + payload_bytes(); }
+  double bytes_per_element() const { return double(size_of(pass_.grad)) + state_bytes(pass_.recursion, !pass_.density) + payload_bytes(); }
 
   static constexpr std::size_t kPayloads = 8;
 

@@ -87,6 +87,11 @@ Arrays::~Arrays() {
 
 void Arrays::settle(const Recursion& recursion, double density) {
   if (recursion.kind == Recursion::Kind::none) return;
+  if (recursion.kind == Recursion::Kind::estimate) {  // thresholds come from the messages themselves, whatever these are
+    fill_normal(momentum_, numel_, 0.5f, 4);
+    fill_normal(residual_, numel_, 1.0f, 5);
+    return;
+  }
   const Settled to = settled(recursion, density);
   if (to.momentum > 0) fill_normal(momentum_, numel_, to.momentum, 4);
   fill_uniform(residual_, numel_, to.residual, 5);

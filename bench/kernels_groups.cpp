@@ -132,9 +132,10 @@ std::vector<Group> all_groups(Isa isa, std::size_t numel) {
     return what;
   };
   constexpr double kDensities[] = {0.001, 0.01, 0.08};
-  for (const char* recursion : {"dgc", "ef14", "none"}) {
+  for (const char* recursion : {"dgc", "ef14", "ef21", "econtrol", "none"}) {
     for (const double density : kDensities) groups.push_back(stream_group(make(recursion, density)));
   }
+  groups.push_back(stream_group(make("econtrol", 0.005)));
   for (const char* recursion : {"dgc", "ef14", "none"}) {
     for (const double density : kDensities) {
       StreamCase what = make(recursion, density);
@@ -156,6 +157,7 @@ std::vector<Group> all_groups(Isa isa, std::size_t numel) {
   for (const char* recursion : {"ef14", "averaged_ef14", "none"}) groups.push_back(sign_group({.recursion = recursion, .isa = isa}));
   groups.push_back(sign_group({.variant = "512", .options = {.block = 512}, .isa = isa}));
   groups.push_back(sign_group({.variant = "tensor", .options = {.block = 0}, .isa = isa}));
+  groups.push_back(sign_group({.recursion = "econtrol", .variant = "512", .options = {.block = 512}, .isa = isa}));
   groups.push_back(sign_decode_group(8, isa));
   std::size_t resnet50 = 0;
   for (const std::size_t count : resnet50_layers()) resnet50 += count;

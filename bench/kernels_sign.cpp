@@ -21,6 +21,7 @@ SignKernel::SignKernel(SignCase what, Arrays& arrays) : case_(std::move(what)), 
   segment_.count = arrays.numel();
   segment_.rows = 1;
   segment_.columns = std::uint32_t(segment_.count);
+  segment_.setting.eta = eta_of(recursion_, codec_->nominal_delta(segment_));
   plan_ = {{&segment_, 1}, {&part_end_, 1}, 0};
   const WireLayout layout = codec_->layout(plan_);
   capacity_ = layout.part_capacity;
@@ -29,7 +30,7 @@ SignKernel::SignKernel(SignCase what, Arrays& arrays) : case_(std::move(what)), 
   state_ = state_in(recursion_, arrays.momentum(), arrays.residual());
 }
 
-double SignKernel::bytes_per_element() const { return sizeof(float) + state_bytes(recursion_) + case_.wire_bytes(numel()); }
+double SignKernel::bytes_per_element() const { return sizeof(float) + state_bytes(recursion_, true) + case_.wire_bytes(numel()); }
 
 void SignKernel::stream(std::size_t window, std::uint64_t step) {
   plan_.step = step;
