@@ -41,12 +41,13 @@ struct Estimates {
     estimate = L::load(c.estimate + at);
     feedback::estimate_message<form>(g, factors.rate, estimate, residual, x);
   }
-  /// At kAmple or above: elements are to be looked at one by one.
-  [[gnu::always_inline]] V most() const noexcept {
-    const V both = L::larger_bits(L::abs(x), L::abs(estimate));
-    if constexpr (feedback::has_residual(form)) return L::larger_bits(both, L::abs(residual));
-    return both;
+  /// Not finite where an element sits the step out.
+  [[gnu::always_inline]] V message_most() const noexcept {
+    if constexpr (feedback::has_residual(form)) return L::larger_bits(L::abs(x), L::abs(residual));
+    return L::abs(x);
   }
+  /// At kAmple or above: what is kept is to be looked at element by element.
+  [[gnu::always_inline]] V most() const noexcept { return L::larger_bits(message_most(), L::abs(estimate)); }
 };
 
 /// A row in units of four vectors: with sums of a whole row, what one unit needs fits into sixteen registers.
@@ -56,7 +57,7 @@ std::uint32_t encode_rows(const Chunk& c, float* partial, std::uint8_t* bits) {
   using Word = typename L::Word;  // a bit for each element of a unit
   constexpr std::size_t kVectors = kRow / L::kWidth, kUnit = 4 * L::kWidth;
   const Factors<L, form> factors(c);
-  const V limit = L::set(feedback::has_estimate(form) ? feedback::kAmple : bits_float(0x7f800000u));
+  const V infinity = L::set(bits_float(0x7f800000u));
   V sum[kVectors];
   for (std::size_t j = 0; j < kVectors; ++j) sum[j] = L::load(partial + j * L::kWidth);
   std::uint32_t flags = 0;
@@ -67,7 +68,7 @@ std::uint32_t encode_rows(const Chunk& c, float* partial, std::uint8_t* bits) {
       if constexpr (feedback::has_estimate(form)) {
         Estimates<L, form> element(c, factors, at, L::template load_grad<dtype>(c.grad, at));
         x[j] = element.x;
-        most = j == 0 ? element.most() : L::larger_bits(most, element.most());
+        most = j == 0 ? element.message_most() : L::larger_bits(most, element.message_most());
       } else {
         V g = L::template load_grad<dtype>(c.grad, at) * factors.grad, residual{}, unused{};
         if constexpr (feedback::has_residual(form)) residual = L::load(c.residual + at);
@@ -76,7 +77,7 @@ std::uint32_t encode_rows(const Chunk& c, float* partial, std::uint8_t* bits) {
         most = j == 0 ? L::abs(x[j]) : L::larger_bits(most, L::abs(x[j]));
       }
     }
-    if (L::any(L::not_less(most, limit))) [[unlikely]] {
+    if (L::any(L::not_less(most, infinity))) [[unlikely]] {
       for (std::size_t j = 0; j < kVectors; ++j) L::store(partial + j * L::kWidth, sum[j]);
       flags |= range_kernel(scale, form, dtype)(c, i, i + kUnit, partial, bits);
       for (std::size_t j = 0; j < kVectors; ++j) sum[j] = L::load(partial + j * L::kWidth);
@@ -145,7 +146,7 @@ void commit(const Chunk& c, const std::uint8_t* bits, float scale) {
     const std::uint64_t word = word_at(bits + i / 8);
     for (std::size_t j = 0; j < kRow; j += L::kWidth) {
       const std::size_t at = i + j;
-      Estimates<L, form> element(c, factors, at, L::template load_grad<dtype>(c.grad, at));
+      const Estimates<L, form> element(c, factors, at, L::template load_grad<dtype>(c.grad, at));
       if (L::any(L::not_less(element.most(), limit))) [[unlikely]] {
         one_by_one(c, at, at + L::kWidth, bits, scale);
         continue;
