@@ -37,6 +37,13 @@ struct ParameterStats {
   double residual_norm = 0, grad_norm = 0;  ///< L2, of this rank; grad_norm of the last step's local gradient (codec=none, and on a GPU: of
                                             ///< the last step divisible by 16), in unscaled units
   std::optional<double> momentum_norm;      ///< target=momentum: of the shared momentum
+  std::optional<double> estimate_norm;      ///< estimate: of this rank's h
+  /// Error feedback on the host, at the last step that was looked at, every 64th: 1 − ‖x − C(x)‖²/‖x‖² of the message x, whatever the codec
+  /// promises.
+  std::optional<double> measured_delta;
+  std::optional<double> stale;            ///< estimate, at the same step: ‖g − h‖/‖g‖; above 1 for long, h lags behind
+  std::optional<double> eta;              ///< EControl: in use
+  std::optional<std::uint32_t> eta_cuts;  ///< how often the watchdog has lowered it, because the residual grew
 };
 
 struct Stats {
@@ -59,6 +66,7 @@ struct ReducerState {
   std::uint64_t nonfinite_steps = 0;
   std::optional<std::uint64_t> frozen;  ///< target=momentum: the first step whose momentum was compressed, once that is known
   std::map<std::string, std::map<std::string, std::vector<float>>> parameters;
+  std::map<std::string, float> eta;  ///< EControl: of parameters for which the watchdog has lowered it
 };
 
 /// target=momentum: what an optimizer hands over of one parameter when its variance is frozen.

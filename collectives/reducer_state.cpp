@@ -77,6 +77,7 @@ void GradientReducer::Impl::reset() {
   engine_->wait();
   engine_->check();
   arena_.clear();
+  if (Watch* watch = engine_->watch()) watch->forget();
   engine_->set_started(!options_.step_verdict);
   engine_->set_nonfinite_steps(0);
   engine_->forget_bytes();
@@ -121,6 +122,15 @@ Stats GradientReducer::Impl::stats() const {
     };
     if (const float* at = slot.compressible ? residual_of(recursion_, slot.state) : nullptr) s.residual_norm = norm(at);
     if (slot.shared_momentum != nullptr) s.momentum_norm = norm(slot.shared_momentum);
+    if (!slot.compressible) continue;
+    if (const float* at = estimate_of(recursion_, slot.state)) s.estimate_norm = norm(at);
+    if (recursion_.control) s.eta = slot.setting.eta;
+    const Watch* const watch = engine_->watch();
+    if (watch == nullptr || !watch->seen(std::uint32_t(p)).any) continue;
+    const Seen& seen = watch->seen(std::uint32_t(p));
+    s.measured_delta = seen.delta;
+    if (recursion_.kind == Recursion::Kind::estimate) s.stale = seen.stale;
+    if (recursion_.control) s.eta = seen.eta, s.eta_cuts = seen.cuts;
   }
   return out;
 }
@@ -147,6 +157,8 @@ ReducerState GradientReducer::Impl::state() const {
       values.resize(arrays[a].count);
       arena_.read(arrays[a].data, values);
     }
+    const Watch* const watch = engine_->watch();
+    if (watch != nullptr && watch->lowered(p) > 0) out.eta[slots_[p].parameter.name] = watch->lowered(p);
   }
   return out;
 }
@@ -278,6 +290,10 @@ void GradientReducer::Impl::load_state(std::span<const ReducerState> states, con
       }
       arena_.write(mean, arrays[a].data);
     }
+  }
+  for (std::uint32_t p = 0; p < slots_.size() && engine_->watch() != nullptr; ++p) {
+    const auto lowered = front.eta.find(slots_[p].parameter.name);
+    engine_->watch()->set_lowered(p, lowered != front.eta.end() ? lowered->second : 0.0f);
   }
   step_ = front.step;
   if (recursion_.averaged) {
