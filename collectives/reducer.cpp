@@ -36,6 +36,7 @@ Work GradientReducer::pass(std::span<const std::uint32_t> parameters, std::strin
 
 void GradientReducer::flush() { impl_->flush(); }
 void GradientReducer::freeze(std::span<const Handover> handover) { impl_->freeze(handover); }
+void GradientReducer::rescale_residuals(std::span<const float> factors) { impl_->rescale_residuals(factors); }
 void GradientReducer::reset() { impl_->reset(); }
 void GradientReducer::close(std::chrono::milliseconds limit) noexcept { impl_->close(limit); }
 const Config& GradientReducer::config() const noexcept { return impl_->config_; }

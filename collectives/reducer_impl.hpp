@@ -47,6 +47,7 @@ class GradientReducer::Impl {
   std::uint64_t pass(std::span<const std::uint32_t> ids, std::string reason, std::function<bool()> exchange, const ReduceOptions& options);
   void flush();
   void freeze(std::span<const Handover> handover);
+  void rescale_residuals(std::span<const float> factors);
   void reset();
   void close(std::chrono::milliseconds limit) noexcept;
   Stats stats() const;

@@ -70,6 +70,36 @@ void GradientReducer::Impl::freeze(std::span<const Handover> handover) {
   plans_.clear();  // they point to the masks
 }
 
+void GradientReducer::Impl::rescale_residuals(std::span<const float> factors) {
+  const std::lock_guard lock(submit_);
+  between_steps("rescale_residuals()");
+  if (factors.size() != slots_.size())
+    fail(Errc::invalid_argument,
+         "rescale_residuals(): " + std::to_string(factors.size()) + " factors for " + std::to_string(slots_.size()) + " parameters");
+  for (std::size_t p = 0; p < slots_.size(); ++p) {
+    if (!(factors[p] > 0) || !is_finite(factors[p]))
+      fail(Errc::invalid_argument, "rescale_residuals(): the factor of parameter '" + slots_[p].parameter.name + "' is " +
+                                       std::to_string(factors[p]) + ", not a positive number");
+  }
+  queue_->drain();
+  engine_->wait();
+  engine_->check();
+  std::vector<float> values;
+  const auto rescale = [&](float* array, std::size_t count, float factor) {
+    if (array == nullptr || factor == 1) return;
+    values.resize(count);
+    arena_.read(array, values);
+    for (float& x : values)
+      if (is_finite(x * factor)) x *= factor;
+    arena_.write(values, array);
+  };
+  for (std::size_t p = 0; p < slots_.size(); ++p) {
+    const ParameterSlot& slot = slots_[p];
+    if (slot.compressible) rescale(residual_of(recursion_, slot.state), slot.numel, factors[p]);
+    rescale(slot.server_residual, slot.owned.count, factors[p]);
+  }
+}
+
 void GradientReducer::Impl::reset() {
   const std::lock_guard lock(submit_);
   between_steps("reset()");
