@@ -113,6 +113,27 @@ TEST(EstimateVerdicts, AFlushEmptiesResidualsAndLeavesEstimates) {
     }
 }
 
+// Estimates near the largest float: their sum is past it, H never is, whatever step makes it.
+TEST(EstimateVerdicts, HIsCutAtTheLargestFloat) {
+  for (const bool flush : {false, true}) {
+    Scenario s = scenario_of(2, topk_method(false, 1, Init::zero), 3);
+    s.grad = [](int, int, std::uint32_t p) {
+      Vec g(kNumel[p], 0.0f);
+      if (p == 2) g[9] = 3e38f, g[10] = -3e38f;
+      return g;
+    };
+    s.before_step = [flush](GradientReducer& reducer, int step, int) {
+      if (flush && step == 2) reducer.flush();
+    };
+    const Outcome out = play(s);
+    for (int r = 0; r < 2; ++r) {
+      EXPECT_EQ(out.array(r, "m", "estimate")[9], 3e38f);
+      EXPECT_EQ(out.array(r, "m", "mean_estimate")[9], std::numeric_limits<float>::max());
+      EXPECT_EQ(out.array(r, "m", "mean_estimate")[10], -std::numeric_limits<float>::max());
+    }
+  }
+}
+
 // Multiples of 1/4, eta = 1/4 and four ranks: nothing rounds in six steps, so what went in is in e and in the means that were applied, to
 // the bit, those of bad steps included, wherever the elements themselves were finite.
 TEST(EstimateVerdicts, NothingIsLost) {
