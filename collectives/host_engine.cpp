@@ -153,6 +153,8 @@ std::uint32_t HostEngine::run_whole_dense(const BucketPlan& bucket, Bytes grad, 
   all.dtype = DType::fp32;
   const Bytes messages = all.sub(0, bucket.count * sizeof(float));
   std::uint32_t flags = 0;
+  // The mean estimate is made anew here, whatever the verdict: what owners still owed it is in it then.
+  if (bucket.recursion.kind == Recursion::Kind::estimate) clear_server_residuals(bucket.passengers[0]);
   write_raw(bucket, grad, step, options, messages, &flags);
   // One more element counts the ranks that met something non-finite, so the verdict needs no collective of its own.
   all.as<float>()[bucket.count] = (flags & kFlagNonfinite) != 0 ? 1.0f : 0.0f;
