@@ -146,7 +146,10 @@ py::dict dict_of(const Stats& stats) {
     one["kept"] = p.kept;
     one["residual_norm"] = p.residual_norm;
     one["grad_norm"] = p.grad_norm;
-    if (p.momentum_norm) one["momentum_norm"] = *p.momentum_norm;
+    if (p.momentum_norm) {
+      one["momentum_norm"] = *p.momentum_norm;
+      one["masked"] = p.masked;
+    }
     parameters[py::str(p.name)] = std::move(one);
   }
   py::dict dict;
@@ -420,6 +423,12 @@ void bind_engine(py::module_& m) {
              return reading(e, "averages", [&](GradientReducer& r) { return r.averages(parameter); });
            })
       .def("freeze", &freeze, py::arg("handover"))
+      .def(
+          "describe_optimizer",
+          [](const Engine& e, const std::string& words, std::uint64_t from, std::uint64_t every) {
+            changing(e, "describe_optimizer", [&](GradientReducer& r) { r.describe_optimizer(words, {from, every}); });
+          },
+          py::arg("words"), py::arg("freeze_from"), py::arg("freeze_every"))
       .def("flush", [](const Engine& e) { changing(e, "flush", [](GradientReducer& r) { r.flush(); }); })
       .def("reset", [](const Engine& e) { changing(e, "reset", [](GradientReducer& r) { r.reset(); }); })
       .def(
