@@ -151,12 +151,13 @@ py::dict dict_of(const Stats& stats) {
     const auto add = [&one](const char* key, const auto& value) {
       if (value) one[key] = *value;
     };
-    add("momentum_norm", p.momentum_norm);
     add("estimate_norm", p.estimate_norm);
     add("measured_delta", p.measured_delta);
     add("stale", p.stale);
     add("eta", p.eta);
     add("eta_cuts", p.eta_cuts);
+    add("momentum_norm", p.momentum_norm);
+    if (p.momentum_norm) one["masked"] = p.masked;
     parameters[py::str(p.name)] = std::move(one);
   }
   py::dict dict;
@@ -430,6 +431,12 @@ void bind_engine(py::module_& m) {
              return reading(e, "averages", [&](GradientReducer& r) { return r.averages(parameter); });
            })
       .def("freeze", &freeze, py::arg("handover"))
+      .def(
+          "describe_optimizer",
+          [](const Engine& e, const std::string& words, std::uint64_t from, std::uint64_t every) {
+            changing(e, "describe_optimizer", [&](GradientReducer& r) { r.describe_optimizer(words, {from, every}); });
+          },
+          py::arg("words"), py::arg("freeze_from"), py::arg("freeze_every"))
       .def("flush", [](const Engine& e) { changing(e, "flush", [](GradientReducer& r) { r.flush(); }); })
       .def("reset", [](const Engine& e) { changing(e, "reset", [](GradientReducer& r) { r.reset(); }); })
       .def(
