@@ -220,6 +220,7 @@ def test_trainers_agree_on_onebit_adam(digits: Path, tmp_path: Path) -> None:
     assert row["wire_bytes"] < row["dense_bytes"]
     result = python("launch/quickstart.py", *options, "--json", tmp_path / "python.json", "--output", tmp_path)
     assert result.returncode == 0, result.stderr
+    assert "variance frozen at step 8: freeze=8" in result.stdout
     rows = json.loads((tmp_path / "python.json").read_text())
     assert rows["machine"]["optimizer"] == "adam" and rows["machine"]["lr"] == 0.001
     assert [one["fingerprint"] == row["fingerprint"] for one in rows["rows"]] == [False, True]
