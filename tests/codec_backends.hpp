@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <limits>
 #include <random>
 #include <string>
 #include <vector>
@@ -37,9 +38,34 @@ inline Recursion ef14(float decay = 1) {
   r.decay = decay;
   return r;
 }
+inline Recursion ef21(float fresh = 1) {
+  Recursion r;
+  r.kind = Recursion::Kind::estimate;
+  r.fresh = fresh;
+  return r;
+}
+inline Recursion econtrol(float fresh = 1) {
+  Recursion r = ef21(fresh);
+  r.control = true;
+  return r;
+}
+inline bool has_estimate(const Recursion& r) { return r.kind == Recursion::Kind::estimate; }
+/// Whether the codecs of a backend have kernels for a recursion.
+constexpr bool knows(Backend on, const Recursion& r) { return !on.cuda || r.kind != Recursion::Kind::estimate; }
+inline std::vector<Recursion> known(Backend on, std::vector<Recursion> all) {
+  std::erase_if(all, [on](const Recursion& r) { return !knows(on, r); });
+  return all;
+}
 inline std::string describe(const Recursion& r) {
   return "kind " + std::to_string(int(r.kind)) + " decay " + std::to_string(r.decay) + " m " + std::to_string(r.momentum) +
-         (r.nesterov ? " nesterov" : "") + (r.mask ? " mask" : "") + (r.averaged ? " averaged" : "");
+         (r.nesterov ? " nesterov" : "") + (r.mask ? " mask" : "") + (r.averaged ? " averaged" : "") + (r.control ? " control" : "") +
+         (r.fresh < 1 ? " fresh " + std::to_string(r.fresh) : "");
+}
+
+/// EControl's eta of a rig's segment s: the two limits, and what lies between.
+inline float eta_at(std::size_t s) {
+  constexpr float kEtas[] = {0.1f, 1.0f, 0.0f, 0.03f, 0.5f};
+  return kEtas[s % 5];
 }
 inline const std::vector<DType> kTypes = {DType::fp32, DType::bf16, DType::fp16};
 
@@ -62,6 +88,14 @@ inline std::vector<float> gradients(std::size_t n, unsigned seed, bool wild) {
       x = odd[random() % 8];
     }
   }
+  return out;
+}
+
+/// The same as state, which is always finite; `wild`: up to the largest float.
+inline std::vector<float> held_values(std::size_t n, unsigned seed, bool wild) {
+  std::vector<float> out = gradients(n, seed, wild);
+  for (float& x : out)
+    if (!std::isfinite(x)) x = std::copysign(std::numeric_limits<float>::max(), x);
   return out;
 }
 

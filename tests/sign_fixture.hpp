@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cstring>
 #include <memory>
 #include <random>
@@ -39,8 +40,9 @@ inline Recursion averaged(Recursion r) {
   r.averaged = true;
   return r;
 }
-inline std::vector<Recursion> sign_recursions() {
-  return {no_feedback(), ef14(), ef14(0.75f), averaged(no_feedback()), averaged(ef14()), averaged(ef14(0.75f))};
+inline std::vector<Recursion> sign_recursions(Backend on) {
+  return known(on, {no_feedback(), ef14(), ef14(0.75f), averaged(no_feedback()), averaged(ef14()), averaged(ef14(0.75f)), ef21(),
+                    ef21(0.25f), econtrol(), econtrol(0.1f)});
 }
 inline std::string describe(const SignOptions& o) {
   return std::string(o.scale == Scale::l1 ? " l1" : " l2") + " block " + std::to_string(o.block);
@@ -52,7 +54,7 @@ struct SignRig {
   std::vector<Segment> segments;
   std::vector<std::uint32_t> part_end;
   std::unique_ptr<const Codec> codec;
-  std::vector<std::vector<float>> momentum, residual;
+  std::vector<std::vector<float>> momentum, residual, estimate, mean_estimate, average;
   std::vector<float> beta1, factors;
   std::vector<std::vector<std::uint8_t>> masks;
   std::vector<SegmentState> states;
@@ -73,6 +75,7 @@ struct SignRig {
       segment.parameter = std::uint32_t(s + 3);
       segment.first = numel + 1;  // odd starts: nothing may need alignment
       segment.count = counts[s];
+      segment.setting.eta = eta_at(s);
       segments.push_back(segment);
       numel = segment.first + segment.count;
     }
@@ -80,10 +83,8 @@ struct SignRig {
     if (part_end.empty()) part_end = {std::uint32_t(segments.size())};
     factors.assign(segments.size(), 1);
     for (std::size_t s = 0; s < segments.size(); ++s) beta1.push_back(s % 2 == 0 ? 0.9f : 0.5f);
-    for (const auto& segment : segments) {
-      momentum.emplace_back(segment.count, 0.0f);
-      residual.emplace_back(segment.count, 0.0f);
-    }
+    for (const auto& segment : segments)
+      for (auto* array : arrays()) array->emplace_back(segment.count, 0.0f);
     kept.assign(segments.size(), 0);
     norms.assign(segments.size(), -1);
   }
@@ -99,11 +100,15 @@ struct SignRig {
     }
     for (std::size_t s = 0; s < segments.size(); ++s) segments[s].live = s % 5 == 1 ? nullptr : masks[s].data();
   }
+  std::array<std::vector<std::vector<float>>*, 5> arrays() { return {&momentum, &residual, &estimate, &mean_estimate, &average}; }
   /// State as if after many steps.
-  void age(unsigned seed) {
+  void age(unsigned seed, bool wild = false) {
     for (std::size_t s = 0; s < segments.size(); ++s) {
-      momentum[s] = gradients(segments[s].count, seed + unsigned(s), false);
-      residual[s] = gradients(segments[s].count, seed + 100 + unsigned(s), false);
+      unsigned own = seed + unsigned(s);
+      for (auto* array : arrays()) {
+        (*array)[s] = held_values(segments[s].count, own, wild);
+        own += 100;
+      }
     }
   }
   bool alive(std::size_t s, std::size_t i) const { return segments[s].live == nullptr || ((segments[s].live[i / 8] >> (i % 8)) & 1u) != 0; }
@@ -123,7 +128,9 @@ struct SignRig {
     for (std::size_t s = 0; s < segments.size(); ++s) {
       std::size_t next = 0;
       if (recursion.averaged) states[s].array[next++] = momentum[s].data();
-      if (recursion.kind == Recursion::Kind::error_feedback) states[s].array[next++] = residual[s].data();
+      if (has_estimate(recursion)) states[s].array = {estimate[s].data(), mean_estimate[s].data()}, next = 2;
+      if (recursion.kind == Recursion::Kind::error_feedback || recursion.control) states[s].array[next++] = residual[s].data();
+      if (has_estimate(recursion) && recursion.fresh < 1) states[s].array[next++] = average[s].data();
     }
     return {states, factors.data(), beta1.data()};
   }
@@ -182,23 +189,33 @@ struct SignRig {
   /// What one step must send and leave, by the oracle.
   struct Expected {
     std::vector<oracle::Signs> signs;
-    std::vector<std::vector<float>> message, residual;  ///< message: NaN where dead
+    std::vector<std::vector<float>> message, residual, estimate, average;  ///< message: NaN where dead
     std::uint32_t flags = 0;
   };
   Expected expect(const std::vector<std::byte>& grad, DType dtype) const {
     Expected out;
-    out.residual = residual;
+    out.residual = residual, out.estimate = estimate, out.average = average;
     for (std::size_t s = 0; s < segments.size(); ++s) {
       const std::size_t n = segments[s].count;
       auto& message = out.message.emplace_back(n, NAN);
       std::vector<float> magnitudes(n, 0.0f);
+      std::vector<oracle::Estimated> estimated(has_estimate(recursion) ? n : 0);
       for (std::size_t i = 0; i < n; ++i) {
         if (!alive(s, i)) continue;
-        const auto m = oracle::sign_message(recursion, oracle::element(grad, segments[s].first + i, dtype), factors[s], beta1[s],
-                                            momentum[s][i], residual[s][i]);
-        message[i] = m.x;
-        magnitudes[i] = std::fabs(m.x);
-        if (m.nonfinite) out.flags |= 1;
+        const float g = oracle::element(grad, segments[s].first + i, dtype);
+        bool nonfinite;
+        if (has_estimate(recursion)) {
+          estimated[i] =
+              oracle::sign_estimate(recursion, g * factors[s], segments[s].setting.eta, residual[s][i], estimate[s][i], average[s][i]);
+          message[i] = estimated[i].x;
+          nonfinite = estimated[i].nonfinite;
+        } else {
+          const auto m = oracle::sign_message(recursion, g, factors[s], beta1[s], momentum[s][i], residual[s][i]);
+          message[i] = m.x;
+          nonfinite = m.nonfinite;
+        }
+        magnitudes[i] = std::fabs(message[i]);
+        if (nonfinite) out.flags |= 1;
       }
       auto& sent = out.signs.emplace_back();
       sent.bits.resize(n);
@@ -211,7 +228,13 @@ struct SignRig {
       for (std::size_t i = 0; i < n; ++i) {
         if (!alive(s, i)) continue;
         sent.bits[i] = !(message[i] < 0);
-        if (recursion.kind == Recursion::Kind::error_feedback) out.residual[s][i] = message[i] - sent.value(i, block(s));
+        const float w = sent.value(i, block(s));
+        if (recursion.kind == Recursion::Kind::error_feedback) out.residual[s][i] = message[i] - w;
+        if (!has_estimate(recursion)) continue;
+        estimated[i].send(w);
+        if (recursion.control) out.residual[s][i] = estimated[i].residual;
+        out.estimate[s][i] = estimated[i].estimate;
+        if (recursion.fresh < 1) out.average[s][i] = estimated[i].average;
       }
     }
     return out;

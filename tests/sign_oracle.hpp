@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <span>
 #include <stdexcept>
 #include <vector>
@@ -124,7 +125,34 @@ inline float scale_of(std::span<const float> magnitudes, std::size_t live, const
   return std::isfinite(fitted) ? fitted : scale;
 }
 
-/// One element of the recursion, as the equations have it.
+inline float cut_at_largest(float x) { return std::isfinite(x) ? x : std::copysign(std::numeric_limits<float>::max(), x); }
+
+/// One element of a recursion with an estimate, as the equations have it: x is sent as a sign, and what is sent leaves `residual`, which
+/// is e + t until then, for `estimate`.
+struct Estimated {
+  float x = 0, residual = 0, estimate = 0, average = 0;
+  bool nonfinite = false;
+
+  void send(float w) {
+    residual = cut_at_largest(residual - w);
+    estimate = cut_at_largest(estimate + w);
+  }
+};
+inline Estimated sign_estimate(const thinwire::Recursion& r, float g, float eta, float e, float h, float v) {
+  Estimated out{0, e, h, v, !std::isfinite(g)};
+  if (out.nonfinite) g = h;
+  if (r.fresh < 1) {
+    const float before = 1.0f - r.fresh, old = before * v, news = r.fresh * g;
+    out.average = g = old + news;
+  }
+  const float t = g - h, fed = eta * e;
+  out.x = r.control ? fed + t : t;
+  if (r.control) out.residual = e + t;
+  if (!std::isfinite(out.x) || !std::isfinite(out.residual) || !std::isfinite(g)) out = {0, e, h, v, true};
+  return out;
+}
+
+/// One element of the other recursions.
 struct Message {
   float x = 0;
   bool nonfinite = false;

@@ -139,7 +139,7 @@ TYPED_TEST(TopKSelection, ExactDoesNotDependOnItsSample) {
         }
         rig.stream(grad);
         std::vector<float> message(n);
-        for (std::size_t i = 0; i < n; ++i) message[i] = oracle::update(recursion, grad[1 + i], 1, 0, 0).x;
+        for (std::size_t i = 0; i < n; ++i) message[i] = oracle::update(recursion, grad[1 + i], 1, {}).x;
         const auto entries = rig.entries();
         ASSERT_EQ(indices(entries[0]), largest(message, 400, wire)) << describe(recursion) << " shape " << shape;
         for (const auto& e : entries[0]) {

@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -28,7 +29,7 @@ struct TopKRig {
   std::vector<Segment> segments;
   std::vector<std::uint32_t> part_end;
   std::unique_ptr<const Codec> codec;
-  std::vector<std::vector<float>> u, residual;
+  std::vector<std::vector<float>> u, residual, estimate, mean_estimate, average;
   std::vector<float> memory, factors;
   std::vector<SegmentState> states;
   std::vector<std::byte> workspace, payload;
@@ -46,6 +47,7 @@ struct TopKRig {
       segment.first = numel + 1;  // odd starts: nothing may need alignment
       segment.count = counts[s];
       segment.setting.density = density;
+      segment.setting.eta = eta_at(s);
       segments.push_back(segment);
       numel = segment.first + segment.count;
     }
@@ -53,12 +55,21 @@ struct TopKRig {
     part_end = {std::uint32_t(segments.size())};
     memory.assign(segments.size(), 0);
     factors.assign(segments.size(), 1);
-    for (const auto& segment : segments) {
-      u.emplace_back(segment.count, 0.0f);
-      residual.emplace_back(segment.count, 0.0f);
-    }
+    for (const auto& segment : segments)
+      for (auto* array : arrays()) array->emplace_back(segment.count, 0.0f);
     kept.assign(segments.size(), 0);
     norms.assign(segments.size(), -1);
+  }
+
+  std::array<std::vector<std::vector<float>>*, 5> arrays() { return {&u, &residual, &estimate, &mean_estimate, &average}; }
+  /// State as if after many steps.
+  void age(unsigned seed, bool wild) {
+    for (std::size_t s = 0; s < segments.size(); ++s)
+      for (auto* array : arrays()) (*array)[s] = held_values(segments[s].count, seed++, wild);
+  }
+  oracle::Held held(std::size_t s, std::size_t i) const { return {u[s][i], residual[s][i], estimate[s][i], average[s][i]}; }
+  void hold(std::size_t s, std::size_t i, const oracle::Held& held) {
+    u[s][i] = held.u, residual[s][i] = held.residual, estimate[s][i] = held.estimate, average[s][i] = held.average;
   }
 
   Plan plan() const { return {segments, part_end, step}; }
@@ -67,6 +78,12 @@ struct TopKRig {
     for (std::size_t s = 0; s < segments.size(); ++s) {
       if (recursion.kind == Recursion::Kind::error_feedback) states[s].array = {residual[s].data(), nullptr};
       if (recursion.kind == Recursion::Kind::momentum_correction) states[s].array = {u[s].data(), residual[s].data()};
+      if (has_estimate(recursion)) {
+        std::size_t next = 0;
+        for (auto* array : {&estimate, &mean_estimate}) states[s].array[next++] = (*array)[s].data();
+        if (recursion.control) states[s].array[next++] = residual[s].data();
+        if (recursion.fresh < 1) states[s].array[next++] = average[s].data();
+      }
       if (codec->memory(segments[s]) != 0) states[s].memory = &memory[s];
     }
     return {states, factors.data()};
@@ -115,8 +132,9 @@ inline Recursion dgc(float momentum = 0.5f, bool nesterov = false, bool mask = t
   r.mask = mask;
   return r;
 }
-inline std::vector<Recursion> all_recursions() {
-  return {no_feedback(), ef14(), ef14(0.75f), dgc(), dgc(0.9f, false, false), dgc(0.5f, true), dgc(0.9f, true, false)};
+inline std::vector<Recursion> all_recursions(Backend on) {
+  return known(on, {no_feedback(), ef14(), ef14(0.75f), dgc(), dgc(0.9f, false, false), dgc(0.5f, true), dgc(0.9f, true, false), ef21(),
+                    ef21(0.25f), econtrol(), econtrol(0.1f)});
 }
 inline std::string describe(const TopKOptions& o) {
   return std::string(" wire ") + to_string(o.wire) + (o.exact ? " exact" : " sampled") + " index " + std::to_string(int(o.index));

@@ -122,14 +122,37 @@ inline std::vector<std::vector<Entry>> parse(const std::vector<std::byte>& paylo
   return out;
 }
 
+/// What a rank holds of one element, as far as the recursion has it.
+struct Held {
+  float u = 0, residual = 0, estimate = 0, average = 0;
+};
+
 /// One element of a recursion, as the equations have it. `sits_out`: its message overflowed, nothing of it moves.
 struct Element {
-  float u = 0, residual = 0, x = 0;
+  Held held;  ///< if nothing is sent
+  float x = 0;
   bool sits_out = false, nonfinite = false;
 };
-inline Element update(const thinwire::Recursion& r, float grad, float factor, float u, float residual) {
+
+/// g is not finite: h stands for it. t = g - h;  x = eta*e + t;  e + t is kept.
+inline Element update_estimate(const thinwire::Recursion& r, float g, const Held& held, float eta) {
+  Element out{held, 0, false, !std::isfinite(g)};
+  if (out.nonfinite) g = held.estimate;
+  if (r.fresh < 1) {
+    const float before = 1.0f - r.fresh, old = before * held.average, news = r.fresh * g;
+    out.held.average = g = old + news;
+  }
+  const float t = g - held.estimate, fed = eta * held.residual;
+  out.x = r.control ? fed + t : t;
+  out.held.residual = r.control ? held.residual + t : 0.0f;
+  if (!std::isfinite(out.x) || !std::isfinite(out.held.residual) || !std::isfinite(g)) out = {held, 0, true, true};
+  return out;
+}
+
+inline Element update(const thinwire::Recursion& r, float grad, float factor, const Held& held, float eta = 0) {
   using Kind = thinwire::Recursion::Kind;
-  Element out{u, residual, 0, false, false};
+  if (r.kind == Kind::estimate) return update_estimate(r, grad * factor, held, eta);
+  Element out{held, 0, false, false};
   float g = grad * factor;
   if (!std::isfinite(g)) {
     out.nonfinite = true;
@@ -138,24 +161,38 @@ inline Element update(const thinwire::Recursion& r, float grad, float factor, fl
   if (r.kind == Kind::none) {
     out.x = g;
   } else if (r.kind == Kind::error_feedback) {
-    const float kept = r.decay * residual;
+    const float kept = r.decay * held.residual;
     out.x = kept + g;
   } else if (!r.nesterov) {
-    const float kept = r.momentum * u;
-    out.u = kept + g;
-    out.x = residual + out.u;
+    const float kept = r.momentum * held.u;
+    out.held.u = kept + g;
+    out.x = held.residual + out.held.u;
   } else {
-    const float pushed = u + g;
-    out.u = r.momentum * pushed;
-    const float ahead = out.u + g;
-    out.x = residual + ahead;
+    const float pushed = held.u + g;
+    out.held.u = r.momentum * pushed;
+    const float ahead = out.held.u + g;
+    out.x = held.residual + ahead;
   }
   if (!std::isfinite(out.x)) {
-    out = {u, residual, 0, true, true};
+    out = {held, 0, true, true};
   } else {
-    out.residual = out.x;
+    out.held.residual = out.x;
   }
   return out;
+}
+
+inline float cut_at_largest(float x) { return std::isfinite(x) ? x : std::copysign(std::numeric_limits<float>::max(), x); }
+
+/// What is held once `sent` has left a message x.
+inline Held after_sending(const thinwire::Recursion& r, Held held, float x, float sent) {
+  if (r.kind == thinwire::Recursion::Kind::estimate) {
+    if (r.control) held.residual = cut_at_largest(held.residual - sent);
+    held.estimate = cut_at_largest(held.estimate + sent);
+    return held;
+  }
+  held.residual = x - sent;
+  if (r.mask) held.u = 0;
+  return held;
 }
 
 }  // namespace oracle
