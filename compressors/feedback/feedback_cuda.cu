@@ -166,8 +166,9 @@ __device__ inline void for_each(const DeviceRanges& ranges, Visit&& visit) {
 
 __global__ void __launch_bounds__(kThreads) keep_news_kernel(DeviceRanges ranges, const std::uint32_t* verdict) {
   if (verdict != nullptr && (*verdict & kFlagNonfinite) == 0) return;
-  for_each_of<DeviceStates>(ranges,
-                            [](const DeviceStates& own, std::size_t i) { own.residual[i] = saturated(own.residual[i] + own.estimate[i]); });
+  for_each_of<DeviceStates>(ranges, [](const DeviceStates& own, std::size_t i) {
+    if (own.residual != nullptr) own.residual[i] = saturated(own.residual[i] + own.estimate[i]);
+  });
 }
 
 __global__ void __launch_bounds__(kThreads)

@@ -52,8 +52,9 @@ __device__ inline void send_value(const EncodeCall& call, const DeviceSegment& s
     reinterpret_cast<std::uint16_t*>(values)[place] = call.wire_dtype == DType::bf16 ? float_to_bf16(w) : float_to_fp16(w);
   }
   if (segment.estimate != nullptr) {
-    float none = 0;
-    feedback::send(w, segment.residual != nullptr ? segment.residual[i] : none, segment.estimate[i]);
+    float residual = segment.residual != nullptr ? segment.residual[i] : 0.0f;
+    feedback::send(w, residual, segment.estimate[i]);
+    if (segment.residual != nullptr) segment.residual[i] = residual;
     return;
   }
   if (segment.residual != nullptr) feedback::leave(x, w, segment.residual[i]);
