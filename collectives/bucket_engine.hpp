@@ -10,6 +10,7 @@
 #include "collectives/bucket_plan.hpp"
 #include "collectives/communicator.hpp"
 #include "collectives/reducer.hpp"
+#include "collectives/watch.hpp"
 #include "compressors/core/buffer.hpp"
 #include "compressors/core/codec.hpp"
 #include "compressors/core/recursion.hpp"
@@ -60,6 +61,8 @@ class BucketEngine {
   // Of the last step, per parameter; on a GPU after wait().
   virtual std::span<const std::uint32_t> kept() const = 0;
   virtual std::span<const double> grad_norms() const = 0;  ///< squared, in unscaled units
+  /// Error feedback's own measurements; null where none are made.
+  virtual Watch* watch() { return nullptr; }
 
   double dense_bytes() const noexcept { return dense_bytes_; }
   void forget_bytes() noexcept { dense_bytes_ = 0; }

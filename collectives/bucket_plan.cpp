@@ -1,6 +1,7 @@
 #include "collectives/bucket_plan.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <numeric>
 
 #include "collectives/ownership.hpp"
@@ -91,6 +92,14 @@ std::size_t phases_workspace(const BucketPlan& bucket, const Codec& codec, int w
 }
 
 }  // namespace
+
+std::size_t ParameterSlot::masked() const noexcept {
+  if (live.empty()) return 0;
+  std::size_t alive = 0;
+  for (std::size_t i = 0; i < numel / 8; ++i) alive += std::size_t(std::popcount(live[i]));
+  for (std::size_t i = numel / 8 * 8; i < numel; ++i) alive += is_live(live.data(), i) ? 1 : 0;
+  return numel - alive;
+}
 
 std::size_t BucketPlan::sent_bytes() const noexcept { return std::accumulate(send_bytes.begin(), send_bytes.end(), std::size_t(0)); }
 

@@ -35,6 +35,8 @@ struct ParameterSlot {
   std::size_t momentum_at = 0;  ///< its place in the arena's array of momenta
   float beta1 = 0;
   std::vector<std::uint8_t> live;  ///< Segment::live; empty: all
+  /// Elements that are not live.
+  std::size_t masked() const noexcept;
 };
 
 /// Segments that stay dense beside a payload, packed one after the other.

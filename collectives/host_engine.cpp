@@ -32,6 +32,7 @@ HostEngine::HostEngine(const EngineParts& parts)
       bucket_kept_(factors_.size()),
       grad_norms_(parts.parameters),
       started_(!parts.options.step_verdict),
+      watch_(parts.codec, parts.recursion, parts.parameters),
       hashes_(std::size_t(parts.communicator.size())) {}
 
 void HostEngine::passed(std::size_t dense_bytes, bool finite) {
@@ -152,6 +153,8 @@ std::uint32_t HostEngine::run_whole_dense(const BucketPlan& bucket, Bytes grad, 
   all.dtype = DType::fp32;
   const Bytes messages = all.sub(0, bucket.count * sizeof(float));
   std::uint32_t flags = 0;
+  // The mean estimate is made anew here, whatever the verdict: what owners still owed it is in it then.
+  if (bucket.recursion.kind == Recursion::Kind::estimate) clear_server_residuals(bucket.passengers[0]);
   write_raw(bucket, grad, step, options, messages, &flags);
   // One more element counts the ranks that met something non-finite, so the verdict needs no collective of its own.
   all.as<float>()[bucket.count] = (flags & kFlagNonfinite) != 0 ? 1.0f : 0.0f;
@@ -214,7 +217,7 @@ std::uint32_t HostEngine::run_compressed(const BucketPlan& bucket, Bytes grad, s
 
 void HostEngine::stream(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options, Bytes workspace, Bytes wire,
                         std::uint32_t* flags) {
-  const Plan plan = bucket.plan(step);
+  Plan plan = bucket.plan(step);
   if (options.joined) {
     codec_->empty(plan, wire, *flags, Stream::host());
     return;
@@ -227,10 +230,23 @@ void HostEngine::stream(const BucketPlan& bucket, Bytes grad, std::uint64_t step
   if (clipped) squared_norms(whole, grad, norms_.data(), Stream::host());
   factors_of(whole, unscale);
   for (std::size_t s = parameters; s < segments; ++s) factors_[s] = factors_[s - parameters];
-  codec_->stream(bucket.recursion, plan, grad, {bucket.states, factors_.data(), bucket.betas.data()}, workspace, wire, flags,
-                 {bucket_kept_.data(), clipped ? nullptr : norms_.data()}, Stream::host());
+  const StateView state{bucket.states, factors_.data(), bucket.betas.data()};
+  const bool looks = watch_.looks(plan.segments, step);
+  plan.segments = watch_.adjusted(plan.segments);
+  if (looks) {
+    probes_.assign(segments, {});
+    probe_messages(bucket.recursion, plan, grad, state, probes_);
+  }
+  codec_->stream(bucket.recursion, plan, grad, state, workspace, wire, flags, {bucket_kept_.data(), clipped ? nullptr : norms_.data()},
+                 Stream::host());
   for (std::size_t s = parameters; s < segments && !clipped; ++s) norms_[s % parameters] += norms_[s];
   note_norms(whole, unscale);
+  if (looks) {
+    probe_rest(bucket.recursion, plan, grad, state, probes_);
+    watched_grads_.clear();
+    for (const Segment& segment : whole.segments) watched_grads_.push_back(grad_norms_[segment.parameter]);
+    watch_.note(plan.segments, step, probes_, watched_grads_);
+  }
   for (std::size_t s = 0; s < segments; ++s) kept_[plan.segments[s].parameter] += bucket_kept_[s];
 }
 

@@ -33,6 +33,7 @@ class HostEngine final : public BucketEngine {
   void set_nonfinite_steps(std::uint64_t steps) override { nonfinite_steps_ = steps; }
   std::span<const std::uint32_t> kept() const override { return kept_; }
   std::span<const double> grad_norms() const override { return grad_norms_; }
+  Watch* watch() override { return watch_.watches() ? &watch_ : nullptr; }
 
  private:
   /// What a bucket leaves for its verdict. All of it lies in scratch, or waits for the step's verdict in a Pending.
@@ -95,6 +96,9 @@ class HostEngine final : public BucketEngine {
   bool step_finite_ = true;
   bool started_ = true;
   std::uint64_t output_hash_ = 0;
+  Watch watch_;
+  std::vector<Probe> probes_;
+  std::vector<double> watched_grads_;
   std::vector<std::uint64_t> hashes_;
   std::uint64_t nonfinite_steps_ = 0;
 };

@@ -119,8 +119,10 @@ void HostEngine::note_dense_means(const BucketPlan& bucket, Bytes sums) {
   communicator_.all_reduce(sums);
   at = sums.as<float>();
   for (std::size_t s = 0; s < dense.segments.size(); at += dense.segments[s++].count) {
-    if (float* mean_estimate = mean_estimate_of(bucket.recursion, dense.states[s]))
-      store_scaled(at, mean, DType::fp32, mean_estimate, dense.segments[s].count);
+    float* const mean_estimate = mean_estimate_of(bucket.recursion, dense.states[s]);
+    if (mean_estimate == nullptr) continue;
+    std::fill_n(mean_estimate, dense.segments[s].count, 0.0f);
+    add_to_mean_estimate(at, mean, mean_estimate, dense.segments[s].count);  // cut at the largest float, as ever
   }
 }
 

@@ -36,6 +36,8 @@ Work GradientReducer::pass(std::span<const std::uint32_t> parameters, std::strin
 
 void GradientReducer::flush() { impl_->flush(); }
 void GradientReducer::freeze(std::span<const Handover> handover) { impl_->freeze(handover); }
+void GradientReducer::rescale_residuals(std::span<const float> factors) { impl_->rescale_residuals(factors); }
+void GradientReducer::describe_optimizer(std::string words, FreezeSteps steps) { impl_->describe_optimizer(std::move(words), steps); }
 void GradientReducer::reset() { impl_->reset(); }
 void GradientReducer::close(std::chrono::milliseconds limit) noexcept { impl_->close(limit); }
 const Config& GradientReducer::config() const noexcept { return impl_->config_; }
@@ -230,6 +232,7 @@ std::uint64_t GradientReducer::Impl::reduce(std::span<const std::uint32_t> ids, 
   std::unique_lock lock(submit_);
   if (closed_) fail(Errc::invalid_argument, "reduce() after close()");
   queue_->rethrow();
+  const bool first = seen_count_ == 0;
   std::size_t count = 0;
   for (const std::uint32_t id : ids) count += id < slots_.size() ? slots_[id].numel : 0;
   mark(ids);
@@ -255,6 +258,7 @@ std::uint64_t GradientReducer::Impl::reduce(std::span<const std::uint32_t> ids, 
   job.stream = stream;
   job.options = options;
   job.step = step_;
+  job.first = first;
   job.last = complete_step_if_all_seen();
   return queue_->push(std::move(job));
 }
@@ -264,10 +268,11 @@ std::uint64_t GradientReducer::Impl::pass(std::span<const std::uint32_t> ids, st
   const std::lock_guard lock(submit_);
   if (closed_) fail(Errc::invalid_argument, "pass() after close()");
   queue_->rethrow();
+  Job job;
+  job.first = seen_count_ == 0;
   mark(ids);
   begin_step_if_needed();
   for (const std::uint32_t id : ids) pass_reasons_[id] = reason;
-  Job job;
   job.options = options;
   job.exchange = std::move(exchange);
   job.step = step_;
@@ -276,9 +281,12 @@ std::uint64_t GradientReducer::Impl::pass(std::span<const std::uint32_t> ids, st
 }
 
 void GradientReducer::Impl::run(Job& job) {
-  if (!fingerprints_checked_) {
-    compare_cards(*communicator_, job.step, "");
-    fingerprints_checked_ = true;
+  const bool may_freeze = job.first && freeze_steps_ && !freeze_agreed_ && freeze_steps_->contains(job.step);
+  if (!cards_compared_ || may_freeze) {
+    if (cards_compared_) engine_->wait();  // on a GPU earlier buckets are on their way, on this communicator
+    compare_cards(*communicator_, {job.step, freeze_at_, true, job.options.joined}, "");
+    cards_compared_ = true;
+    freeze_agreed_ = freeze_at_ <= job.step;
     const std::lock_guard lock(counters_);
     const Traffic now = communicator_->traffic();  // gradients are what users count
     traffic_at_reset_.payload_bytes += now.payload_bytes - traffic_.payload_bytes;

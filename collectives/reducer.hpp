@@ -37,6 +37,14 @@ struct ParameterStats {
   double residual_norm = 0, grad_norm = 0;  ///< L2, of this rank; grad_norm of the last step's local gradient (codec=none, and on a GPU: of
                                             ///< the last step divisible by 16), in unscaled units
   std::optional<double> momentum_norm;      ///< target=momentum: of the shared momentum
+  std::optional<double> estimate_norm;      ///< estimate: of this rank's h
+  /// Error feedback on the host, at the last step that was looked at, every 64th: 1 − ‖x − C(x)‖²/‖x‖² of the message x, whatever the codec
+  /// promises.
+  std::optional<double> measured_delta;
+  std::optional<double> stale;            ///< estimate, at the same step: ‖g − h‖/‖g‖; above 1 for long, h lags behind
+  std::optional<double> eta;              ///< EControl: in use
+  std::optional<std::uint32_t> eta_cuts;  ///< how often the watchdog has lowered it, because the residual grew
+  std::size_t masked = 0;                 ///< target=momentum: elements whose frozen variance is 0
 };
 
 struct Stats {
@@ -59,6 +67,15 @@ struct ReducerState {
   std::uint64_t nonfinite_steps = 0;
   std::optional<std::uint64_t> frozen;  ///< target=momentum: the first step whose momentum was compressed, once that is known
   std::map<std::string, std::map<std::string, std::vector<float>>> parameters;
+  std::map<std::string, float> eta;  ///< EControl: of parameters for which the watchdog has lowered it
+};
+
+/// Before which steps an optimizer may freeze its variance: there, until it has, the ranks compare whether all have, and with the same
+/// masks and beta1s. A small collective each time, for which a GPU's stream is waited for.
+struct FreezeSteps {
+  std::uint64_t from = 0;   ///< each from this one on
+  std::uint64_t every = 0;  ///< before it those divisible by this; 0: none
+  bool contains(std::uint64_t step) const noexcept { return step >= from || (every != 0 && step % every == 0); }
 };
 
 /// target=momentum: what an optimizer hands over of one parameter when its variance is frozen.
@@ -104,8 +121,8 @@ struct ReducerOptions {
   /// The GPU in whose memory buckets and state are, or -1: the host's. On a GPU every call enqueues on the stream it is given, in the
   /// calling thread, and returns; one stream, or streams that wait for each other, for all buckets.
   int device = -1;
-  /// target=momentum: an optimizer keeps the momentum and decides: everything stays dense until it calls freeze(), whatever the config's
-  /// freeze says.
+  /// target=momentum: an optimizer keeps the momentum and decides: everything stays dense until it calls freeze(), from the config's
+  /// freeze=STEP on, or with freeze=auto at any step, unless describe_optimizer() says otherwise.
   bool momentum_elsewhere = false;
   /// On a GPU: elements of the largest bucket that will come, whose scratch must fit beside the state; 0: all parameters may come in one,
   /// as in DDP's first step.
@@ -152,12 +169,21 @@ class GradientReducer {
   void flush();
   /// target=momentum: from the next step on the momentum is compressed. `handover`: one per parameter, in id order, equal on all ranks, or
   /// empty: the reducer's own momentum, the config's beta1. Called again, it replaces masks and beta1s and, where given, momenta. Between
-  /// steps, on all ranks. @throws invalid_argument naming what does not fit; nothing changed.
+  /// steps, on all ranks: with momentum_elsewhere a rank that has not called it is an error on all ranks at that step. @throws
+  /// invalid_argument naming what does not fit, or that this is no step to freeze before; nothing changed.
   void freeze(std::span<const Handover> handover = {});
+  /// momentum_elsewhere: what the optimizer is, in words, and when it may freeze, equal on all ranks: they compare the words at the first
+  /// step, and at the first after load_state(). Between steps.
+  void describe_optimizer(std::string words, FreezeSteps steps);
   /// Whether the momentum is compressed by now.
   bool frozen() const;
   /// target=momentum: whether what comes back of this parameter is its momentum once that is compressed; false: its mean gradient, always.
   bool averages(std::uint32_t parameter) const;
+  /// What was not sent is multiplied by `factors`, one per parameter, in id order: after a change of the learning rate, with the old rate
+  /// by the new one, it moves the parameters as far as it would have. Owners' residuals too. Between steps, on all ranks.
+  /// @throws invalid_argument on a factor that is no positive number; nothing changed.
+  /// @source BytePS; Karimireddy et al. 2019 have the learning rate inside the residual.
+  void rescale_residuals(std::span<const float> factors);
   /// Zeroes all state and counters (not the step). Between steps, on all ranks.
   void reset();
   /// Fails what is queued and stops the thread; idempotent. Waits at most `limit` for work under way before it aborts the group.

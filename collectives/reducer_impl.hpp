@@ -47,6 +47,8 @@ class GradientReducer::Impl {
   std::uint64_t pass(std::span<const std::uint32_t> ids, std::string reason, std::function<bool()> exchange, const ReduceOptions& options);
   void flush();
   void freeze(std::span<const Handover> handover);
+  void rescale_residuals(std::span<const float> factors);
+  void describe_optimizer(std::string words, FreezeSteps steps);
   void reset();
   void close(std::chrono::milliseconds limit) noexcept;
   Stats stats() const;
@@ -57,9 +59,17 @@ class GradientReducer::Impl {
   void lay_out_state();
   /// @throws device where the GPU lacks the memory that the largest bucket needs beside the state, naming the bytes.
   void check_device_memory() const;
+  /// Where a rank stands.
+  struct Standing {
+    std::uint64_t step, freeze_at;
+    bool at_step;  ///< about to take this step: not loading a state, after which an optimizer may still load its own
+    bool joined;
+  };
   /// What a rank is: all ranks compare theirs before anything of different sizes could travel. `problem`: why this rank refuses, or empty.
-  void compare_cards(Communicator& communicator, std::uint64_t step, const std::string& problem) const;
+  void compare_cards(Communicator& communicator, const Standing& standing, const std::string& problem) const;
   std::uint64_t own_fingerprint() const;
+  /// @throws invalid_argument naming the parameter of which the optimizers handed over different things.
+  void compare_handovers(Communicator& communicator) const;
 
   // reducer.cpp
   /// target=gradient is frozen from the start.
@@ -121,8 +131,10 @@ class GradientReducer::Impl {
   bool starting_step_ = false;  ///< init=dense: a dense step that sets the estimates
   bool flush_next_ = false;
   bool was_frozen_ = true;
-  std::uint64_t freeze_at_ = UINT64_MAX;  ///< target=momentum: the first step that is compressed
-  std::uint64_t epoch_ = 0;               ///< changes with any setting
+  std::uint64_t freeze_at_ = UINT64_MAX;     ///< target=momentum: the first step that is compressed
+  std::optional<FreezeSteps> freeze_steps_;  ///< momentum_elsewhere
+  std::string optimizer_;                    ///< in words
+  std::uint64_t epoch_ = 0;                  ///< changes with any setting
   struct CachedPlan {
     std::uint64_t epoch;
     std::shared_ptr<const BucketPlan> plan;
@@ -135,7 +147,7 @@ class GradientReducer::Impl {
   std::uint64_t steps_done_ = 0;
   Traffic traffic_, traffic_at_reset_;
 
-  bool fingerprints_checked_ = false;  ///< queue's thread, or between steps
+  bool cards_compared_ = false, freeze_agreed_ = false;  ///< queue's thread, or between steps
   bool closed_ = false;
   std::unique_ptr<BucketEngine> engine_;
   std::unique_ptr<WorkQueue> queue_;  ///< last: its thread uses all of the above

@@ -69,9 +69,11 @@ GradientReducer::Impl::Impl(std::shared_ptr<Communicator> communicator, const Co
   }
   if (recursion_.averaged && !options_.momentum_elsewhere) {
     if (config.target().text("freeze") == "auto")
-      fail(Errc::invalid_config,
-           "target=momentum: freeze=auto is decided by an optimizer, and there is none; give freeze=STEP, or optimizer=OneBitAdam(...)");
+      fail(Errc::invalid_config, "target=momentum: freeze=auto is decided by an optimizer, and there is none here; give freeze=STEP");
     freeze_at_ = config.target().integer("freeze");
+  } else if (recursion_.averaged) {
+    const bool automatic = config.target().text("freeze") == "auto";
+    freeze_steps_ = FreezeSteps{automatic ? 0 : config.target().integer("freeze")};
   }
   THINWIRE_EXPECTS(parent_ != nullptr, "a reducer needs a communicator");
   std::set<std::string> names;
@@ -164,31 +166,73 @@ std::uint64_t GradientReducer::Impl::own_fingerprint() const {
   return h;
 }
 
+void GradientReducer::Impl::compare_handovers(Communicator& communicator) const {
+  struct Given {
+    std::uint64_t mask, masked;
+    double beta1;
+  };
+  const std::size_t count = slots_.size(), world = std::size_t(communicator.size()), bytes = count * sizeof(Given);
+  std::vector<Given> given(count * world);
+  for (std::size_t p = 0; p < count; ++p) {
+    const ParameterSlot& slot = slots_[p];
+    given[std::size_t(communicator.rank()) * count + p] = {wire::hash_bytes(slot.live.data(), slot.live.size(), 0), slot.masked(),
+                                                           slot.beta1};
+  }
+  const Bytes all{reinterpret_cast<std::byte*>(given.data()), bytes * world, DType::u8, Place::host, 0};
+  communicator.all_gather(all.sub(std::size_t(communicator.rank()) * bytes, bytes), all);
+  for (std::size_t r = 1; r < world; ++r) {
+    for (std::size_t p = 0; p < count; ++p) {
+      const Given &first = given[p], &other = given[r * count + p];
+      const std::string whose = "the optimizers of rank " + std::to_string(r) + " and rank 0 handed over different ";
+      const std::string of = " of parameter '" + slots_[p].parameter.name + "': ";
+      if (other.beta1 != first.beta1)
+        fail(Errc::invalid_argument, whose + "beta1s" + of + std::to_string(other.beta1) + " and " + std::to_string(first.beta1));
+      if (other.mask != first.mask)
+        fail(Errc::invalid_argument, whose + "masks" + of + std::to_string(other.masked) + " and " + std::to_string(first.masked) +
+                                         " of its elements have a frozen variance of 0; load the same optimizer state_dict() on all ranks");
+    }
+  }
+}
+
 /// Ranks that were set up differently would exchange buffers of different sizes: hangs or garbage. So the first thing a reducer ever
 /// exchanges is who it is.
-void GradientReducer::Impl::compare_cards(Communicator& communicator, std::uint64_t step, const std::string& problem) const {
+void GradientReducer::Impl::compare_cards(Communicator& communicator, const Standing& standing, const std::string& problem) const {
   struct Card {
-    std::uint64_t parameters, count, step, step_verdict, config_hash;
-    char config[472], problem[1024];
+    std::uint64_t parameters, count, step, step_verdict, config_hash, optimizer_hash, freeze_at, handovers, joined;
+    char config[472], optimizer[248], problem[1024];
   };
   const int rank = communicator.rank(), world = communicator.size();
   std::vector<Card> cards(static_cast<std::size_t>(world));
   Card& own = cards[std::size_t(rank)];
   std::memset(&own, 0, sizeof own);
+  const auto put = [](const std::string& text, std::span<char> into) {
+    std::memcpy(into.data(), text.data(), std::min(text.size(), into.size() - 1));
+  };
   own.parameters = own_fingerprint();
   own.count = slots_.size();
-  own.step = step;
+  own.step = standing.step;
   own.step_verdict = options_.step_verdict;
   const std::string text = config_.str();
   own.config_hash = wire::hash_bytes(text.data(), text.size(), 0);  // for texts that do not fit
-  std::memcpy(own.config, text.data(), std::min(text.size(), sizeof own.config - 1));
+  put(text, own.config);
+  own.freeze_at = standing.freeze_at;
+  if (standing.at_step) {
+    own.optimizer_hash = wire::hash_bytes(optimizer_.data(), optimizer_.size(), 0);
+    put(optimizer_, own.optimizer);
+    own.joined = standing.joined;
+    for (const ParameterSlot& slot : slots_) {
+      own.handovers = wire::hash_bytes(&slot.beta1, sizeof slot.beta1, own.handovers);
+      own.handovers = wire::hash_bytes(slot.live.data(), slot.live.size(), own.handovers);
+    }
+  }
+  put(problem, own.problem);
   const Bytes all{reinterpret_cast<std::byte*>(cards.data()), cards.size() * sizeof(Card), DType::u8, Place::host, 0};
-  std::memcpy(own.problem, problem.data(), std::min(problem.size(), sizeof own.problem - 1));
   communicator.all_gather(all.sub(std::size_t(rank) * sizeof(Card), sizeof(Card)), all);
 
+  bool same_handovers = true;
   for (int r = 0; r < world; ++r) {
     Card& other = cards[std::size_t(r)];
-    other.config[sizeof other.config - 1] = other.problem[sizeof other.problem - 1] = '\0';
+    other.config[sizeof other.config - 1] = other.optimizer[sizeof other.optimizer - 1] = other.problem[sizeof other.problem - 1] = '\0';
     if (other.problem[0] != '\0') fail(Errc::invalid_argument, "rank " + std::to_string(r) + " refused: " + other.problem);
     const Card& first = cards.front();  // everybody compares with rank 0, so everybody refuses with the same words
     const std::string who = "rank " + std::to_string(r) + " and rank 0 ";
@@ -201,7 +245,22 @@ void GradientReducer::Impl::compare_cards(Communicator& communicator, std::uint6
       fail(Errc::invalid_config, who + "are at different steps, " + std::to_string(other.step) + " and " + std::to_string(first.step) +
                                      "; load checkpoints of the same step on all ranks");
     if (other.step_verdict != first.step_verdict) fail(Errc::invalid_config, who + "do not both use a grad scaler");
+    if (other.freeze_at != first.freeze_at) {
+      const auto frozen = [](const Card& card) {
+        return (card.freeze_at == UINT64_MAX ? std::string("not frozen") : "frozen since step " + std::to_string(card.freeze_at)) +
+               (card.joined != 0 ? " (and without data: DDP.join)" : "");
+      };
+      fail(Errc::invalid_argument,
+           who + "do not agree at step " + std::to_string(first.step) + " whether the variance is frozen: " + frozen(other) + " and " +
+               frozen(first) +
+               ". Load the same checkpoint on all ranks; a rank that has run out of data takes no step and so cannot "
+               "freeze: freeze at a step that all ranks take");
+    }
+    if (other.optimizer_hash != first.optimizer_hash)
+      fail(Errc::invalid_argument, who + "have different optimizers: " + other.optimizer + " and " + first.optimizer);
+    same_handovers &= other.handovers == first.handovers;
   }
+  if (!same_handovers) compare_handovers(communicator);
 }
 
 }  // namespace thinwire

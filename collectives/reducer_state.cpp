@@ -30,10 +30,25 @@ std::size_t GradientReducer::Impl::arrays_of(std::uint32_t id, std::span<Array> 
   return n;
 }
 
+void GradientReducer::Impl::describe_optimizer(std::string words, FreezeSteps steps) {
+  const std::lock_guard lock(submit_);
+  between_steps("describe_optimizer()");
+  if (!freeze_steps_)
+    fail(Errc::invalid_argument, "describe_optimizer() belongs to momentum_elsewhere; this reducer keeps its own momentum");
+  queue_->drain();
+  optimizer_ = std::move(words);
+  freeze_steps_ = steps;
+}
+
 void GradientReducer::Impl::freeze(std::span<const Handover> handover) {
   const std::lock_guard lock(submit_);
   between_steps("freeze()");
   if (!recursion_.averaged) fail(Errc::invalid_argument, "freeze() belongs to target=momentum; this config's target is the gradient");
+  if (freeze_steps_ && !is_frozen() && !freeze_steps_->contains(step_)) {
+    const std::string every = freeze_steps_->every == 0 ? "" : ", or at one divisible by " + std::to_string(freeze_steps_->every);
+    fail(Errc::invalid_argument, "freeze() at step " + std::to_string(step_) + ": the ranks compare at step " +
+                                     std::to_string(freeze_steps_->from) + " and later" + every + "; call it there");
+  }
   if (!handover.empty() && handover.size() != slots_.size())
     fail(Errc::invalid_argument,
          "freeze(): " + std::to_string(handover.size()) + " parameters are handed over, there are " + std::to_string(slots_.size()));
@@ -70,6 +85,36 @@ void GradientReducer::Impl::freeze(std::span<const Handover> handover) {
   plans_.clear();  // they point to the masks
 }
 
+void GradientReducer::Impl::rescale_residuals(std::span<const float> factors) {
+  const std::lock_guard lock(submit_);
+  between_steps("rescale_residuals()");
+  if (factors.size() != slots_.size())
+    fail(Errc::invalid_argument,
+         "rescale_residuals(): " + std::to_string(factors.size()) + " factors for " + std::to_string(slots_.size()) + " parameters");
+  for (std::size_t p = 0; p < slots_.size(); ++p) {
+    if (!(factors[p] > 0) || !is_finite(factors[p]))
+      fail(Errc::invalid_argument, "rescale_residuals(): the factor of parameter '" + slots_[p].parameter.name + "' is " +
+                                       std::to_string(factors[p]) + ", not a positive number");
+  }
+  queue_->drain();
+  engine_->wait();
+  engine_->check();
+  std::vector<float> values;
+  const auto rescale = [&](float* array, std::size_t count, float factor) {
+    if (array == nullptr || factor == 1) return;
+    values.resize(count);
+    arena_.read(array, values);
+    for (float& x : values)
+      if (is_finite(x * factor)) x *= factor;
+    arena_.write(values, array);
+  };
+  for (std::size_t p = 0; p < slots_.size(); ++p) {
+    const ParameterSlot& slot = slots_[p];
+    if (slot.compressible) rescale(residual_of(recursion_, slot.state), slot.numel, factors[p]);
+    rescale(slot.server_residual, slot.owned.count, factors[p]);
+  }
+}
+
 void GradientReducer::Impl::reset() {
   const std::lock_guard lock(submit_);
   between_steps("reset()");
@@ -77,6 +122,7 @@ void GradientReducer::Impl::reset() {
   engine_->wait();
   engine_->check();
   arena_.clear();
+  if (Watch* watch = engine_->watch()) watch->forget();
   engine_->set_started(!options_.step_verdict);
   engine_->set_nonfinite_steps(0);
   engine_->forget_bytes();
@@ -121,6 +167,16 @@ Stats GradientReducer::Impl::stats() const {
     };
     if (const float* at = slot.compressible ? residual_of(recursion_, slot.state) : nullptr) s.residual_norm = norm(at);
     if (slot.shared_momentum != nullptr) s.momentum_norm = norm(slot.shared_momentum);
+    s.masked = slot.masked();
+    if (!slot.compressible) continue;
+    if (const float* at = estimate_of(recursion_, slot.state)) s.estimate_norm = norm(at);
+    if (recursion_.control) s.eta = slot.setting.eta;
+    const Watch* const watch = engine_->watch();
+    if (watch == nullptr || !watch->seen(std::uint32_t(p)).any) continue;
+    const Seen& seen = watch->seen(std::uint32_t(p));
+    s.measured_delta = seen.delta;
+    if (recursion_.kind == Recursion::Kind::estimate) s.stale = seen.stale;
+    if (recursion_.control) s.eta = seen.eta, s.eta_cuts = seen.cuts;
   }
   return out;
 }
@@ -147,6 +203,8 @@ ReducerState GradientReducer::Impl::state() const {
       values.resize(arrays[a].count);
       arena_.read(arrays[a].data, values);
     }
+    const Watch* const watch = engine_->watch();
+    if (watch != nullptr && watch->lowered(p) > 0) out.eta[slots_[p].parameter.name] = watch->lowered(p);
   }
   return out;
 }
@@ -239,14 +297,18 @@ void GradientReducer::Impl::load_state(std::span<const ReducerState> states, con
     sources = check_states(states);
   } catch (const Error& error) {
     try {
-      compare_cards(*parent_, step_, error.what());
+      compare_cards(*parent_, {step_, freeze_at_, false, false}, error.what());
     } catch (const Error&) {
       // So the others heard of it, or are not there to; this rank's own reason is the one to give.
     }
     throw;
   }
   const ReducerState& front = sources.front();
-  compare_cards(*parent_, front.step, "");
+  // With an optimizer that has yet to decide, the step at which a config would have frozen is none.
+  const bool undecided = options_.momentum_elsewhere && front.frozen.value_or(UINT64_MAX) > front.step;
+  std::uint64_t freeze_at = UINT64_MAX;
+  if (recursion_.averaged && !undecided) freeze_at = front.frozen ? *front.frozen : config_.target().integer("freeze");
+  compare_cards(*parent_, {front.step, freeze_at, false, false}, "");
 
   std::array<Array, kNamedArrays> arrays;
   for (std::uint32_t p = 0; p < slots_.size(); ++p) {
@@ -279,12 +341,17 @@ void GradientReducer::Impl::load_state(std::span<const ReducerState> states, con
       arena_.write(mean, arrays[a].data);
     }
   }
+  for (std::uint32_t p = 0; p < slots_.size() && engine_->watch() != nullptr; ++p) {
+    const auto lowered = front.eta.find(slots_[p].parameter.name);
+    engine_->watch()->set_lowered(p, lowered != front.eta.end() ? lowered->second : 0.0f);
+  }
   step_ = front.step;
   if (recursion_.averaged) {
-    freeze_at_ = front.frozen.value_or(options_.momentum_elsewhere ? UINT64_MAX : config_.target().integer("freeze"));
+    freeze_at_ = freeze_at;
     if (was_frozen_ != is_frozen()) ++epoch_;
   }
   std::fill(seen_.begin(), seen_.end(), step_);
+  cards_compared_ = false;  // an optimizer may load its state as well
   engine_->set_started(front.started || !options_.step_verdict);
   engine_->set_nonfinite_steps(front.nonfinite_steps);
   const std::lock_guard counters(counters_);

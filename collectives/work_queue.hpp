@@ -23,8 +23,8 @@ struct Job {
   Stream stream = Stream::host();
   ReduceOptions options;
   std::uint64_t step = 0;
-  bool last = false;               ///< the step's last bucket
-  std::function<bool()> exchange;  ///< a pass's own work; whether its result is finite
+  bool first = false, last = false;  ///< bucket of the step
+  std::function<bool()> exchange;    ///< a pass's own work; whether its result is finite
   std::uint64_t ticket = 0;
 };
 

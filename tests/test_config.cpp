@@ -56,7 +56,7 @@ TEST(Config, DefaultIsDense) {
 TEST(Config, EveryDefaultIsPrinted) {
   EXPECT_EQ(Config::parse("codec=topk:density=0.01").str(),
             std::string(kTopkDefaults) + " feedback=none target=gradient exchange=auto policy=none " + kRest);
-  EXPECT_EQ(Config::parse("codec=topk:density=0.01 feedback=ef14").feedback().str(), "ef14:decay=1");
+  EXPECT_EQ(Config::parse("codec=topk:density=0.01 feedback=ef14").feedback().str(), "ef14:decay=1,lr_rescale=0");
   EXPECT_EQ("feedback=" + Config::parse("codec=topk:density=0.01 feedback=dgc").feedback().str(), kDgcDefaults);
   EXPECT_EQ(Config::parse("codec=topk:density=0.01 policy=warmup:steps=7").policy().str(),
             "warmup:densities=0.25/0.0625/0.015625/0.004,steps=7");

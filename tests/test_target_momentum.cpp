@@ -48,6 +48,7 @@ TEST(TargetMomentum, IsHandedOverWithMasks) {
       if (dtype != DType::fp32) s.grad = numbers(dyadic_number, 12, kParameters);
       s.reducer.momentum_elsewhere = true;
       s.before_step = [&](GradientReducer& reducer, int step, int) {
+        if (step == 0) reducer.describe_optimizer("freezes early", {.from = 2});
         EXPECT_EQ(reducer.frozen(), step > 2);
         if (step != 2) return;
         const Handover handover[] = {{momenta[0], live[0], 0.75f}, {}, {momenta[2], live[1], 0.5f}};
@@ -208,6 +209,70 @@ TEST(TargetMomentum, ReplicasStayTheSameOverAThousandStepsSlow) {
   }
 }
 
+/// Two ranks at step 2 of which `prepare` makes what its optimizer did; both must refuse that step with these words.
+void expect_step_two_refused(const std::vector<std::string>& words, const std::function<void(GradientReducer&, int rank)>& prepare,
+                             bool joined = false) {
+  run_ranks(2, [&](std::shared_ptr<Communicator> communicator) {
+    ReducerOptions options;
+    options.momentum_elsewhere = true;
+    const int rank = communicator->rank();
+    GradientReducer reducer(communicator, Config::parse("onebit_adam min_numel=1 timeout=60"), kParameters, options);
+    reducer.describe_optimizer("one", {.from = 100, .every = 2});
+    const Ids all = {0, 1, 2};
+    GradBuffer grad(DType::fp32, 2131);
+    ReduceOptions how;
+    for (int step = 0; step < 2; ++step) {
+      for (std::size_t i = 0; i < 2131; ++i) grad.set(i, float(i % 7));
+      reducer.reduce(all, grad.view(), Stream::host(), how).wait();
+    }
+    prepare(reducer, rank);
+    how.joined = joined && rank == 1;
+    expect_error(Errc::invalid_argument, words, [&] { reducer.reduce(all, grad.view(), Stream::host(), how).wait(); });
+  });
+}
+
+std::vector<Handover> handovers(std::span<const std::uint8_t> live = {}, float beta1 = 0.9f) {
+  static const Vec zeros(2000);
+  return {{zeros, live, beta1}, {}, {std::span(zeros).first(81), {}, 0.9f}};
+}
+
+// Ranks that do not freeze alike would wait for each other in different collectives.
+TEST(TargetMomentum, RanksThatFreezeDifferentlyAreRefusedOnAll) {
+  expect_step_two_refused({"rank 1 and rank 0", "at step 2", "not frozen and frozen since step 2"}, [](GradientReducer& reducer, int rank) {
+    if (rank == 0) reducer.freeze(handovers());
+  });
+  expect_step_two_refused(
+      {"not frozen (and without data: DDP.join) and frozen since step 2", "freeze at a step that all ranks take"},
+      [](GradientReducer& reducer, int rank) {
+        if (rank == 0) reducer.freeze(handovers());
+      },
+      true);
+  std::vector<std::uint8_t> live(250, 0xff);
+  live[3] = 0;
+  expect_step_two_refused({"different masks of parameter 'w'", "8 and 0 of its elements", "same optimizer state_dict()"},
+                          [&](GradientReducer& reducer, int rank) { reducer.freeze(rank == 1 ? handovers(live) : handovers()); });
+  expect_step_two_refused({"different beta1s of parameter 'w'", "0.8", "0.9"},
+                          [](GradientReducer& reducer, int rank) { reducer.freeze(handovers({}, rank == 1 ? 0.8f : 0.9f)); });
+  expect_step_two_refused({"different optimizers: one that is frozen and one that is not"}, [](GradientReducer& reducer, int rank) {
+    const ReducerState state = reducer.state();
+    reducer.load_state(std::span(&state, 1));
+    reducer.describe_optimizer(rank == 1 ? "one that is frozen" : "one that is not", {.from = 100});
+  });
+}
+
+TEST(TargetMomentum, StatesThatFrozeDifferentlyAreRefusedOnAll) {
+  const Outcome out = play(scenario(2, 5));
+  run_ranks(2, [&](std::shared_ptr<Communicator> communicator) {
+    const int rank = communicator->rank();
+    GradientReducer reducer(communicator, Config::parse(kConfig), kParameters);
+    ReducerState state = out.state[std::size_t(rank)];
+    if (rank == 1) state.frozen = 11;
+    expect_error(Errc::invalid_argument, {"frozen since step 11 and frozen since step 3", "same checkpoint"},
+                 [&] { reducer.load_state(std::span(&state, 1)); });
+    EXPECT_EQ(reducer.step(), 0u);
+  });
+}
+
 TEST(TargetMomentum, RefusesWhatDoesNotFit) {
   run_ranks(1, [](std::shared_ptr<Communicator> communicator) {
     expect_error(Errc::invalid_config, {"freeze=auto", "freeze=STEP"},
@@ -237,6 +302,12 @@ TEST(TargetMomentum, RefusesWhatDoesNotFit) {
     EXPECT_FALSE(reducer.frozen());
     reducer.freeze();
     EXPECT_TRUE(reducer.frozen());
+    GradientReducer late(communicator, Config::parse("onebit_adam min_numel=1"), kParameters, options);
+    late.describe_optimizer("patient", {.from = 7, .every = 5});
+    expect_error(Errc::invalid_argument, {"momentum_elsewhere"}, [&] { plain.describe_optimizer("none", {}); });
+    GradBuffer grad(DType::fp32, 2131);
+    late.reduce(Ids{0, 1, 2}, grad.view()).wait();
+    expect_error(Errc::invalid_argument, {"freeze() at step 1", "step 7 and later", "divisible by 5"}, [&] { late.freeze(); });
   });
 }
 

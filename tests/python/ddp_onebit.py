@@ -221,6 +221,192 @@ def onebit_adam_grad_scaler(rank: int, world: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*ends))
 
 
+def error_of(call: Any) -> str:
+    try:
+        call()
+    except thinwire.Error as error:
+        return str(error)
+    return "nothing was refused"
+
+
+def everywhere(words: str, call: Any) -> None:
+    """Every rank is refused, with these words."""
+    said = everybody(error_of(call))
+    assert all(words in one for one in said), f"{words!r} not in all of {said}"
+
+
+def frozen_states(rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    ddp, optimizer, state = pair()
+    run(ddp, optimizer, rank, range(5))
+    states = state.state_dict(), optimizer.state_dict()
+    state.close()
+    return states
+
+
+@feature
+def onebit_adam_one_state_forgotten(rank: int, world: int) -> None:
+    """A frozen half beside one that is not would take gradients for momenta, or the reverse."""
+    hook_state, optimizer_state = frozen_states(rank)
+    ddp, optimizer, state = pair()
+    state.load_state_dict(hook_state)
+    before = [p.detach().clone() for p in ddp.parameters()]
+    everywhere("load the optimizer's state_dict() as well", lambda: run(ddp, optimizer, rank, range(5, 6)))
+    assert all(torch.equal(a, b) for a, b in zip(before, ddp.parameters()))
+
+    ddp, optimizer, state = pair()
+    optimizer.load_state_dict(copy.deepcopy(optimizer_state))
+    everywhere("load the hook's state_dict() as well", lambda: run(ddp, optimizer, rank, range(5, 6)))
+
+    ends = []
+    for forget in (True, False):  # loaded before attach
+        ddp = DistributedDataParallel(mlp(), bucket_cap_mb=0.002)
+        optimizer = thinwire.optim.OneBitAdam(ddp.parameters(), lr=LR, weight_decay=0.1)
+        optimizer.load_state_dict(copy.deepcopy(optimizer_state))
+        state = thinwire.attach(ddp, CONFIG, optimizer)
+        if forget:
+            everywhere("load the hook's state_dict() as well", lambda: run(ddp, optimizer, rank, range(5, 6)))
+            continue
+        state.load_state_dict(hook_state)
+        run(ddp, optimizer, rank, range(5, 8))
+        ends.append([p.detach().clone() for p in ddp.parameters()])
+    ddp, optimizer, state = pair()  # and after it
+    optimizer.load_state_dict(copy.deepcopy(optimizer_state))
+    state.load_state_dict(hook_state)
+    run(ddp, optimizer, rank, range(5, 8))
+    assert all(torch.equal(a, b) for a, b in zip(ends[0], ddp.parameters()))
+
+
+@feature
+def onebit_adam_ranks_load_different_states(rank: int, world: int) -> None:
+    """What would make ranks wait for each other in different collectives, or hold different masks, is an error on all of them."""
+    hook_state, optimizer_state = frozen_states(rank)
+    ddp = DistributedDataParallel(mlp(), bucket_cap_mb=0.002)
+    optimizer = thinwire.optim.OneBitAdam(ddp.parameters(), lr=LR)
+    if rank == 0:
+        optimizer.load_state_dict(copy.deepcopy(optimizer_state))
+    thinwire.attach(ddp, CONFIG, optimizer)
+    everywhere("rank 1 and rank 0 have different optimizers: ", lambda: run(ddp, optimizer, rank, range(1)))
+
+    for value, words in ((11, "frozen since step 3"), ("x", "frozen='x' is not a step"), (-5, "frozen=-5 is not a step"), (True, "frozen=True")):
+        ddp, optimizer, state = pair()
+        wrong = {**hook_state, "frozen": value} if rank == 1 else hook_state
+        everywhere(words, lambda state=state, wrong=wrong: state.load_state_dict(wrong))
+        assert state.step == 0
+        state.close()
+
+    ddp, optimizer, state = pair()
+    state.load_state_dict(hook_state)
+    if rank == 1:
+        optimizer_state["state"][2]["exp_avg_sq"][0, :3] = 0
+    optimizer.load_state_dict(copy.deepcopy(optimizer_state))
+    everywhere("different masks of parameter '2.weight': 3 and 0 of its elements", lambda: run(ddp, optimizer, rank, range(5, 6)))
+
+    ddp, optimizer, state = pair(betas=(0.8 if rank == 1 else 0.9, 0.999))
+    everywhere("different beta1s of parameter '0.weight'", lambda: run(ddp, optimizer, rank, range(6)))
+
+
+@feature
+def onebit_adam_no_freeze_without_a_rank(rank: int, world: int) -> None:
+    """A rank that has run out of data takes no optimizer step: a freeze then is an error on all ranks, not a wait for it."""
+    for config, keys in ((CONFIG.replace("freeze=3", "freeze=6"), {}), ("onebit_adam:block=64 min_numel=1 timeout=60", {"betas": (0.9, 0.9), "not_after": 25})):
+        ddp, optimizer, state = pair(config, **keys)
+
+        def train(ddp: nn.Module = ddp, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            with ddp.join():
+                run(ddp, optimizer, rank, range(4 if rank == 0 else 60))
+
+        everywhere("freeze at a step that all ranks take", train)
+        assert state.step in (7, *range(21, 27)), state.step
+    ddp, optimizer, state = pair()  # after the freeze nobody minds
+    with ddp.join():
+        run(ddp, optimizer, rank, range(6 if rank == 0 else 9))
+    assert state.stats()["frozen"] and state.step == 9
+    replicas_equal(ddp)
+
+
+class Beside(nn.Module):
+    """A layer that is used, and one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.spare = mlp(), nn.Linear(10, 30)
+
+    def forward(self, x: torch.Tensor, spare: bool = False) -> torch.Tensor:
+        return self.used(x).sum() + (self.spare(x).sum() if spare else 0)
+
+
+@feature
+def onebit_adam_freezes_beside_a_layer_without_gradients(rank: int, world: int) -> None:
+    """It is masked, and a warning names it."""
+    ddp = DistributedDataParallel(Beside(), find_unused_parameters=True)
+    optimizer = thinwire.optim.OneBitAdam(ddp.parameters(), lr=LR)
+    state = thinwire.attach(ddp, CONFIG, optimizer)
+    before = ddp.module.spare.weight.detach().clone()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for step in range(8):
+            optimizer.zero_grad()
+            ddp(batch(rank, step), spare=step > 5).square().backward()
+            optimizer.step()
+    words = [str(w.message) for w in said if "have had no gradient" in str(w.message)]
+    assert len(words) == 1 and "'spare.weight'" in words[0] and "never move again" in words[0], words
+    stats = state.stats()
+    assert stats["freeze"]["step"] == 3
+    assert torch.equal(before, ddp.module.spare.weight)
+    assert stats["parameters"]["spare.weight"]["masked"] == 300 and stats["parameters"]["used.2.weight"]["masked"] == 0
+    replicas_equal(ddp)
+
+
+@feature
+def onebit_adam_outlives_its_hook(rank: int, world: int) -> None:
+    """An attach that failed and a hook that was closed leave the optimizer free for the next one; frozen, it does not step without."""
+    model = mlp()
+    optimizer = thinwire.optim.OneBitAdam(model.parameters(), lr=LR, weight_decay=0.1)
+    taken = DistributedDataParallel(model)
+    taken._register_builtin_comm_hook(dist.BuiltinCommHookType.ALLREDUCE)
+    try:
+        thinwire.attach(taken, CONFIG, optimizer)
+        raise AssertionError("two hooks on one model")
+    except RuntimeError:
+        assert optimizer._hook is None
+    run(taken, optimizer, rank, range(1))
+
+    ddp = DistributedDataParallel(model)
+    state = thinwire.attach(ddp, CONFIG, optimizer)
+    run(ddp, optimizer, rank, range(1, 6))
+    kept = state.state_dict()
+    state.close()
+    everywhere("is frozen and has no hook", optimizer.step)
+    again = DistributedDataParallel(model)
+    thinwire.attach(again, CONFIG, optimizer).load_state_dict(kept)
+    run(again, optimizer, rank, range(6, 8))
+    replicas_equal(again)
+
+
+@feature
+def onebit_adam_says_that_it_stays_dense(rank: int, world: int) -> None:
+    """A variance that grows all along never freezes: one warning, with numbers and with what to do."""
+    ddp, optimizer, state = pair("onebit_adam:block=64 min_numel=1 timeout=60", betas=(0.9, 0.9))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for step in range(90):
+            optimizer.zero_grad()
+            (loss_of(ddp, batch(rank, step)) * 1.1**step).backward()
+            optimizer.step()
+    words = [str(w.message) for w in said if "still dense" in str(w.message)]
+    assert len(words) == 1 and "after 70 steps" in words[0] and "over 10 steps" in words[0] and "not_after=STEPS" in words[0], words
+    assert not state.stats()["frozen"]
+
+
+@feature
+def onebit_adam_a_number_counts_more_than_auto(rank: int, world: int) -> None:
+    for config, freeze in (("onebit_adam:block=64 min_numel=1", 4), ("onebit_adam:block=64,freeze=4 min_numel=1", "auto")):
+        ddp, optimizer, state = pair(config, freeze=freeze)
+        assert state.config.keys_of("target")["freeze"] == "4"
+        run(ddp, optimizer, rank, range(5))
+        assert state.stats()["freeze"]["reason"] == "freeze=4"
+
+
 @feature
 def onebit_adam_refusals(rank: int, world: int) -> None:
     def refused(words: str, call: Any) -> None:
@@ -232,16 +418,23 @@ def onebit_adam_refusals(rank: int, world: int) -> None:
         raise AssertionError(f"accepted: {words}")
 
     ddp = DistributedDataParallel(mlp())
-    refused("freeze=auto is decided by the optimizer", lambda: thinwire.attach(ddp, "onebit_adam"))
+    for config in ("onebit_adam", "onebit_adam:freeze=5"):
+        refused("only OneBitAdam takes it", lambda config=config: thinwire.attach(ddp, config))
+    names = list(ddp.module.named_parameters())
+    refused("freeze=auto is decided by the optimizer", lambda: thinwire.HookState("onebit_adam", named_parameters=names))
+    refused("use thinwire.optim.OneBitAdam", lambda: thinwire.attach(ddp, "onebit_adam", thinwire.optim.DGCSGD(ddp.parameters(), lr=0.1)))
     refused("use thinwire.optim.OneBitAdam", lambda: thinwire.attach(ddp, "onebit_adam", torch.optim.Adam(ddp.parameters())))
     one = thinwire.optim.OneBitAdam(ddp.parameters(), freeze=5)
     refused("differ", lambda: thinwire.attach(ddp, "onebit_adam:freeze=6", one))
     refused("use torch.optim.AdamW", lambda: thinwire.attach(ddp, "codec=sign feedback=ef14", one))
+    refused("needs thinwire.optim.DGCSGD", lambda: thinwire.attach(ddp, "dgc", one))
+    refused("beta1=0.95 is none of OneBitAdam's, [0.9]", lambda: thinwire.attach(ddp, "onebit_adam:beta1=0.95", one))
     some = thinwire.optim.OneBitAdam([ddp.module[0].weight])
     refused("does not have", lambda: thinwire.attach(ddp, "onebit_adam min_numel=1", some))
     for freeze in (-1, 0):
         refused('must be "auto" or a number of steps, 1 or more', lambda freeze=freeze: thinwire.optim.OneBitAdam(ddp.parameters(), freeze=freeze))
-    refused("floor=2 must be in [0, 1]", lambda: thinwire.optim.OneBitAdam(ddp.parameters(), floor=2))
+    for floor in (2, -1, None):
+        refused(f"floor={floor} must be a number in [0, 1]", lambda floor=floor: thinwire.optim.OneBitAdam(ddp.parameters(), floor=floor))
     refused("not_after=3", lambda: thinwire.optim.OneBitAdam(ddp.parameters(), not_before=5, not_after=3))
     state = thinwire.attach(ddp, "onebit_adam:freeze=5 min_numel=1", one)
     run(ddp, one, rank, range(2))

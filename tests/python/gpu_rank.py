@@ -53,7 +53,9 @@ def run(config: str, dtype: torch.dtype) -> None:
     grads = gradients(dtype)
     expected = thinwire.replay(config, grads)
     model = DistributedDataParallel(Given(dtype).to(DEVICE), device_ids=[0] if DEVICE == "cuda" else None, bucket_cap_mb=0.3)
-    state = thinwire.attach(model, config)  # no optimizer: nothing is done with what comes back, which may be a momentum
+    # No optimizer, without which attach() refuses a momentum: nothing is done with what comes back.
+    state = thinwire.HookState(config, named_parameters=model.module.named_parameters())
+    model.register_comm_hook(state, thinwire.hook)
     for step in range(STEPS):
         model.zero_grad()
         model({name: g[step, RANK].to(DEVICE) for name, g in grads.items()}).backward()

@@ -69,6 +69,13 @@ def test_check(run: Callable[..., Done], tmp_path: Path) -> None:
     assert row["dense_bytes"] == 6e6
 
 
+def test_check_knows_no_step_of_an_automatic_freeze(run: Callable[..., Done], tmp_path: Path) -> None:
+    for config, first in (("onebit_adam", None), ("onebit_adam:freeze=7", 7)):
+        done = run("check", config, "--json", "out.json")
+        rows = [row for row in rows_of(tmp_path / "out.json", "check") if row["numel"] > 16384]
+        assert [(row["first_step"], row["stage"]) for row in rows] == [(0, "dense, before the freeze"), (first, "compressed")], done.stderr
+
+
 def test_check_refuses(run: Callable[..., Done], tmp_path: Path) -> None:
     done = run("check", "dgc:density=2")
     assert done.returncode == 2 and "density=2 is outside (0, 1]" in done.stderr and done.stdout == ""

@@ -1,13 +1,18 @@
-"""DGCSGD: with the momentum of the gradient applied before it, it is torch's SGD with momentum and weight decay."""
+"""DGCSGD: with the momentum of the gradient applied before it, it is torch's SGD with momentum and weight decay. OneBitAdam without a hook."""
 
 from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
 
 import pytest
 import torch
 
 import thinwire
-from thinwire.hook import _check_optimizer
-from thinwire.optim import DGCSGD
+from thinwire.optim import DGCSGD, OneBitAdam
+from thinwire.pairing import paired_config
+from thinwire.variance import VarianceWatch
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -64,10 +69,10 @@ def test_closure_and_sparse_gradients() -> None:
 def test_without_dgc_there_is_no_momentum(config: str) -> None:
     parsed, parameters = thinwire.Config.parse(config), [torch.nn.Parameter(torch.ones(2))]
     with pytest.raises(thinwire.errors.ArgumentError, match="no momentum") as caught:
-        _check_optimizer(parsed, DGCSGD(parameters, 0.1))
+        paired_config(parsed, DGCSGD(parameters, 0.1))
     assert f"feedback={parsed.feedback}" in str(caught.value)
-    _check_optimizer(parsed, torch.optim.SGD(parameters, 0.1, momentum=0.9))
-    _check_optimizer(thinwire.Config.parse("dgc"), DGCSGD(parameters, 0.1))
+    paired_config(parsed, torch.optim.SGD(parameters, 0.1, momentum=0.9))
+    paired_config(thinwire.Config.parse("dgc"), DGCSGD(parameters, 0.1))
 
 
 @pytest.mark.parametrize(
@@ -77,3 +82,73 @@ def test_without_dgc_there_is_no_momentum(config: str) -> None:
 def test_refuses_values_that_mean_nothing(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="DGCSGD"):
         DGCSGD([torch.nn.Parameter(torch.ones(2))], **{"lr": 0.1, **wrong})
+
+
+def stepped(steps: int = 3, **keys: Any) -> tuple[torch.nn.Parameter, OneBitAdam]:
+    p = torch.nn.Parameter(torch.ones(4, 3))
+    optimizer = OneBitAdam([p], **keys)
+    for step in range(steps):
+        p.grad = torch.full((4, 3), float(step + 1))
+        optimizer.step()
+    return p, optimizer
+
+
+@pytest.mark.parametrize("name", ["amsgrad", "maximize", "capturable", "differentiable", "fused"])
+def test_onebit_adam_refuses_what_it_would_ignore(name: str) -> None:
+    p = torch.nn.Parameter(torch.ones(2))
+    for make in (lambda: OneBitAdam([p], **{name: True}), lambda: OneBitAdam([{"params": [p], name: True}])):
+        with pytest.raises(thinwire.errors.ArgumentError, match=f"{name}=True is not supported: "):
+            make()
+    OneBitAdam([p], **{name: False}, foreach=False)
+    saved = OneBitAdam([p]).state_dict()
+    saved["param_groups"][0][name] = True
+    with pytest.raises(thinwire.errors.ArgumentError, match=name):
+        OneBitAdam([p]).load_state_dict(saved)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nesterov'"):
+        OneBitAdam([p], nesterov=True)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_copy_of_onebit_adam_goes_on(copied: Any) -> None:
+    _, optimizer = stepped(betas=(0.8, 0.9), floor=0.2)
+    other = copied(optimizer)
+    assert (other.floor, other.freeze, other.frozen) == (0.2, None, False)
+    for one in (optimizer, other):
+        (p,) = one.param_groups[0]["params"]
+        p.grad = torch.full((4, 3), 0.5)
+        one.step()
+    assert torch.equal(optimizer.param_groups[0]["params"][0], other.param_groups[0]["params"][0])
+
+
+@pytest.mark.parametrize(
+    "freeze",
+    [3, None, {}, {"frozen": 1, "seen": None}, {"frozen": {}}, {"frozen": {}, "seen": 5}, {"frozen": {}, "seen": (1.5, [])}, {"frozen": {}, "seen": (1, ["x"])}],
+)
+def test_a_state_with_a_wrong_freeze_changes_nothing(freeze: Any) -> None:
+    p, optimizer = stepped()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(thinwire.errors.ArgumentError, match="load_state_dict: freeze must be"):
+        optimizer.load_state_dict({**stepped(1)[1].state_dict(), "freeze": freeze})
+    assert torch.equal(optimizer.state[p]["exp_avg"], before["state"][0]["exp_avg"])
+
+
+def test_a_variance_is_stable_when_it_neither_grows_nor_shrinks() -> None:
+    watch = VarianceWatch(every=10, not_before=0)
+    assert watch.look(10, [1.0, 2.0]) == (False, "")
+    assert watch.look(20, [1.03, 1.97])[0]
+    assert not watch.look(30, [1.03, 2.2])[0]
+    assert not watch.look(50, [1.03, 2.2])[0], "a look was left out"
+    assert watch.look(60, [1.03, 2.2])[0]
+
+
+def test_a_variance_of_zero_is_not_stable() -> None:
+    watch = VarianceWatch(every=10, not_before=0)
+    for step in (10, 20, 30):
+        stable, words = watch.look(step, [0.0] * 2 + [1.0] * 8)
+        assert not stable
+    assert words.endswith("in 8 of 10 tensors by at most 4 %; 2 have had no gradient yet")
+
+
+def test_a_variance_that_does_not_settle_is_told_of_once() -> None:
+    watch = VarianceWatch(every=10, not_before=40)
+    assert [step for step in range(0, 300, 10) if watch.impatient(step)] == [90]

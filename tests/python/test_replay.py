@@ -253,6 +253,24 @@ def test_several_steps_cost_what_check_says() -> None:
     assert [s["stage"].split(",")[0] for s in stages] == ["dense start", "warm-up", "warm-up", "warm-up", "compressed"]
 
 
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("config", ["onebit_adam:freeze=1 min_numel=100", "onebit_adam:freeze=1 min_numel=100 exchange=gather", "dgc min_numel=100 exchange=gather"])
+def test_dense_and_compressed_tensors_cost_what_check_says(config: str, world: int) -> None:
+    def sent(**shapes: tuple[int, ...]) -> int:
+        out = replay(config, {name: torch.randn(2, world, *shape) for name, shape in shapes.items()})
+        assert len(set(out.payload_bytes[-1].tolist())) == 1
+        return int(out.payload_bytes[-1][0])
+
+    parsed = thinwire.Config.parse(config)
+    for numel in (99, 50 * 37, 301 * 200):
+        (stage,) = [s for s in thinwire._extension.native.estimate(parsed, numel, world) if s["stage"].startswith("compressed") or "beside" in s["stage"]]
+        if stage["compressed"]:
+            assert sent(w=(1, numel)) == stage["payload_bytes"]
+            continue
+        got = sent(w=(10, 400), b=(1, numel)) - sent(w=(10, 400))
+        assert got == pytest.approx(stage["payload_bytes"], abs=128), numel  # a share is padded to whole words
+
+
 def test_empty_and_odd_gradients() -> None:
     for shape in ((0, 4), (1, 1), (0,), ()):
         out = replay("dgc:density=0.5 min_numel=0", {"w": torch.ones(2, 2, *shape)})

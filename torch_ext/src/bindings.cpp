@@ -111,6 +111,7 @@ py::dict dict_of(const ReducerState& state) {
   dict["started"] = state.started;
   dict["nonfinite_steps"] = state.nonfinite_steps;
   if (state.frozen) dict["frozen"] = *state.frozen;
+  if (!state.eta.empty()) dict["eta"] = state.eta;
   dict["parameters"] = std::move(parameters);
   return dict;
 }
@@ -124,6 +125,7 @@ ReducerState state_of(const py::dict& dict) {
   state.started = dict["started"].cast<bool>();
   state.nonfinite_steps = dict["nonfinite_steps"].cast<std::uint64_t>();
   if (dict.contains("frozen")) state.frozen = dict["frozen"].cast<std::uint64_t>();
+  if (dict.contains("eta")) state.eta = dict["eta"].cast<std::map<std::string, float>>();
   for (const auto& [name, arrays] : dict["parameters"].cast<py::dict>()) {
     auto& parameter = state.parameters[name.cast<std::string>()];
     for (const auto& [key, value] : arrays.cast<py::dict>()) {
@@ -146,7 +148,16 @@ py::dict dict_of(const Stats& stats) {
     one["kept"] = p.kept;
     one["residual_norm"] = p.residual_norm;
     one["grad_norm"] = p.grad_norm;
-    if (p.momentum_norm) one["momentum_norm"] = *p.momentum_norm;
+    const auto add = [&one](const char* key, const auto& value) {
+      if (value) one[key] = *value;
+    };
+    add("estimate_norm", p.estimate_norm);
+    add("measured_delta", p.measured_delta);
+    add("stale", p.stale);
+    add("eta", p.eta);
+    add("eta_cuts", p.eta_cuts);
+    add("momentum_norm", p.momentum_norm);
+    if (p.momentum_norm) one["masked"] = p.masked;
     parameters[py::str(p.name)] = std::move(one);
   }
   py::dict dict;
@@ -420,6 +431,12 @@ void bind_engine(py::module_& m) {
              return reading(e, "averages", [&](GradientReducer& r) { return r.averages(parameter); });
            })
       .def("freeze", &freeze, py::arg("handover"))
+      .def(
+          "describe_optimizer",
+          [](const Engine& e, const std::string& words, std::uint64_t from, std::uint64_t every) {
+            changing(e, "describe_optimizer", [&](GradientReducer& r) { r.describe_optimizer(words, {from, every}); });
+          },
+          py::arg("words"), py::arg("freeze_from"), py::arg("freeze_every"))
       .def("flush", [](const Engine& e) { changing(e, "flush", [](GradientReducer& r) { r.flush(); }); })
       .def("reset", [](const Engine& e) { changing(e, "reset", [](GradientReducer& r) { r.reset(); }); })
       .def(

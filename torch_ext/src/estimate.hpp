@@ -2,6 +2,7 @@
 // What a config will send, from its layouts alone: `thinwire check`.
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -9,10 +10,11 @@
 
 namespace thinwire::torch_ext {
 
-/// One fp32 tensor of `numel` elements and two dimensions, alone in its bucket, at one stage of training.
+/// One fp32 tensor of `numel` elements and two dimensions at one stage of training: compressed, alone in its bucket; dense beside compressed
+/// ones, what it adds to theirs.
 struct Estimate {
   std::string stage;             ///< "dense start", "warm-up", "compressed", …, for people
-  std::uint64_t first_step = 0;  ///< the stage's first synchronised step
+  std::optional<std::uint64_t> first_step;  ///< the stage's first synchronised step; none: when freeze=auto has frozen
   double density = 1;
   bool compressed = false;
   std::uint64_t payload_bytes = 0;  ///< handed to the transport per step, capacity included

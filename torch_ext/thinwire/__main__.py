@@ -134,7 +134,7 @@ def _check(arguments: argparse.Namespace, console: Console) -> list[dict[str, An
             table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=column != "stage")
         for row in (row for row in rows if row["class"] == name):
             table.add_row(
-                str(row["first_step"]),
+                "auto" if row["first_step"] is None else str(row["first_step"]),
                 row["stage"],
                 f"{row['density']:g}",
                 _bytes(row["payload_bytes"]),

@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ._extension import native
 from .config import Config
 from .errors import ArgumentError, Error, UnsupportedError
-from .onebit_adam import OneBitAdam, check_pair
-from .optim import DGCSGD
+from .onebit_adam import OneBitAdam
+from .pairing import paired_config
 from .replay import shaped
 
 _FORMAT = 1
@@ -37,7 +37,7 @@ class HookState:
     parameters are learnt from the first step, whose buckets then wait for its last one; the state has no names, so ``state_dict()``
     refuses. ``grad_scaler``: the
     GradScaler that scales the loss, so that the state holds unscaled gradients. ``optimizer``: the OneBitAdam of a config whose target is
-    the momentum.
+    the momentum, or another, which is only checked against the config.
 
     A copy or a pickle holds the configuration and the state, but no process group: it reads (``state_dict()``, ``step``), but reduces
     nothing. To go on from it:
@@ -56,7 +56,7 @@ class HookState:
         self._config = Config.parse(config) if isinstance(config, str) else config
         if not isinstance(self._config, Config):
             raise ArgumentError(f"config must be a Config or a string, not {type(config).__name__}")
-        check_pair(self._config.target, optimizer)
+        self._config = paired_config(self._config, optimizer)
         named = None if named_parameters is None else _named(named_parameters)
         paired = optimizer if isinstance(optimizer, OneBitAdam) else None
         if paired is not None and named is None:
@@ -76,7 +76,7 @@ class HookState:
         # Exit must not find a thread of ours at work; no Python object is needed for it any more.
         self._finalizer = weakref.finalize(self, self._engine.close, _CLOSE_MS)
         if paired is not None and named is not None:
-            paired._pair(self, [p for _, p in named])
+            paired._pair(self, named)
 
     @property
     def config(self) -> Config:
@@ -97,7 +97,7 @@ class HookState:
         of the same gradients would have sent; ``factor`` = dense_bytes / wire_bytes; ``nonfinite_steps``; ``parameters``: name -> ``numel,
         compressed, reason`` (why
         not), ``density`` (configured now), ``kept`` (entries sent at the last step), ``residual_norm, grad_norm`` (this rank's;
-        with ``codec=none`` the gradient's is taken at every 16th step), ``momentum_norm`` where the target is the momentum; ``frozen``:
+        with ``codec=none`` the gradient's is taken at every 16th step), ``momentum_norm`` and ``masked`` (elements whose frozen variance is 0) where the target is the momentum; ``frozen``:
         whether it is compressed by now. With OneBitAdam ``freeze``: ``step`` and ``reason``, once it has frozen, and ``max_update``, the
         largest update seen since, in units of the learning rate.
         """
@@ -156,6 +156,8 @@ class HookState:
         """Ends the hook's thread and group; idempotent. A backward pass with a closed hook raises; step, stats() and state_dict() stay."""
         if self._kept is None:
             self._finalizer()
+            if self._optimizer is not None:
+                self._optimizer._unpair(self)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = self._kept
@@ -211,19 +213,20 @@ def attach(
     """
     config = Config.parse(config) if isinstance(config, str) else config
     _check_model(ddp)
-    if optimizer is not None:
-        _check_optimizer(config, optimizer)
-    paired = optimizer if isinstance(optimizer, OneBitAdam) else None
-    check_pair(config.target, optimizer)
-    state = HookState(config, ddp.process_group, named_parameters=_reduced_by(ddp), grad_scaler=grad_scaler, optimizer=paired)
+    if optimizer is None and config.target.startswith("momentum"):
+        raise ArgumentError(
+            "target=momentum puts the momentum into the gradients once the variance is frozen, and only OneBitAdam takes it for that: "
+            "attach(ddp, config, OneBitAdam(...))"
+        )
+    state = HookState(config, ddp.process_group, named_parameters=_reduced_by(ddp), grad_scaler=grad_scaler, optimizer=optimizer)
     try:
         native.install(ddp.reducer, state._engine)
     except Exception:
         state.close()
         raise
-    ddp.logger._set_comm_hook_name(f"thinwire.attach({config})")
+    ddp.logger._set_comm_hook_name(f"thinwire.attach({state.config})")
     ddp._comm_hooks.append((hook, state))
-    weakref.finalize(ddp, state._engine.close, _CLOSE_MS)
+    weakref.finalize(ddp, state.close)
     return state
 
 
@@ -318,37 +321,6 @@ def _check_model(ddp: Any) -> None:
         raise UnsupportedError(f"the model is on {ddp.device}: {refusal}")
 
 
-def _check_optimizer(config: Config, optimizer: Any) -> None:
-    if not config.feedback.startswith("dgc"):
-        if isinstance(optimizer, DGCSGD):
-            raise ArgumentError(
-                f"DGCSGD leaves the gradients' momentum to the hook, but feedback={config.feedback} with codec={config.codec} applies none: "
-                "the training would have no momentum at all. Use torch.optim.SGD(params, lr, momentum=...), or a config with feedback=dgc"
-            )
-        return
-    keys = config.keys_of("feedback")
-    momentum, nesterov = float(keys["momentum"]), bool(float(keys["nesterov"]))
-    if isinstance(optimizer, DGCSGD):
-        for group in optimizer.param_groups:
-            if group["weight_decay"] != 0 and (group["momentum"], bool(group["nesterov"])) != (momentum, nesterov):
-                raise ArgumentError(
-                    f"DGCSGD decays weights with momentum={group['momentum']}, nesterov={group['nesterov']}, but feedback=dgc has momentum={momentum}, "
-                    f"nesterov={nesterov}; give both the same"
-                )
-        return
-    if type(optimizer) is not torch.optim.SGD:
-        raise ArgumentError(
-            f"feedback=dgc applies momentum in the hook, so it needs thinwire.optim.DGCSGD or torch.optim.SGD without momentum, not {type(optimizer).__name__}; "
-            "error_feedback('ef14', codec=...) goes with any optimizer"
-        )
-    for group in optimizer.param_groups:
-        if group["momentum"] != 0:
-            raise ArgumentError(
-                f"feedback=dgc applies momentum in the hook; SGD(momentum={group['momentum']}) would apply it a second time. "
-                f"Use thinwire.optim.DGCSGD(params, lr, momentum={momentum})"
-            )
-
-
 def _checked_states(states: Any, shapes: Mapping[str, torch.Size]) -> list[dict[str, Any]]:
     """@raises ArgumentError naming the key that is wrong."""
     if isinstance(states, Mapping):
@@ -374,6 +346,8 @@ def _check_state(state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> 
         value = state[key]
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
             raise ArgumentError(f"load_state_dict: {key}={value!r} is not a whole number from {least} to {most}")
+    if "frozen" in state and not (isinstance(state["frozen"], int) and not isinstance(state["frozen"], bool) and 0 <= state["frozen"] < 2**63):
+        raise ArgumentError(f"load_state_dict: frozen={state['frozen']!r} is not a step, from 0 to 2^63 - 1")
     for key, kind in (("config", str), ("started", bool), ("parameters", Mapping)):
         if not isinstance(state[key], kind):
             raise ArgumentError(f"load_state_dict: {key} must be a {kind.__name__}, not a {type(state[key]).__name__}")

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch.optim import AdamW
 
-from .errors import ArgumentError, ConfigError
+from .errors import ArgumentError
+from .variance import VarianceWatch, bits, names_of, raise_to
 
 if TYPE_CHECKING:
     from .hook import HookState
 
-_NEAR = 0.04  # the variance is stable when its L1 norm changes by no more than this per 1 / (1 - beta2) steps
-_MOST = 0.9  # in this share of the tensors, and in their sum
 _FLOOR = 0.05  # of a tensor's mean root of the variance, below which no frozen one is
 _UNUSUAL = 20.0  # |update / lr|; Adam's is about 1
 _LOOK_EVERY = 16  # steps between looks at the largest update
+_NEVER = 2**64 - 1
+_REFUSED = {
+    "amsgrad": "the maximum of v goes on growing, a frozen v does not",
+    "maximize": "the averaged momentum is of gradients to descend",
+    "capturable": "the freeze is decided on the host",
+    "differentiable": "the step is not differentiable",
+    "fused": "a fused step skips overflows by itself, which the hook's momentum has to know of",
+}
 
 
 class OneBitAdam(AdamW):
@@ -31,14 +39,14 @@ class OneBitAdam(AdamW):
         w ← w − lr·(weight_decay·w + m / (1 − beta1^t) / (sqrt(v / (1 − beta2^T)) + eps))
 
     with v and its correction frozen at T. Coordinates with v = 0 are masked: 1 bit cannot send their 0, so the hook leaves them out and m is
-    0 there. Those whose gradients were merely rare would get updates of thousands of times the learning rate, since m is ± a scale of its
+    0 there and they never move again, but for the weight decay. Those whose gradients were merely rare would get updates of thousands of times the learning rate, since m is ± a scale of its
     block: with more than one rank sqrt(v) is raised to at least ``floor`` times its mean over the tensor (0: as it is). Tensors that the hook
     keeps dense go on with exact AdamW.
 
     ``freeze``: ``"auto"``: once the L1 norm of the variance has changed by at most 4 % over 1/(1 - beta2) steps, in sum and in 90 % of the
     tensors, at the earliest after twice as many steps and after ``not_before`` (finish a learning rate's warm-up first: v is still moving),
     at the latest after ``not_after`` steps, if it is given: a quarter of a short training, in which v never settles.
-    A number: after so many synchronised steps. None: what the config says. Gradient clipping belongs to the config's ``clip_norm``:
+    A number: after so many synchronised steps. None: what the config says; a number, in either, counts more than "auto". Gradient clipping belongs to the config's ``clip_norm``:
     ``clip_grad_norm_`` would clip the momentum after the freeze.
 
     Pass it to ``attach(ddp, "onebit_adam", optimizer)``; without a hook it is AdamW. Save both ``state_dict()``s, the hook's on every rank.
@@ -56,47 +64,81 @@ class OneBitAdam(AdamW):
         not_before: int = 0,
         not_after: int | None = None,
         floor: float = _FLOOR,
+        foreach: bool | None = None,
+        **adamw: Any,
     ) -> None:
-        if not (freeze is None or freeze == "auto" or (isinstance(freeze, int) and not isinstance(freeze, bool) and freeze >= 1)):
+        if not (freeze is None or freeze == "auto" or _is_count(freeze, 1)):
             raise ArgumentError(f'OneBitAdam: freeze={freeze!r} must be "auto" or a number of steps, 1 or more: before the first there is no variance')
-        if not isinstance(not_before, int) or not_before < 0:
+        if not _is_count(not_before, 0):
             raise ArgumentError(f"OneBitAdam: not_before={not_before!r} must be a number of steps, 0 or more")
-        if not_after is not None and (not isinstance(not_after, int) or not_after < max(1, not_before)):
+        if not_after is not None and not _is_count(not_after, max(1, not_before)):
             raise ArgumentError(f"OneBitAdam: not_after={not_after!r} must be a number of steps, at least 1 and not_before={not_before}")
-        if not 0 <= floor <= 1:
-            raise ArgumentError(f"OneBitAdam: floor={floor!r} must be in [0, 1]")
+        if not isinstance(floor, (int, float)) or not 0 <= floor <= 1:
+            raise ArgumentError(f"OneBitAdam: floor={floor!r} must be a number in [0, 1]")
+        unknown = [name for name in adamw if name not in _REFUSED]
+        if unknown:
+            raise TypeError(f"OneBitAdam.__init__() got an unexpected keyword argument {unknown[0]!r}")
+        _check_group({"eps": eps, **adamw})
         self.freeze = freeze
         self.not_before = not_before
         self.not_after = not_after
         self.floor = floor
         self._hook: HookState | None = None
-        self._averaged: dict[torch.Tensor, int] = {}  # parameters that the hook compresses: their places among its parameters
-        self._seen: tuple[int, list[float]] | None = None  # step of the last look at the variance, and its norms
+        self._averaged: dict[torch.Tensor, tuple[int, str]] = {}  # parameters that the hook compresses: their places among its parameters, and names
+        self._watch: VarianceWatch | None = None  # freeze=auto
+        self._freeze_from = _NEVER
+        self._seen: tuple[int, list[float]] | None = None  # of a watch that is yet to be
         self._frozen: dict[str, Any] = {}  # when, why, how large updates got
         self._rates: tuple[list[float], bool] = ([], False)  # the last step's learning rates, and whether one of them had risen
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=foreach)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        _check_group(param_group)
+        super().add_param_group(param_group)
 
     # ---- with the hook ------------------------------------------------------------------------------------------------------------------
 
-    def _pair(self, hook: HookState, parameters: list[torch.nn.Parameter]) -> None:
-        """Called by ``attach``: this optimizer's momentum becomes the hook's at the freeze."""
+    def _pair(self, hook: HookState, named: Sequence[tuple[str, torch.nn.Parameter]]) -> None:
+        """Called by the hook: this optimizer's momentum becomes its at the freeze."""
         if self._hook is not None and self._hook is not hook:
-            raise ArgumentError("this OneBitAdam belongs to another hook; make one optimizer per model")
+            raise ArgumentError("this OneBitAdam belongs to another hook; make one optimizer per model, or close() the other hook first")
         mine = {p for group in self.param_groups for p in group["params"]}
-        averaged = {p: i for i, p in enumerate(parameters) if hook._engine.averages(i)}
-        strange = [p for p in averaged if p not in mine]
+        averaged = {p: (i, name) for i, (name, p) in enumerate(named) if hook._engine.averages(i)}
+        strange = [name for p, (_, name) in averaged.items() if p not in mine]
         if strange:
-            raise ArgumentError(
-                f"OneBitAdam does not have {len(strange)} of the parameters whose momentum the hook averages, the first of shape {tuple(strange[0].shape)}"
-            )
-        self._hook, self._averaged, self._count = hook, averaged, len(parameters)
-        if self.frozen:
-            self._hand_over(momenta=False)
+            raise ArgumentError(f"OneBitAdam does not have parameters whose momentum the hook averages: {names_of(strange)}")
+        self._hook, self._averaged, self._count = hook, averaged, len(named)
+        freeze = hook.config.keys_of("target")["freeze"]
+        self._watch = None
+        self._freeze_from = _NEVER if self.not_after is None else self.not_after
+        if freeze != "auto":
+            self._freeze_from = int(freeze)
+        else:
+            betas2 = [float(group["betas"][1]) for group in self.param_groups if any(p in averaged for p in group["params"])]
+            self._watch = VarianceWatch(max(1, round(1 / (1 - max(betas2, default=0.0)))), self.not_before)
+            self._watch.seen, self._seen = self._seen, None
+        self._describe()
+
+    def _unpair(self, hook: HookState) -> None:
+        """Called by the hook when it is closed: another may come."""
+        if self._hook is hook:
+            self._hook, self._averaged = None, {}
+            self._seen = None if self._watch is None else self._watch.seen
 
     @property
     def frozen(self) -> bool:
         """Whether the variance is frozen."""
         return any("frozen_step" in self.state[p] for group in self.param_groups for p in group["params"] if p in self.state)
+
+    def _describe(self) -> None:
+        """To the hook, so that the ranks find out in what their optimizers differ before they wait for each other."""
+        if self._hook is None:
+            return
+        every = 0 if self._watch is None else self._watch.every
+        words = f"OneBitAdam(freeze={'auto' if self._watch else self._freeze_from}, not_before={self.not_before}, not_after={self.not_after}, floor={self.floor:g})"
+        if self._watch is not None:
+            words += f" that looks every {every} steps"
+        self._hook._engine.describe_optimizer(f"{words}, {'frozen' if self.frozen else 'not frozen'}", self._freeze_from, every)
 
     def _hand_over(self, *, momenta: bool) -> None:
         """Momenta (once), masks and beta1s to the hook."""
@@ -104,12 +146,17 @@ class OneBitAdam(AdamW):
         given: list[tuple[torch.Tensor | None, torch.Tensor | None, float]] = [(None, None, 0.0)] * self._count
         for group in self.param_groups:
             for p in group["params"]:
+                state = self.state[p] if p in self.state else {}
                 if p not in self._averaged:
+                    if "frozen_step" in state:
+                        raise ArgumentError(f"OneBitAdam: a parameter of shape {tuple(p.shape)} is frozen, but the hook keeps it dense: min_numel was another")
                     continue
-                state = self.state[p]
-                given[self._averaged[p]] = (
+                place, name = self._averaged[p]
+                if not momenta and "frozen_step" not in state:
+                    raise ArgumentError(f"OneBitAdam: the hook compresses {name!r}, which is not frozen in this state: min_numel was another")
+                given[place] = (
                     state["exp_avg"].reshape(-1) if momenta else None,
-                    _bits(state["exp_avg_sq"] != 0),
+                    bits(state["exp_avg_sq"] != 0),
                     float(group["betas"][0]),
                 )
         self._hook._engine.freeze(given)
@@ -125,12 +172,12 @@ class OneBitAdam(AdamW):
                 loss = closure()
         rates = [float(group["lr"]) for group in self.param_groups]
         self._rates = (rates, any(now > then for now, then in zip(rates, self._rates[0], strict=False)))
-        if not self.frozen:
+        frozen = self.frozen
+        self._check_stage(frozen)
+        if not frozen:
             super().step()
             self._freeze_if_time()
             return loss
-        if self._hook is not None and not self._hook._engine.frozen():
-            raise ArgumentError("this optimizer's variance is frozen, but the hook still sends gradients: load the hook's state_dict() as well")
         grads = {p: p.grad for p in self._averaged if p.grad is not None}
         for p in grads:
             p.grad = None  # the rest is AdamW's
@@ -142,6 +189,20 @@ class OneBitAdam(AdamW):
         for group in self.param_groups:
             self._apply_momentum(group, {p: grads[p] for p in group["params"] if p in grads})
         return loss
+
+    def _check_stage(self, frozen: bool) -> None:
+        """The optimizer and its hook are frozen both or neither: one that was loaded without the other would take gradients for momenta."""
+        if self._hook is None:
+            if frozen:
+                raise ArgumentError(
+                    "this OneBitAdam is frozen and has no hook, where its momentum is: it was closed, or this is a copy. Attach one and load the hook's state_dict()"
+                )
+            return
+        if frozen == self._hook._engine.frozen():
+            return
+        if frozen:
+            raise ArgumentError("this optimizer's variance is frozen, but the hook still sends gradients: load the hook's state_dict() as well")
+        raise ArgumentError("the hook sends momenta, but this optimizer's variance is not frozen: load the optimizer's state_dict() as well")
 
     def _apply_momentum(self, group: dict[str, Any], momenta: Mapping[torch.Tensor, torch.Tensor]) -> None:
         (beta1, beta2), lr, decay = group["betas"], float(group["lr"]), group["weight_decay"]
@@ -163,7 +224,7 @@ class OneBitAdam(AdamW):
             warnings.warn(
                 f"OneBitAdam: an update of {largest:.3g} times the learning rate at step {int(t)}; Adam's are about 1. The variance was frozen at step "
                 f"{self._frozen.get('step', '?')}, probably before it was stable where gradients are rare: freeze later, or keep such tensors dense (min_numel)",
-                stacklevel=4,
+                stacklevel=6,
             )
 
     # ---- the freeze ---------------------------------------------------------------------------------------------------------------------
@@ -172,112 +233,110 @@ class OneBitAdam(AdamW):
         if self._hook is None or not self._averaged:
             return
         step = self._hook.step  # synchronised steps: a skipped one counts, as it does for the hook
-        if any("exp_avg" not in self.state[p] for p in self._averaged):
-            return  # a parameter without gradient so far has no momentum yet
-        freeze = self._freeze_of(self._hook)
-        reason = f"freeze={freeze}" if freeze != "auto" and step >= freeze else ""
-        if freeze == "auto":
-            reason = self._stable()
-            if not reason and self.not_after is not None and step >= self.not_after:
-                reason = f"not_after={self.not_after}"
-        if not reason:
-            return
+        reason = ""
+        if self._watch is not None and step % self._watch.every == 0:
+            stable, words = self._watch.look(step, self._norms())
+            reason = words if stable else ""
+            if not stable and self.not_after is None and self._watch.impatient(step):
+                warnings.warn(
+                    f"OneBitAdam: after {step} steps everything is still dense: {words or 'steps were skipped'}. freeze=auto waits until v is stable, in this "
+                    "training perhaps for ever; OneBitAdam(..., not_after=STEPS) or freeze=STEP freezes at the latest then",
+                    stacklevel=5,
+                )
+        if not reason and step >= self._freeze_from:
+            reason = f"freeze={self._freeze_from}" if self._watch is None else f"not_after={self.not_after}"
+        if reason:
+            self._freeze(step, reason)
+
+    def _norms(self) -> list[float]:
+        """Of the bias-corrected variances; 0 where there was no gradient so far."""
+        beta2 = {p: float(group["betas"][1]) for group in self.param_groups for p in group["params"]}
+        out = []
+        for p in self._averaged:
+            state = self.state[p]
+            norm = float(state["exp_avg_sq"].abs().sum(dtype=torch.float64)) / (1 - beta2[p] ** int(state["step"])) if state else 0.0
+            out.append(norm)
+        return out
+
+    def _freeze(self, step: int, reason: str) -> None:
+        assert self._hook is not None
         if self._rates[1]:
             warnings.warn(
                 f"OneBitAdam: the variance is frozen at step {step} while the learning rate still rises; it is then that of a training that has hardly "
                 "begun. Freeze after the warm-up: OneBitAdam(..., not_before=STEPS), or a later freeze=STEP",
-                stacklevel=3,
+                stacklevel=6,
+            )
+        for p in self._averaged:
+            if not self.state[p]:  # no gradient so far: m and v are 0
+                self.state[p].update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        dead = [name for p, (_, name) in self._averaged.items() if not bool(self.state[p]["exp_avg_sq"].any())]
+        if dead:
+            warnings.warn(
+                f"OneBitAdam: at the freeze, step {step}, these have had no gradient: {names_of(dead)}. Their v = 0 masks them: but for the weight decay "
+                "they never move again. Freeze later, or keep them dense (min_numel)",
+                stacklevel=6,
             )
         self._hand_over(momenta=True)
         for p in self._averaged:
             state = self.state[p]
             if self.floor > 0 and dist.get_world_size(self._hook._group) > 1:
-                _raise_to(self.floor, state["exp_avg_sq"])
-            state["frozen_step"] = int(state["step"])
+                raise_to(self.floor, state["exp_avg_sq"])
+            state["frozen_step"] = max(1, int(state["step"]))
             del state["exp_avg"]  # the hook's from now on
         self._frozen = {"step": step, "reason": reason}
-
-    def _freeze_of(self, hook: HookState) -> str | int:
-        given = hook.config.keys_of("target")["freeze"]
-        return given if given == "auto" else int(given)
-
-    def _stable(self) -> str:
-        """Why the variance counts as stable, or nothing. Two-sided: a rising variance is as little frozen as a falling one."""
-        assert self._hook is not None
-        betas2 = {float(group["betas"][1]) for group in self.param_groups if any(p in self._averaged for p in group["params"])}
-        every = max(1, round(1 / (1 - max(betas2))))
-        t = max(int(self.state[p]["step"]) for p in self._averaged)
-        if t % every != 0:
-            return ""
-        beta2 = {p: float(group["betas"][1]) for group in self.param_groups for p in group["params"]}
-        norms = [
-            float(self.state[p]["exp_avg_sq"].abs().sum(dtype=torch.float64)) / (1 - beta2[p] ** int(self.state[p]["step"])) for p in self._averaged
-        ]
-        before, self._seen = self._seen, (t, norms)
-        if before is None or before[0] != t - every or t < max(2 * every, self.not_before):
-            return ""
-        near = [abs(now - then) <= _NEAR * then for now, then in zip(norms, before[1], strict=True)]
-        change = abs(sum(norms) - sum(before[1])) / max(sum(before[1]), 1e-300)
-        decided = change <= _NEAR and sum(near) >= _MOST * len(near)
-        # Replicas have the same variance; were it not so, they must still decide alike.
-        first = next(iter(self._averaged))
-        flag = torch.tensor([int(decided)], device=first.device)
-        dist.broadcast(flag, src=dist.get_global_rank(self._hook._group, 0), group=self._hook._group)
-        if not bool(flag.item()):
-            return ""
-        return f"the variance changed by {100 * change:.2g} % over {every} steps, in {sum(near)} of {len(near)} tensors by at most {100 * _NEAR:g} %"
+        self._describe()
 
     # ---- state --------------------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "freeze": {"frozen": dict(self._frozen), "seen": self._seen}}
+        seen = self._seen if self._watch is None else self._watch.seen
+        return {**super().state_dict(), "freeze": {"frozen": dict(self._frozen), "seen": seen}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         given = dict(state_dict)
-        freeze = given.pop("freeze", {"frozen": {}, "seen": None})
+        freeze = _checked_freeze(given.pop("freeze", {"frozen": {}, "seen": None}))
+        for group in given.get("param_groups", []):
+            _check_group(group)
         super().load_state_dict(given)
-        self._frozen, self._seen = dict(freeze["frozen"]), freeze["seen"]
+        self._frozen = dict(freeze["frozen"])
+        if self._watch is None:
+            self._seen = freeze["seen"]
+        else:
+            self._watch.seen = freeze["seen"]
         if self._hook is not None and self.frozen and self._hook._engine.frozen():
             self._hand_over(momenta=False)
+        self._describe()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no hook: its numbers and state only."""
+        own = {name: getattr(self, name) for name in ("freeze", "not_before", "not_after", "floor", "_rates")}
+        seen = self._seen if self._watch is None else self._watch.seen
+        alone = {"_hook": None, "_averaged": {}, "_watch": None, "_freeze_from": _NEVER, "_seen": seen, "_frozen": dict(self._frozen)}
+        return {**super().__getstate__(), **own, **alone}
 
 
-def _raise_to(floor: float, v: torch.Tensor) -> None:
-    """sqrt(v) ≥ floor · its mean, but where v is 0: such elements are masked."""
-    least = (v.sqrt().mean(dtype=torch.float64) * floor).square().to(v.dtype)
-    v.copy_(torch.where(v > 0, torch.maximum(v, least), v))
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _bits(live: torch.Tensor) -> torch.Tensor | None:
-    """Bit i % 8 of byte i // 8 for element i; None where all are live."""
-    flat = live.reshape(-1)
-    if bool(flat.all()):
-        return None
-    padded = torch.zeros((flat.numel() + 7) // 8 * 8, dtype=torch.uint8, device=flat.device)
-    padded[: flat.numel()] = flat
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=flat.device)
-    return (padded.view(-1, 8) * weights).sum(dim=1, dtype=torch.uint8)
+def _check_group(group: Mapping[str, Any]) -> None:
+    for name, why in _REFUSED.items():
+        if group.get(name):
+            raise ArgumentError(f"OneBitAdam: {name}={group[name]} is not supported: {why}")
+    if group.get("eps") == 0:
+        raise ArgumentError("OneBitAdam: eps=0 divides 0 by 0 where the variance is 0")
 
 
-def check_pair(target: str, optimizer: Any) -> None:
-    """@raises ConfigError, ArgumentError where a config whose target is the momentum and this optimizer do not go together."""
-    name, _, keys = target.partition(":")
-    freeze = dict(key.split("=") for key in keys.split(",") if key).get("freeze", "auto")
-    if name != "momentum":
-        if isinstance(optimizer, OneBitAdam):
-            raise ArgumentError(
-                f"OneBitAdam goes with a config whose target is the momentum, such as 'onebit_adam'; with target={name} use torch.optim.AdamW"
-            )
-        return
-    if optimizer is None:
-        if freeze == "auto":
-            raise ConfigError(
-                "target=momentum: freeze=auto is decided by the optimizer: attach(ddp, config, OneBitAdam(...)), or give freeze=STEP and an optimizer "
-                "that takes the momentum for the gradient from then on"
-            )
-        return
-    if not isinstance(optimizer, OneBitAdam):
-        raise ArgumentError(
-            f"target=momentum puts Adam's momentum into the gradients, which a {type(optimizer).__name__} would average once more: use thinwire.optim.OneBitAdam"
-        )
-    if optimizer.freeze is not None and str(optimizer.freeze) != freeze:
-        raise ConfigError(f"OneBitAdam(freeze={optimizer.freeze!r}) and the config's freeze={freeze} differ; give one of them, or both the same")
+def _checked_freeze(freeze: Any) -> Mapping[str, Any]:
+    """@raises ArgumentError naming what is wrong with this part of a state_dict()."""
+    wrong = "load_state_dict: freeze must be what OneBitAdam's state_dict() has under it"
+    if not isinstance(freeze, Mapping) or not isinstance(freeze.get("frozen"), Mapping) or "seen" not in freeze:
+        raise ArgumentError(f"{wrong}, not {freeze!r}")
+    seen = freeze["seen"]
+    if seen is None:
+        return freeze
+    if not isinstance(seen, Sequence) or len(seen) != 2 or not _is_count(seen[0], 0) or not isinstance(seen[1], Sequence):
+        raise ArgumentError(f"{wrong}; its seen={seen!r} is no step with norms")
+    if not all(isinstance(norm, float) and math.isfinite(norm) for norm in seen[1]):
+        raise ArgumentError(f"{wrong}; its norms {seen[1]!r} are not all finite numbers")
+    return {"frozen": freeze["frozen"], "seen": (seen[0], list(seen[1]))}

@@ -1,0 +1,299 @@
+// What else happens to estimates: non-finite gradients, dense steps between, resets, ranks that have run out of data, checkpoints.
+
+#include <gtest/gtest.h>
+
+#include "tests/estimate_world.hpp"
+
+namespace thinwire::test {
+namespace {
+
+using Init = EstimateOracle::Init;
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN(), kInf = std::numeric_limits<float>::infinity();
+
+struct Accident {
+  int step, rank;
+  std::uint32_t parameter;
+  std::size_t element;
+  float value;
+};
+
+Scenario with_accidents(Scenario s, const std::vector<Accident>& accidents) {
+  s.grad = [=, plain = s.grad](int step, int rank, std::uint32_t p) {
+    Vec g = plain(step, rank, p);
+    for (const Accident& a : accidents)
+      if (a.step == step && a.rank == rank && a.parameter == p) g[a.element] = a.value;
+    return g;
+  };
+  return s;
+}
+
+/// Of compressed tensors and passengers, one rank or several, one bucket or both; `first` is the first bad step.
+std::vector<Accident> accidents(int world, int first) {
+  return {{first, 0, 0, 524, kNan},
+          {first + 1, world - 1, 1, 0, -kInf},
+          {first + 3, 0, 2, 0, kInf},
+          {first + 3, world - 1, 0, 1, kNan},
+          {first + 4, 0, 0, 300, -kInf}};
+}
+
+// Payloads hold finite values only, so estimates advance on all ranks alike (I14 as DESIGN.md 4 has it), and EControl's residual takes its
+// new estimate back.
+TEST(EstimateVerdicts, FollowTheOracle) {
+  int turn = 0;
+  for (const int world : {1, 2, 3, 4, 7})
+    for (const bool step_verdict : {false, true})
+      for (const bool control : {false, true})
+        for (const bool sign : {false, true}) {
+          // With init=dense the first accident of some runs spoils the start itself.
+          const Init init = std::array{Init::dense, Init::compressed, Init::zero}[std::size_t(++turn % 3)];
+          const int start_step = turn % 2 * 2;
+          const double fresh = turn % 5 == 0 ? 0.5 : 1;
+          const bool two_phase = sign && world > 1 && turn % 4 != 0;
+          if (sign && !two_phase && world == 1) continue;
+          Method method = sign ? sign_method(control, two_phase, fresh, init, start_step) : topk_method(control, fresh, init, start_step);
+          method.options.step_verdict = step_verdict;
+          for (const int first : {0, 1, 3}) {
+            SCOPED_TRACE(method.config + " world " + std::to_string(world) + " first accident " + std::to_string(first) +
+                         (step_verdict ? " verdict of the step" : ""));
+            const Outcome out = follow(with_accidents(scenario_of(world, method, 10), accidents(world, first)), method.options);
+            expect_mean_of_estimates(out, two_phase, 10 * double(world + 6) * 0x1p-24 * 64);
+            if (testing::Test::HasFailure()) return;
+          }
+        }
+}
+
+TEST(EstimateVerdicts, DenseStepsBetweenFollowTheOracle) {
+  for (const int world : {1, 2, 3, 4})
+    for (const Method& method : {topk_method(false, 0.5), topk_method(true), topk_method(true, 0.5, Init::compressed),
+                                 sign_method(true, true, 1, Init::zero), sign_method(false, true), sign_method(true, false)}) {
+      if (world == 1 && method.options.two_phase) continue;
+      for (const bool step_verdict : {false, true}) {
+        SCOPED_TRACE(method.config + " world " + std::to_string(world));
+        Method with = method;
+        with.options.step_verdict = step_verdict;
+        // Dense: steps 0, 4, 5 (where something is not finite) and 7.
+        const Scenario s = with_accidents(scenario_of(world, with, 10), {{5, world - 1, 0, 100, kNan}, {5, 0, 2, 7, kInf}});
+        const Outcome out = follow(s, with.options, {0, 4, 5, 7});
+        expect_mean_of_estimates(out, with.options.two_phase, 10 * double(world + 6) * 0x1p-24 * 64);
+        if (testing::Test::HasFailure()) return;
+      }
+    }
+}
+
+// Right after a dense step: nothing is held back, estimates are what they were, and H is their mean, with nothing left for owners to send.
+TEST(EstimateVerdicts, AFlushEmptiesResidualsAndLeavesEstimates) {
+  for (const Method& method : {topk_method(true, 0.5), sign_method(true, true)})
+    for (const bool bad : {false, true}) {
+      Scenario s = scenario_of(3, method, 5);
+      const Outcome before = play(s);
+      s.steps = 6;
+      if (bad) s = with_accidents(s, {{5, 1, 0, 3, kInf}, {5, 1, 2, 3, kInf}});
+      s.before_step = [](GradientReducer& reducer, int step, int) {
+        if (step == 5) reducer.flush();
+      };
+      const Outcome after = play(s);
+      double held = 0;
+      for (int r = 0; r < 3; ++r)
+        for (const char* name : {"w", "m"}) {
+          for (const char* array : {"estimate", "average"})
+            if (after.state[0].parameters.at(name).contains(array)) {
+              EXPECT_TRUE(same_bits(after.array(r, name, array), before.array(r, name, array)));
+            }
+          for (const float x : after.array(r, name, "residual")) held += std::fabs(x);
+        }
+      EXPECT_EQ(held > 0, bad);
+      for (const char* name : {"w", "m"}) {
+        if (!method.options.two_phase) break;
+        for (const double x : server_residual(after, name)) ASSERT_EQ(x, 0);
+        double gap = 0;
+        for (const double x : server_residual(before, name)) gap += std::fabs(x);
+        EXPECT_GT(gap, 1) << "there was nothing to settle";
+      }
+      expect_mean_of_estimates(after, false, 6 * 0x1p-24 * 64);
+    }
+}
+
+// Estimates near the largest float: their sum is past it, H never is, whatever step makes it.
+TEST(EstimateVerdicts, HIsCutAtTheLargestFloat) {
+  for (const bool flush : {false, true}) {
+    Scenario s = scenario_of(2, topk_method(false, 1, Init::zero), 3);
+    s.grad = [](int, int, std::uint32_t p) {
+      Vec g(kNumel[p], 0.0f);
+      if (p == 2) g[9] = 3e38f, g[10] = -3e38f;
+      return g;
+    };
+    s.before_step = [flush](GradientReducer& reducer, int step, int) {
+      if (flush && step == 2) reducer.flush();
+    };
+    const Outcome out = play(s);
+    for (int r = 0; r < 2; ++r) {
+      EXPECT_EQ(out.array(r, "m", "estimate")[9], 3e38f);
+      EXPECT_EQ(out.array(r, "m", "mean_estimate")[9], std::numeric_limits<float>::max());
+      EXPECT_EQ(out.array(r, "m", "mean_estimate")[10], -std::numeric_limits<float>::max());
+    }
+  }
+}
+
+// Multiples of 1/4, eta = 1/4 and four ranks: nothing rounds in six steps, so what went in is in e and in the means that were applied, to
+// the bit, those of bad steps included, wherever the elements themselves were finite.
+TEST(EstimateVerdicts, NothingIsLost) {
+  for (const int world : {1, 2, 4})
+    for (const bool step_verdict : {false, true})
+      for (const Init init : {Init::dense, Init::zero}) {
+        Method method = topk_method(true, 1, init);
+        method.config.replace(method.config.find("econtrol:"), 9, "econtrol:eta=0.25,");
+        method.options.eta = 0.25;
+        method.options.step_verdict = step_verdict;
+        const std::vector<Accident> bad = {{2, 0, 0, 17, kNan}, {2, world - 1, 2, 5, kInf}, {4, 0, 0, 200, -kInf}};
+        const Scenario s = with_accidents(scenario_of(world, method, 6, dyadic_number), bad);
+        const Outcome out = follow(s, method.options, {}, true);
+        EXPECT_EQ(out.stats[0].nonfinite_steps, 2u);
+        for (const std::uint32_t p : {0u, 2u})
+          for (std::size_t i = 0; i < kNumel[p]; ++i) {
+            double fed = 0, applied = 0, held = 0;
+            for (int t = 0; t < s.steps; ++t) {
+              const bool lost = t == 2 || (t == 4 && (p == 0 || step_verdict));  // at 2 both buckets have one
+              applied += lost ? 0 : double(out.mean[std::size_t(t)][0][p][i]) * world;
+              for (int r = 0; r < world; ++r) fed += s.grad(t, r, p)[i];
+            }
+            for (int r = 0; r < world; ++r) held += out.array(r, kModel[p].name, "residual")[i];
+            if (std::isfinite(fed)) { ASSERT_EQ(fed, applied + held) << "world " << world << " element " << i; }
+          }
+      }
+}
+
+TEST(EstimateVerdicts, ARankThatHasRunOutOfDataKeepsItsState) {
+  for (const Method& method : {topk_method(false, 0.5), topk_method(true), sign_method(true, true), sign_method(false, false)})
+    for (const bool bad : {false, true}) {
+      SCOPED_TRACE(method.config);
+      Scenario s = scenario_of(3, method, 4);
+      s.options = [](int step, int rank) {
+        ReduceOptions options;
+        options.joined = rank == 1 && step >= 4;
+        return options;
+      };
+      const Outcome before = play(s);
+      s.steps = 9;
+      if (bad) s = with_accidents(s, {{6, 0, 0, 3, kInf}});
+      const Outcome after = follow(s, method.options, {7});
+      for (const char* name : {"w", "m"})
+        for (const auto& [array, values] : before.state[1].parameters.at(name)) {
+          if (array == "mean_estimate" || array == "server_residual") continue;  // of all ranks; this rank's part as an owner
+          EXPECT_TRUE(same_bits(after.array(1, name, array), values)) << name << "." << array;
+        }
+    }
+}
+
+TEST(EstimateVerdicts, AJoinedRankStartsFromNothing) {
+  for (const bool control : {false, true}) {
+    Method method = topk_method(control, 0.5);
+    Scenario s = scenario_of(3, method, 4);
+    s.options = [](int, int rank) {
+      ReduceOptions options;
+      options.joined = rank == 2;
+      return options;
+    };
+    const Outcome out = follow(s, method.options);
+    for (const float h : out.array(2, "w", "estimate")) ASSERT_EQ(h, 0);
+  }
+}
+
+// Under a grad scaler state is in true units: a power of two changes no bit of it, and means come back scaled.
+TEST(EstimateVerdicts, TheLossScaleLeavesStateAsItIs) {
+  for (const Method& method : {topk_method(true, 0.5), sign_method(true, true)}) {
+    Scenario s = scenario_of(3, method, 6);
+    const Outcome plain = play(s);
+    s.options = [](int step, int) {
+      ReduceOptions options;
+      options.loss_scale = step < 3 ? 1024.0f : 512.0f;
+      return options;
+    };
+    s.grad = [grad = s.grad](int step, int rank, std::uint32_t p) {
+      Vec g = grad(step, rank, p);
+      for (float& x : g) x *= step < 3 ? 1024.0f : 512.0f;
+      return g;
+    };
+    const Outcome scaled = play(s);
+    expect_same_state(plain.state, scaled.state);
+    for (std::size_t t = 0; t < 6; ++t)
+      for (std::size_t p = 0; p < kModel.size(); ++p) {
+        Vec mean = plain.mean[t][0][p];
+        for (float& x : mean) x *= t < 3 ? 1024.0f : 512.0f;
+        EXPECT_TRUE(same_bits(scaled.mean[t][0][p], mean)) << "step " << t;
+      }
+  }
+}
+
+TEST(EstimateVerdicts, AResetStartsFromZero) {
+  for (const Method& method : {topk_method(true, 0.5), sign_method(true, true)}) {
+    Method zero = method;  // the first step after it is no dense one: that belongs to step 0
+    Scenario s = scenario_of(2, method, 6);
+    s.before_step = [](GradientReducer& reducer, int step, int) {
+      if (step != 3) return;
+      reducer.reset();
+      for (const auto& [name, arrays] : reducer.state().parameters)
+        for (const auto& [array, values] : arrays)
+          for (const float x : values) ASSERT_EQ(x, 0) << name << "." << array;
+    };
+    const Outcome reset = play(s);
+    zero.config.replace(zero.config.find("init=dense"), 10, "init=zero");
+    Scenario fresh = scenario_of(2, zero, 3);
+    fresh.grad = [grad = s.grad](int step, int rank, std::uint32_t p) { return grad(step + 3, rank, p); };
+    expect_same_state(reset.state, play(fresh).state);
+  }
+}
+
+// I13: a run that is saved and loaded in its middle goes on with the same bits; also where the start is still to come.
+TEST(EstimateVerdicts, ACheckpointGoesOnToTheBit) {
+  Method sampled = topk_method(true, 0.5, Init::compressed, 2);
+  sampled.config.replace(sampled.config.find("exact"), 5, "sampled");
+  for (const Method& method : {topk_method(false, 0.5), topk_method(true, 1, Init::dense, 3), sampled, sign_method(true, true)})
+    for (const int cut : {1, 4}) {
+      SCOPED_TRACE(method.config + " cut at " + std::to_string(cut));
+      const Scenario whole = scenario_of(3, method, 8);
+      Scenario first = whole, second = whole;
+      first.steps = cut, second.steps = 8 - cut;
+      second.start = play(first).state;
+      second.grad = [grad = whole.grad, cut](int step, int rank, std::uint32_t p) { return grad(step + cut, rank, p); };
+      second.buckets = [buckets = whole.buckets, cut](int step) { return buckets(step + cut); };
+      const Outcome a = play(whole), b = play(second);
+      expect_same_state(a.state, b.state);
+      for (std::size_t t = std::size_t(cut); t < 8; ++t)
+        for (std::size_t p = 0; p < kModel.size(); ++p)
+          EXPECT_TRUE(same_bits(a.mean[t][0][p], b.mean[t - std::size_t(cut)][0][p])) << "step " << t;
+    }
+}
+
+// Another world: the mean over the old ranks, H as all of them had it, owned parts cut anew; and H goes on being the mean of all h.
+TEST(EstimateVerdicts, AnotherWorldTakesTheMeans) {
+  for (const Method& method : {topk_method(true, 0.5), sign_method(true, true)})
+    for (const auto& [from, to] : {std::pair(4, 3), {2, 4}, {3, 2}}) {
+      SCOPED_TRACE(method.config + " " + std::to_string(from) + " to " + std::to_string(to));
+      const std::vector<ReducerState> old = play(scenario_of(from, method, 5)).state;
+      Scenario s = scenario_of(to, method, 3);
+      s.start = old;
+      s.before_step = [&, from = from](GradientReducer& reducer, int step, int) {
+        if (step != 0) return;
+        const ReducerState now = reducer.state();
+        for (const auto& [name, arrays] : now.parameters)
+          for (const auto& [array, values] : arrays) {
+            if (array == "server_residual") continue;
+            if (array == "mean_estimate") {
+              EXPECT_TRUE(same_bits(values, old[0].parameters.at(name).at(array))) << name;
+              continue;
+            }
+            for (std::size_t i = 0; i < values.size(); ++i) {
+              double mean = 0;
+              for (const ReducerState& rank : old) mean += double(rank.parameters.at(name).at(array)[i]) / from;
+              ASSERT_NEAR(values[i], mean, 0x1p-23 * std::fabs(mean)) << name << "." << array << " element " << i;
+            }
+          }
+      };
+      const Outcome out = play(s);
+      expect_replicas_agree(out);
+      expect_mean_of_estimates(out, method.options.two_phase, 8 * double(from + to + 6) * 0x1p-24 * 64);
+    }
+}
+
+}  // namespace
+}  // namespace thinwire::test
