@@ -30,12 +30,14 @@ def reached(folder: pathlib.Path) -> list[tuple[str, str, float, float | None]]:
         return near[0]["ratio_memcpy"] if near else None
 
     out = []
-    for recursion in ("dgc", "ef14"):
+    for recursion in ("dgc", "ef14", "econtrol"):
         for density in (0.001, 0.01, 0.08):
             out.append((f"{recursion}_topk_sampled, {density:.1%}, x copy", "at least", 0.85, copy(f"{recursion}_topk_sampled", density)))
+    for recursion in ("dgc", "ef14"):
         out.append((f"{recursion}_topk_sampled, bf16 gradients, 1 %, x copy", "at least", 0.80, copy(f"{recursion}_topk_sampled_bf16grad", 0.01)))
     out.append(("decode of 8 payloads, 1 %, x copy", "at least", 0.67, copy("decode_topk_8", 0.01)))
-    out.append(("ef14_sign, x copy", "at least", 0.85, copy("ef14_sign")))
+    for kernel in ("ef14_sign", "econtrol_sign_512"):
+        out.append((f"{kernel}, x copy", "at least", 0.85, copy(kernel)))
     out.append(("ordered against unordered selection, time", "at most", 1.10, pairs.get("ordered against unordered selection")))
     out.append(("161 ResNet-50 layers against one array, time", "at most", 1.30, pairs.get("161 ResNet-50 layers against one array")))
     out.append(("torch.topk by exact selection, time", "at least", 4.0, eager.get("topk_to_exact")))

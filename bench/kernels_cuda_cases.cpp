@@ -67,6 +67,7 @@ class Streamed {
       segment.first = numel_;
       segment.count = count;
       segment.setting.density = pass_.density.value_or(1);
+      segment.setting.eta = eta_of(pass_.recursion, pass_.codec->nominal_delta(segment));
       segments_.push_back(segment);
       numel_ += count;
       memory += pass_.codec->memory(segment);
@@ -183,7 +184,7 @@ std::vector<DeviceGroup> all_device_groups(DeviceArrays& arrays) {
   std::vector<DeviceGroup> out;
   const auto topk = [&](const StreamCase& what) { return stream_case(arrays, topk_pass(arrays, what)); };
   const auto alone = [&](const Case& one) { out.push_back({{one}, ""}); };
-  for (const char* recursion : {"dgc", "ef14", "none"})
+  for (const char* recursion : {"dgc", "ef14", "econtrol", "none"})
     for (const double density : {0.001, 0.01, 0.08}) alone(topk({.recursion = recursion, .density = density}));
   for (const char* recursion : {"dgc", "ef14", "none"}) alone(topk({.recursion = recursion, .topk = {.exact = true}}));
   for (const char* recursion : {"dgc", "ef14"}) alone(topk({.recursion = recursion, .variant = "bf16grad", .grad = DType::bf16}));
@@ -201,6 +202,7 @@ std::vector<DeviceGroup> all_device_groups(DeviceArrays& arrays) {
     alone(decode_case(arrays, topk_pass(arrays, {.recursion = "ef14", .density = density}), with_density("decode_topk_8", density)));
   for (const char* recursion : {"ef14", "averaged_ef14", "none"}) alone(stream_case(arrays, sign_pass(arrays, {.recursion = recursion})));
   alone(stream_case(arrays, sign_pass(arrays, {.variant = "512", .options = {.block = 512}})));
+  alone(stream_case(arrays, sign_pass(arrays, {.recursion = "econtrol", .variant = "512", .options = {.block = 512}})));
   alone(stream_case(arrays, sign_pass(arrays, {.variant = "tensor", .options = {.block = 0}})));
   alone(decode_case(arrays, sign_pass(arrays, {.recursion = "none"}), "decode_sign_8"));
   return out;

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <limits>
 #include <vector>
 
 #include "collectives/passengers_cuda.hpp"
@@ -50,14 +49,14 @@ void DeviceEngine::run(const std::shared_ptr<const BucketPlan>& bucket, Bytes gr
   if (parts_.codec == nullptr) {
     run_plain(plan, grad, step, options, stream);
   } else if (bucket->whole_dense) {
-    run_whole_dense(plan, grad, step, options, stream);
+    sent = run_whole_dense(plan, grad, step, options, stream);
   } else if (bucket->two_phase) {
     sent = run_two_phase(plan, grad, step, options, stream);
   } else {
     sent = run_compressed(plan, grad, step, options, stream);
   }
   sent.joined = options.joined;
-  if (!bucket->momenta.empty()) sent.momenta = note_momenta(plan, grad, step, stream);
+  if (!bucket->momenta.empty()) sent.shared = note_momenta(plan, grad, step, stream);
   launch_verdict(grad, plan.flags, &counters_->step_flags, stream);
   if (parts_.options.step_verdict) {
     keep_pending(shared, sent, stream);
@@ -108,10 +107,14 @@ void DeviceEngine::write_messages(DevicePlan& plan, const DeviceRanges (&where)[
   launch_copy_message(where[1], grad, to[1], plan.flags, stream);
 }
 
-void DeviceEngine::run_whole_dense(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Stream stream) {
+DeviceEngine::Sent DeviceEngine::run_whole_dense(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options,
+                                                 Stream stream) {
+  const Recursion& recursion = plan.bucket->recursion;
   const std::size_t count = plan.bucket->count;
   Bytes all = messages_.take((count + 1) * sizeof(float));
   all.dtype = DType::fp32;
+  // The mean estimate is made anew here, whatever the verdict: what owners still owed it is in it then.
+  if (recursion.kind == Recursion::Kind::estimate) launch_settle_dense(plan.server, nullptr, stream);
   if (options.joined) {
     device_clear(all, stream);
   } else {
@@ -122,6 +125,11 @@ void DeviceEngine::run_whole_dense(DevicePlan& plan, Bytes grad, std::uint64_t s
   parts_.communicator.all_reduce(all, stream);
   launch_read_flag(all.as<float>() + count, plan.flags, stream);
   launch_sum(plan.whole[0], {all.data, 0, 1, DType::fp32}, &plan.scales->mean, grad, plan.flags, stream);
+  if (recursion.kind != Recursion::Kind::estimate) return {};
+  const Bytes sums = all.sub(0, count * sizeof(float));
+  if (recursion.starting) return {{}, sums, false};
+  remake_mean_estimates(plan, sums, stream);
+  return {};
 }
 
 void DeviceEngine::write_for_owners(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Bytes send,
@@ -207,8 +215,8 @@ DeviceEngine::Sent DeviceEngine::run_compressed(DevicePlan& plan, Bytes grad, st
   // 3. One gather carries all of it.
   communicator.all_gather(own, gathered, stream);
   for (std::size_t r = 0; r < ranks; ++r) wires_[r] = gathered.sub(share * r, capacity);
-  // The factor is in the plan. A codec that does not look there gives NaN, not a wrong mean.
-  parts_.codec->decode(plan.plan(step), wires_, std::numeric_limits<float>::quiet_NaN(), workspace, grad, plan.flags, stream);
+  const Plan view = plan.mean_plan(step);
+  parts_.codec->decode(view, wires_, unless_in(view, 1.0f / float(world())), workspace, grad, plan.flags, stream);
   if (bucket.owners) {
     launch_place(plan.finished, gathered.data, grad, stream);
   } else {

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <span>
 #include <vector>
@@ -92,7 +93,7 @@ class DeviceEngine final : public BucketEngine {
   /// What a bucket leaves for its verdict. All of it lies in scratch, or waits for the step's verdict in a Pending.
   struct Sent {
     ConstBytes own_wire;  ///< what is taken back: this rank's payload, under two_phase its second one
-    ConstBytes momenta;   ///< target=momentum: what the bucket's momenta become, as DevicePlan::momenta packs them
+    ConstBytes shared;    ///< what becomes of the bucket's momenta, as DevicePlan::momenta packs them; or a starting step's sums
     bool joined = false;
   };
   struct Pending {
@@ -106,13 +107,17 @@ class DeviceEngine final : public BucketEngine {
   bool clips() const { return parts_.recursion.clip_norm > 0; }
   /// The host cannot know a scale in device memory to be 1.
   static bool scaled(const ReduceOptions& options) { return options.device_loss_scale != nullptr || options.loss_scale != 1.0f; }
+  /// The factor of a decode, unless the plan has one. A codec that does not look there gives NaN then, not a wrong mean.
+  static float unless_in(const Plan& plan, float factor) {
+    return plan.factor != nullptr ? std::numeric_limits<float>::quiet_NaN() : factor;
+  }
   std::shared_ptr<DevicePlan> plan_of(const std::shared_ptr<const BucketPlan>& bucket, Stream stream);
   /// Norms where somebody needs them, and the factors of a group whose messages are in true units; null: all 1.
   const float* factors_of(DevicePlan& plan, int group, Bytes grad, std::uint64_t step, const ReduceOptions& options, Stream stream);
   void write_messages(DevicePlan& plan, const DeviceRanges (&where)[2], Bytes grad, std::uint64_t step, const ReduceOptions& options,
                       std::byte* const (&to)[2], Stream stream);
   void run_plain(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Stream stream);
-  void run_whole_dense(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Stream stream);
+  Sent run_whole_dense(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Stream stream);
   Sent run_compressed(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Stream stream);
   Sent run_two_phase(DevicePlan& plan, Bytes grad, std::uint64_t step, const ReduceOptions& options, Stream stream);
   /// The payload of this rank's messages, or of a rank that has none.
@@ -123,6 +128,8 @@ class DeviceEngine final : public BucketEngine {
   std::size_t sum_owned(DevicePlan& plan, const std::byte* received, std::size_t stride, Bytes finished, Stream stream);
   ConstBytes note_momenta(DevicePlan& plan, Bytes grad, std::uint64_t step, Stream stream);
   void keep_pending(const std::shared_ptr<DevicePlan>& plan, const Sent& sent, Stream stream);
+  /// A dense step with estimates that is not starting: makes the mean of all of them anew, in the memory of `sums`.
+  void remake_mean_estimates(DevicePlan& plan, Bytes sums, Stream stream);
   void settle(DevicePlan& plan, std::uint64_t step, const Sent& sent, const std::uint32_t* verdict, Stream stream);
   void write_counters();
 

@@ -60,8 +60,7 @@ DeviceDense dense_of(const Segment& segment, const SegmentState& state, const Re
   out.range.count = segment.count;
   out.factor = std::uint32_t(factor);
   out.packed = packed;
-  if (recursion.kind == Recursion::Kind::momentum_correction || recursion.averaged) out.momentum = state.array[0];
-  out.residual = residual_of(recursion, state);
+  out.set(recursion, state);
   return out;
 }
 
@@ -136,7 +135,7 @@ DevicePlan::DevicePlan(std::shared_ptr<const BucketPlan> of, const Codec* codec,
     codec_tables.push_back({out, tables.append(table.data(), table.size()), table.size()});
   };
   if (codec != nullptr && !plan.whole_dense) {
-    tabulate(recursion, plan.plan(0), segments_, plan.states, &codec_table_);
+    tabulate(recursion, plan.mean_plan(0, 1.0f), segments_, plan.states, &codec_table_);
     if (plan.two_phase) {
       Recursion taken = kOwner;
       taken.averaged = recursion.averaged;
@@ -195,6 +194,11 @@ DevicePlan::DevicePlan(std::shared_ptr<const BucketPlan> of, const Codec* codec,
     const std::vector<Segment>& normed = plan.two_phase ? plan.phases.whole : plan.segments;
     for (std::size_t s = 0; s < normed.size(); ++s) dense.push_back(dense_of(normed[s], {}, {}, s, 0));
     tables.append(std::move(dense), &whole[2]);
+  }
+  if (recursion.kind == Recursion::Kind::estimate) {
+    std::vector<DeviceDense> dense;
+    for (std::size_t s = 0; s < segments_.size(); ++s) dense.push_back(dense_of(segments_[s], plan.states[s], recursion, s, 0));
+    tables.append(std::move(dense), &compressed);
   }
   if (plan.owners) {
     const std::size_t size = size_of(plan.dtype);
@@ -266,9 +270,19 @@ Plan DevicePlan::plan(std::uint64_t step) const noexcept {
   return out;
 }
 
+Plan DevicePlan::mean_plan(std::uint64_t step) const noexcept {
+  Plan out = plan(step);
+  if (bucket->mean_estimates.empty()) return out;
+  out.mean_estimates = bucket->mean_estimates;
+  out.factor = nullptr;  // true units: the loss scale comes last
+  out.output_factor = &scales->loss;
+  return out;
+}
+
 Plan DevicePlan::own_part(std::uint64_t step) const noexcept {
   Plan out = with(bucket->own_part(step), own_table_, nullptr);
   out.segments = own_;
+  if (!bucket->mean_estimates.empty()) return out;  // the mean goes on into them, in true units and fp32
   out.output.dtype = bucket->dtype;
   out.output_factor = &scales->loss;
   return out;

@@ -22,6 +22,8 @@ struct DevicePlan {
   /// two_phase: of this rank's part, as the mean lies apart, to be encoded; and to be taken back.
   Plan own_part(std::uint64_t step) const noexcept;
   Plan own_taken(std::uint64_t step) const noexcept;
+  /// The same, for decoding the mean of all ranks (BucketPlan::mean_plan).
+  Plan mean_plan(std::uint64_t step) const noexcept;
   /// target=momentum: of the compressed segments as `momenta` packs them, to be decoded in true units.
   Plan momentum_plan(std::uint64_t step) const noexcept;
 
@@ -29,6 +31,8 @@ struct DevicePlan {
   /// Segments as they lie in the bucket: [0] and [1] the groups of passengers, [2] those that are compressed. `packed` of passengers: their
   /// place in the messages of their group.
   DeviceRanges whole[3];
+  /// Estimates: the compressed segments with their state.
+  DeviceRanges compressed;
   /// Owners: group by group, the parts of each owner, packed as they are sent; and what this rank sums of each group, one after the other.
   DeviceRanges sent[2], owned[2];
   /// Owners: all finished parts, packed as the gather leaves them behind the payloads.

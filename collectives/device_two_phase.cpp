@@ -1,6 +1,5 @@
 // two_phase on a GPU, step for step the host's (host_two_phase.cpp), each enqueued; and what becomes of the shared momenta.
 #include <algorithm>
-#include <limits>
 
 #include "collectives/device_engine.hpp"
 #include "compressors/core/wire.hpp"
@@ -44,7 +43,8 @@ DeviceEngine::Sent DeviceEngine::run_two_phase(DevicePlan& plan, Bytes grad, std
   // 3. Everyone's means.
   communicator.all_gather(contribution, gathered, stream);
   for (std::size_t r = 0; r < ranks; ++r) wires_[r] = gathered.sub(share * r, capacity);
-  parts_.codec->decode(plan.plan(step), wires_, std::numeric_limits<float>::quiet_NaN(), workspace, grad, plan.flags, stream);
+  const Plan view = plan.mean_plan(step);
+  parts_.codec->decode(view, wires_, unless_in(view, 1.0f), workspace, grad, plan.flags, stream);
   if (bucket.owners) launch_place(plan.finished, gathered.data, grad, stream);
   return {second, {}, false};
 }
@@ -69,24 +69,39 @@ void DeviceEngine::keep_pending(const std::shared_ptr<DevicePlan>& plan, const S
   pending.plan = plan;
   pending.sent = sent;
   const std::size_t own = round_up(sent.own_wire.size, 256);
-  const Bytes memory = pending.memory.take(own + sent.momenta.size);
+  const Bytes memory = pending.memory.take(own + sent.shared.size);
   const auto keep = [&](ConstBytes from, std::size_t at) -> ConstBytes {
     if (from.size != 0) device_copy(memory.data + at, from.data, from.size, stream);
     return {memory.data + at, from.size, from.dtype, Place::cuda, device_};
   };
   pending.sent.own_wire = keep(sent.own_wire, 0);
-  pending.sent.momenta = keep(sent.momenta, own);
+  pending.sent.shared = keep(sent.shared, own);
+}
+
+void DeviceEngine::remake_mean_estimates(DevicePlan& plan, Bytes sums, Stream stream) {
+  launch_pack_estimates(plan.whole[0], sums.as<float>(), stream);
+  parts_.communicator.all_reduce(sums, stream);
+  launch_set_mean_estimates(plan.whole[0], sums.as<float>(), 1.0f / float(world()), stream);
 }
 
 void DeviceEngine::settle(DevicePlan& plan, std::uint64_t step, const Sent& sent, const std::uint32_t* verdict, Stream stream) {
   const BucketPlan& bucket = *plan.bucket;
   if (parts_.codec == nullptr) return;
+  if (bucket.recursion.starting) {
+    if (bucket.whole_dense) {
+      launch_start_estimates(plan.whole[0], sent.shared.as<float>(), 1.0f / float(world()), sent.joined, verdict, stream);
+    } else {  // init=compressed: the first payload is the estimate, and nothing is kept back
+      launch_settle_dense(plan.compressed, verdict, stream);
+    }
+  }
   if (!sent.joined) {
+    launch_keep_news(bucket.recursion, plan.compressed, verdict, stream);
     if (bucket.recursion.averaged) launch_forget_momentum(plan.whole[0], plan.passenger_betas, verdict, stream);
     launch_settle_dense(plan.whole[0], verdict, stream);
   }
   launch_settle_dense(plan.server, verdict, stream);
-  if (bucket.two_phase) {  // what the workers sent lies with the owners already
+  if (bucket.recursion.kind == Recursion::Kind::estimate) return;  // what was sent is in the estimates, on all ranks
+  if (bucket.two_phase) {                                          // what the workers sent lies with the owners already
     Recursion owner = kOwner;
     owner.averaged = bucket.recursion.averaged;
     parts_.codec->take_back(owner, plan.own_taken(step), sent.own_wire, {bucket.phases.own_taken, nullptr, plan.own_betas}, verdict,
@@ -95,7 +110,7 @@ void DeviceEngine::settle(DevicePlan& plan, std::uint64_t step, const Sent& sent
     parts_.codec->take_back(bucket.recursion, plan.plan(step), sent.own_wire, {bucket.states, nullptr, plan.betas}, verdict, stream);
   }
   if (bucket.momenta.empty() || (parts_.options.momentum_elsewhere && !bucket.recursion.averaged)) return;
-  launch_move_momentum(plan.momenta, sent.momenta.as<float>(), verdict, stream);
+  launch_move_momentum(plan.momenta, sent.shared.as<float>(), verdict, stream);
 }
 
 }  // namespace thinwire

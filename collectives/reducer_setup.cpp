@@ -59,8 +59,6 @@ GradientReducer::Impl::Impl(std::shared_ptr<Communicator> communicator, const Co
       two_phase_(codec_ != nullptr && codec_->combine() == Combine::reencode && config.exchange().name != "gather"),
       policy_(make_policy(config)) {
   before_freeze_.clip_norm = recursion_.clip_norm;
-  if (options_.device >= 0 && recursion_.kind == Recursion::Kind::estimate)
-    fail(Errc::unsupported, "feedback=" + config.feedback().name + " works in host memory only so far");
   dense_steps_ = config.start_step();
   if (recursion_.kind == Recursion::Kind::estimate) {
     const std::string& init = config.feedback().text("init");

@@ -50,12 +50,6 @@ inline Recursion econtrol(float fresh = 1) {
   return r;
 }
 inline bool has_estimate(const Recursion& r) { return r.kind == Recursion::Kind::estimate; }
-/// Whether the codecs of a backend have kernels for a recursion.
-constexpr bool knows(Backend on, const Recursion& r) { return !on.cuda || r.kind != Recursion::Kind::estimate; }
-inline std::vector<Recursion> known(Backend on, std::vector<Recursion> all) {
-  std::erase_if(all, [on](const Recursion& r) { return !knows(on, r); });
-  return all;
-}
 inline std::string describe(const Recursion& r) {
   return "kind " + std::to_string(int(r.kind)) + " decay " + std::to_string(r.decay) + " m " + std::to_string(r.momentum) +
          (r.nesterov ? " nesterov" : "") + (r.mask ? " mask" : "") + (r.averaged ? " averaged" : "") + (r.control ? " control" : "") +

@@ -122,6 +122,7 @@ class DeviceCodec final : public Codec {
   struct Moved {
     std::vector<Segment> segments;
     std::vector<SegmentState> states;
+    std::vector<float*> mean_estimates;
     std::vector<std::byte> table;
     Plan plan;
     StateView state;
@@ -130,11 +131,13 @@ class DeviceCodec final : public Codec {
         : segments(host.segments.begin(), host.segments.end()), states(given.segments.begin(), given.segments.end()), plan(host) {
       for (std::size_t s = 0; s < segments.size(); ++s) {
         segments[s].live = twins.of(segments[s].live, segments[s].count / 8 + 1, false);
+        if (!host.mean_estimates.empty()) mean_estimates.push_back(twins.of(host.mean_estimates[s], segments[s].count, true));
         if (states.empty()) continue;
         for (float*& array : states[s].array) array = twins.of(array, segments[s].count, true);
         states[s].memory = twins.of(states[s].memory, codec.memory(segments[s]), true);
       }
       plan.segments = segments;
+      plan.mean_estimates = mean_estimates;
       table.resize(codec.table_bytes(plan));
       codec.tabulate(recursion, plan, states, table.data());
       plan.table = {twins.of(table.data(), table.size(), false), table.size(), DType::u8, Place::cuda, kDevice};

@@ -40,9 +40,9 @@ inline Recursion averaged(Recursion r) {
   r.averaged = true;
   return r;
 }
-inline std::vector<Recursion> sign_recursions(Backend on) {
-  return known(on, {no_feedback(), ef14(), ef14(0.75f), averaged(no_feedback()), averaged(ef14()), averaged(ef14(0.75f)), ef21(),
-                    ef21(0.25f), econtrol(), econtrol(0.1f)});
+inline std::vector<Recursion> sign_recursions() {
+  return {no_feedback(), ef14(),      ef14(0.75f), averaged(no_feedback()), averaged(ef14()), averaged(ef14(0.75f)),
+          ef21(),        ef21(0.25f), econtrol(),  econtrol(0.1f)};
 }
 inline std::string describe(const SignOptions& o) {
   return std::string(o.scale == Scale::l1 ? " l1" : " l2") + " block " + std::to_string(o.block);

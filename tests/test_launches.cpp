@@ -17,10 +17,11 @@ std::size_t kernels_of(Call&& call) {
 
 TEST(SignLaunches, AreAsManyAsPromised) {
   for (const std::size_t block : {1024, 8192, 0}) {
-    for (const bool feeds : {false, true}) {
+    for (const Recursion& recursion : {no_feedback(), averaged(ef14()), econtrol(), ef21(0.5f)}) {
+      const bool keeps = has_estimate(recursion) || recursion.averaged, feeds = recursion.control || recursion.averaged;
       SignOptions options;
       options.block = block;
-      SignRig rig(Backend::gpu(), options, feeds ? averaged(ef14()) : no_feedback(), {9000, 100, 40000, 3, 20000}, {1, 2, 2, 5});
+      SignRig rig(Backend::gpu(), options, recursion, {9000, 100, 40000, 3, 20000}, {1, 2, 2, 5});
       rig.prepare();
       const std::vector<float> grad(rig.numel, 1.0f);
       const auto stream = [&](const PassCounts& counts) {
@@ -29,7 +30,7 @@ TEST(SignLaunches, AreAsManyAsPromised) {
                             SignRig::bytes(rig.payload), &rig.flags, counts, Stream::host());
         });
       };
-      const std::size_t pass = block == 1024 ? 2 : feeds ? 4 : 3;
+      const std::size_t pass = block == 1024 ? 2 : keeps ? 4 : 3;
       EXPECT_EQ(stream({rig.kept.data(), nullptr}), pass);
       EXPECT_EQ(stream({rig.kept.data(), rig.norms.data()}), pass + 2);
       EXPECT_EQ(kernels_of([&] { rig.take_back(); }), feeds ? 1u : 0u);

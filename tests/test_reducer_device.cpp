@@ -74,7 +74,13 @@ TEST_F(ReducerDevice, IsTheHostToTheBit) {
         "codec=topk:density=0.01,index=bitmap feedback=ef14:decay=0.5 min_numel=100 check_every=2", "codec=topk:density=0.03 min_numel=100",
         "codec=sign:scale=l2,block=24 feedback=ef14 exchange=gather min_numel=100", "codec=sign feedback=ef14:decay=0.5 min_numel=100",
         "onebit_adam:freeze=1,clip_norm=0.5,block=tensor min_numel=100",
-        "codec=sign feedback=ef14 target=momentum:freeze=1 exchange=gather min_numel=100"}) {
+        "codec=sign feedback=ef14 target=momentum:freeze=1 exchange=gather min_numel=100",
+        "codec=topk:density=0.01 feedback=ef21 exchange=gather min_numel=100",
+        "codec=topk:density=0.02,wire=bf16,select=exact feedback=econtrol:worker_ema=0.5 min_numel=100",
+        "codec=topk:density=0.1,index=bitmap feedback=econtrol:init=compressed,eta=0.5 exchange=gather min_numel=100 start_step=1",
+        "codec=sign:block=tensor feedback=econtrol exchange=gather min_numel=100",
+        "codec=sign:scale=l2,block=24 feedback=ef21:worker_ema=0.25,init=zero min_numel=100",
+        "codec=sign feedback=econtrol min_numel=100 start_step=2"}) {
     for (const DType dtype : {DType::fp32, DType::bf16, DType::fp16}) {
       SCOPED_TRACE(std::string(config) + " " + to_string(dtype));
       Scenario s;
@@ -87,13 +93,41 @@ TEST_F(ReducerDevice, IsTheHostToTheBit) {
   }
 }
 
+// A dense step makes the mean of all estimates anew, whatever the verdict, and owners forget what they still owed it.
+TEST_F(ReducerDevice, FlushesOfEstimatesAreTheHosts) {
+  for (const char* config :
+       {"codec=topk:density=0.05 feedback=econtrol exchange=gather min_numel=100", "codec=sign feedback=econtrol:init=zero min_numel=100",
+        "codec=sign:block=24 feedback=ef21:worker_ema=0.5 min_numel=100"})
+    for (const bool step_verdict : {false, true}) {
+      SCOPED_TRACE(std::string(config) + (step_verdict ? " step verdict" : ""));
+      Scenario s;
+      s.world = 2;
+      s.config = config;
+      s.steps = 6;
+      s.reducer.step_verdict = step_verdict;
+      s.before_step = [](GradientReducer& reducer, int step, int) {
+        if (step == 2 || step == 4) reducer.flush();
+      };
+      s.grad = [clean = numbers(real_number, 14, kModel)](int step, int rank, std::uint32_t p) {
+        Vec g = clean(step, rank, p);
+        if (step == 4 && rank == 0 && p == 0) g[3] = std::numeric_limits<float>::quiet_NaN();
+        return g;
+      };
+      expect_same_with_accidents(s, 1);
+    }
+}
+
 TEST_F(ReducerDevice, LossScalesNonfiniteStepsAndJoinedRanksAreTheHostsToo) {
   const auto clean = numbers(real_number, 12, kModel);
   for (const char* config :
        {"dgc:density=0.01 min_numel=100", "dgc:density=0.02,clip_norm=0.5,select=exact min_numel=100",
         "codec=topk:density=0.1,wire=bf16 feedback=ef14 min_numel=100 start_step=3", "codec=topk:density=0.03 min_numel=100", "codec=none",
         "onebit_adam:freeze=1,block=64 min_numel=100", "codec=sign feedback=none min_numel=100",
-        "codec=sign feedback=ef14 target=momentum:freeze=2 exchange=gather min_numel=100"})
+        "codec=sign feedback=ef14 target=momentum:freeze=2 exchange=gather min_numel=100",
+        "codec=topk:density=0.1,wire=fp16 feedback=econtrol exchange=gather min_numel=100 start_step=4",
+        "codec=topk:density=0.02,select=exact feedback=ef21:init=dense,worker_ema=0.5 min_numel=100",
+        "codec=topk:density=0.1 feedback=econtrol:init=compressed min_numel=100",
+        "codec=sign:block=5000 feedback=econtrol:worker_ema=0.5,init=zero min_numel=100", "codec=sign feedback=ef21 min_numel=100"})
     for (const bool step_verdict : {false, true})
       for (const bool in_memory : {false, true}) {
         SCOPED_TRACE(std::string(config) + (step_verdict ? " step verdict" : "") + (in_memory ? " scale in memory" : ""));

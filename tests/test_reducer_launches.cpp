@@ -63,9 +63,14 @@ TEST(ReducerLaunches, AreThoseOfTheDocumentation) {
     std::size_t kernels, more_at_16;
   };
   const std::size_t around = 1 + 1 + 1 + 2 + 1 + 1 + 1 + 1;  // all but the pass
-  for (const Case& c : {Case{"codec=topk:density=0.01 feedback=dgc exchange=gather min_numel=1000", around + 3, 4},
-                        Case{"codec=topk:density=0.01,select=exact feedback=dgc exchange=gather min_numel=1000", around + 7, 4},
-                        Case{"codec=topk:density=0.01 feedback=dgc:clip_norm=1 exchange=gather min_numel=1000", around + 3 + 6, 0}}) {
+  for (const Case& c :
+       {Case{"codec=topk:density=0.01 feedback=dgc exchange=gather min_numel=1000", around + 3, 4},
+        Case{"codec=topk:density=0.01,select=exact feedback=dgc exchange=gather min_numel=1000", around + 7, 4},
+        Case{"codec=topk:density=0.01 feedback=dgc:clip_norm=1 exchange=gather min_numel=1000", around + 3 + 6, 0},
+        // The bias has no state to be emptied; EF21 takes nothing back.
+        Case{"codec=topk:density=0.01 feedback=econtrol:init=zero exchange=gather min_numel=1000", around - 1 + 3, 4},
+        Case{"codec=topk:density=0.01,select=exact feedback=econtrol:init=zero exchange=gather min_numel=1000", around - 1 + 8, 4},
+        Case{"codec=topk:density=0.01,select=exact feedback=ef21:init=zero exchange=gather min_numel=1000", around - 2 + 7, 4}}) {
     for (const auto& [kernels, waits, copies] : count(c.config, {}, 1, 16)) {
       EXPECT_EQ(kernels, c.kernels) << c.config;
       EXPECT_EQ(waits, 0u) << c.config;
@@ -79,8 +84,10 @@ TEST(ReducerLaunches, NoStepWaitsOrCopiesBack) {
   for (const bool verdict : {false, true}) {
     ReducerOptions options;
     options.step_verdict = verdict;
-    for (const char* config : {"codec=none", "codec=topk:density=0.02 feedback=ef14 exchange=gather",
-                               "codec=sign feedback=ef14 exchange=gather", "codec=topk:density=0.02 feedback=dgc start_step=1000"}) {
+    for (const char* config :
+         {"codec=none", "codec=topk:density=0.02 feedback=ef14 exchange=gather", "codec=sign feedback=ef14 exchange=gather",
+          "codec=topk:density=0.02 feedback=dgc start_step=1000", "codec=topk:density=0.02 feedback=econtrol:init=zero exchange=gather",
+          "codec=sign feedback=econtrol:init=zero start_step=1000", "codec=topk:density=0.02 feedback=ef21 start_step=1000"}) {
       for (const auto& [kernels, waits, copies] : count(config, options, 1, 40)) {
         EXPECT_GT(kernels, 0u);
         EXPECT_EQ(waits, 0u) << config;

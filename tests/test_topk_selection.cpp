@@ -124,7 +124,7 @@ TYPED_TEST(TopKSelection, NothingThatRoundsToZeroIsSent) {
 // Few large values that no sample of 1/32 is likely to meet, or many where it meets none: exact selection must not believe its sample.
 TYPED_TEST(TopKSelection, ExactDoesNotDependOnItsSample) {
   const std::size_t n = 400000;
-  for (const auto& recursion : {no_feedback(), ef14(), dgc(0.5f), dgc(0.5f, true)}) {
+  for (const auto& recursion : {no_feedback(), ef14(), dgc(0.5f), dgc(0.5f, true), ef21(), econtrol(0.5f)}) {
     for (const DType wire : {DType::fp32, DType::bf16}) {
       for (const int shape : {0, 1, 2}) {
         TopKRig rig(TypeParam::kBackend, with(true, wire), recursion, {n}, 0.001);
@@ -137,16 +137,28 @@ TYPED_TEST(TopKSelection, ExactDoesNotDependOnItsSample) {
             grad[1 + i] = i < 40000 ? noise : 1e-30f * noise;     // in one stretch: more above the sampled bound than candidates fit
           if (shape == 2) grad[1 + i] = float(random() % 3) - 1;  // ties everywhere
         }
-        rig.stream(grad);
+        for (std::size_t i = 0; i < n && has_estimate(recursion); ++i)
+          rig.residual[0][i] = 0.5f * grad[1 + i], rig.estimate[0][i] = 0.25f * grad[1 + i];
         std::vector<float> message(n);
-        for (std::size_t i = 0; i < n; ++i) message[i] = oracle::update(recursion, grad[1 + i], 1, {}).x;
+        std::vector<oracle::Held> held(n);
+        for (std::size_t i = 0; i < n; ++i) {
+          const auto element = oracle::update(recursion, grad[1 + i], 1, rig.held(0, i), eta_at(0));
+          message[i] = element.x, held[i] = element.held;
+        }
+        rig.stream(grad);
         const auto entries = rig.entries();
         ASSERT_EQ(indices(entries[0]), largest(message, 400, wire)) << describe(recursion) << " shape " << shape;
         for (const auto& e : entries[0]) {
           ASSERT_EQ(e.value, oracle::sent_value(message[e.index], wire));
-          if (recursion.kind != Recursion::Kind::none) message[e.index] -= e.value;
+          held[e.index] = oracle::after_sending(recursion, held[e.index], message[e.index], e.value);
         }
-        ASSERT_TRUE(recursion.kind == Recursion::Kind::none || rig.residual[0] == message) << describe(recursion) << " shape " << shape;
+        const bool keeps = recursion.kind != Recursion::Kind::none && (!has_estimate(recursion) || recursion.control);
+        for (std::size_t i = 0; i < n; ++i) {
+          const auto where = [&] { return describe(recursion) + " shape " + std::to_string(shape) + " element " + std::to_string(i); };
+          if (recursion.kind == Recursion::Kind::momentum_correction) ASSERT_EQ(rig.u[0][i], held[i].u) << where();
+          if (keeps) ASSERT_EQ(rig.residual[0][i], held[i].residual) << where();
+          if (has_estimate(recursion)) ASSERT_EQ(rig.estimate[0][i], held[i].estimate) << where();
+        }
       }
     }
   }

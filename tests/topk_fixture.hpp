@@ -132,9 +132,9 @@ inline Recursion dgc(float momentum = 0.5f, bool nesterov = false, bool mask = t
   r.mask = mask;
   return r;
 }
-inline std::vector<Recursion> all_recursions(Backend on) {
-  return known(on, {no_feedback(), ef14(), ef14(0.75f), dgc(), dgc(0.9f, false, false), dgc(0.5f, true), dgc(0.9f, true, false), ef21(),
-                    ef21(0.25f), econtrol(), econtrol(0.1f)});
+inline std::vector<Recursion> all_recursions() {
+  return {no_feedback(),          ef14(), ef14(0.75f), dgc(),      dgc(0.9f, false, false), dgc(0.5f, true),
+          dgc(0.9f, true, false), ef21(), ef21(0.25f), econtrol(), econtrol(0.1f)};
 }
 inline std::string describe(const TopKOptions& o) {
   return std::string(" wire ") + to_string(o.wire) + (o.exact ? " exact" : " sampled") + " index " + std::to_string(int(o.index));

@@ -14,13 +14,34 @@ namespace thinwire {
 /// Elements of one block's work, counted from the start of a segment: a block sum of the norms too.
 inline constexpr std::uint32_t kDeviceChunk = 4096;
 
-/// Where a segment lies; what kernels of any family know of it begins with this.
+/// Where a segment lies.
 struct DeviceRange {
   std::uint64_t first = 0, count = 0;  ///< elements of the flat buffer
   std::uint32_t first_chunk = 0;
 };
 
-/// A table of structs that begin with a DeviceRange, `stride` bytes apart, and for each chunk the segment it belongs to. Device memory.
+/// A segment and its state, null where it has none; what kernels of any family know of it begins with this.
+struct DeviceStates {
+  DeviceRange range;
+  float *momentum = nullptr, *residual = nullptr;  ///< momentum: DGC's u, or the shared m
+  float *estimate = nullptr, *mean_estimate = nullptr, *average = nullptr;
+
+  void set(const Recursion& recursion, const SegmentState& state) noexcept {
+    if (recursion.kind == Recursion::Kind::momentum_correction || recursion.averaged) momentum = state.array[0];
+    residual = residual_of(recursion, state);
+    estimate = estimate_of(recursion, state);
+    mean_estimate = mean_estimate_of(recursion, state);
+    average = average_of(recursion, state);
+  }
+  /// Whether 16 bytes of any array can be loaded at once.
+  bool aligned() const noexcept {
+    for (const float* array : {momentum, residual, estimate, mean_estimate, average})
+      if (reinterpret_cast<std::uintptr_t>(array) % 16 != 0) return false;
+    return true;
+  }
+};
+
+/// A table of structs that begin with DeviceStates, `stride` bytes apart, and for each chunk the segment it belongs to. Device memory.
 struct DeviceRanges {
   const std::byte* base = nullptr;
   std::size_t stride = 0, segments = 0, chunks = 0;
@@ -47,12 +68,16 @@ void launch_clip_factors(const Recursion& recursion, const DeviceRanges& ranges,
                          std::size_t total_numel, float* factors, Stream stream);
 
 /// A segment that stays dense, or a part of one.
-struct DeviceDense {
-  DeviceRange range;
-  std::uint32_t factor = 0;                        ///< which factor is its
-  std::uint64_t packed = 0;                        ///< its first element among the packed messages
-  float *momentum = nullptr, *residual = nullptr;  ///< averaged: m, null where a parameter has none
-  const std::uint8_t* live = nullptr;              ///< Segment::live
+struct DeviceDense : DeviceStates {
+  std::uint32_t factor = 0;            ///< which factor is its
+  std::uint64_t packed = 0;            ///< its first element among the packed messages
+  float* held = nullptr;               ///< where its message lies until the verdict: the residual, or the estimate of EF21's first one
+  const std::uint8_t* live = nullptr;  ///< Segment::live
+
+  void set(const Recursion& recursion, const SegmentState& state) noexcept {
+    DeviceStates::set(recursion, state);
+    held = recursion.starting && !recursion.control ? estimate : residual;
+  }
 };
 
 /// dense_message over segments with state, messages in fp32. One kernel: reads gradient and state, writes state and messages. `beta1`:
@@ -61,8 +86,19 @@ void launch_dense_message(const Recursion& recursion, const DeviceRanges& ranges
                           std::uint32_t* flags, Stream stream, const float* beta1 = nullptr);
 /// dense_message over segments without: their elements as they are, in the gradient's dtype. One kernel.
 void launch_copy_message(const DeviceRanges& ranges, ConstBytes grad, std::byte* messages, std::uint32_t* flags, Stream stream);
-/// settle_dense where `verdict` lacks kFlagNonfinite. One kernel.
+/// settle_dense where `verdict` is null or lacks kFlagNonfinite. One kernel.
 void launch_settle_dense(const DeviceRanges& ranges, const std::uint32_t* verdict, Stream stream);
+
+// Recursion::Kind::estimate, each one kernel.
+
+/// keep_news where `verdict` is null or has kFlagNonfinite. Nothing is launched for EF21.
+void launch_keep_news(const Recursion& recursion, const DeviceRanges& ranges, const std::uint32_t* verdict, Stream stream);
+/// start_estimates by `verdict`, over DeviceDense; the means are factor × sums[packed + i].
+void launch_start_estimates(const DeviceRanges& ranges, const float* sums, float factor, bool joined, const std::uint32_t* verdict,
+                            Stream stream);
+/// out[packed + i] = h, 0 where there is none; and back: H = factor × sums[packed + i], cut at the largest float. Over DeviceDense.
+void launch_pack_estimates(const DeviceRanges& ranges, float* out, Stream stream);
+void launch_set_mean_estimates(const DeviceRanges& ranges, const float* sums, float factor, Stream stream);
 
 // target=momentum, each one kernel over segments with a shared momentum m; beta1 in the order of `factors`.
 

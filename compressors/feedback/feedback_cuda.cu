@@ -19,8 +19,12 @@ using namespace thinwire::feedback;
 
 static_assert(kDeviceChunk == kSumBlock);
 
-__device__ inline const DeviceRange& range_of(const DeviceRanges& ranges, std::uint32_t s) {
-  return *reinterpret_cast<const DeviceRange*>(ranges.base + s * ranges.stride);
+__device__ inline const DeviceStates& states_of(const DeviceRanges& ranges, std::uint32_t s) {
+  return *reinterpret_cast<const DeviceStates*>(ranges.base + s * ranges.stride);
+}
+__device__ inline const DeviceRange& range_of(const DeviceRanges& ranges, std::uint32_t s) { return states_of(ranges, s).range; }
+__device__ inline const DeviceDense& dense_of(const DeviceRanges& ranges, std::uint32_t s) {
+  return static_cast<const DeviceDense&>(states_of(ranges, s));
 }
 
 /// A chunk and what of it exists.
@@ -93,20 +97,20 @@ template <Form form>
 __global__ void __launch_bounds__(kThreads) dense_kernel(float rate, DeviceRanges ranges, const std::byte* grad, DType dtype,
                                                          const float* factors, const float* beta1, float* messages, std::uint32_t* flags) {
   const Chunk chunk(ranges, blockIdx.x);
-  const auto& dense = reinterpret_cast<const DeviceDense&>(range_of(ranges, chunk.segment));
+  const DeviceDense& dense = dense_of(ranges, chunk.segment);
   const float factor = factors != nullptr ? factors[dense.factor] : 1.0f;
   bool bad = false;
   for (std::uint32_t j = threadIdx.x; j < chunk.count; j += kThreads) {
     const std::size_t i = chunk.start + j;
     float g, x, u = 0;
     if (!news(load_element(grad, dtype, dense.range.first + i) * factor, g)) bad = true;
-    const float held = dense.residual != nullptr ? dense.residual[i] : 0.0f;
+    const float held = dense.held != nullptr ? dense.held[i] : 0.0f;
     if constexpr (has_momentum(form)) u = dense.momentum[i];
     if constexpr (is_averaged(form)) {
       const float beta = beta1[dense.factor];
       if (dense.momentum != nullptr) g = average(beta, 1.0f - beta, dense.momentum[i], g);
     }
-    if (past_average(form) == Form::error_feedback && dense.residual == nullptr) {
+    if (past_average(form) == Form::error_feedback && dense.held == nullptr) {
       x = g;
     } else {
       message<past_average(form)>(g, rate, held, u, x);
@@ -117,7 +121,7 @@ __global__ void __launch_bounds__(kThreads) dense_kernel(float rate, DeviceRange
       x = held;
       bad = true;
     }
-    if (dense.residual != nullptr) dense.residual[i] = x;
+    if (dense.held != nullptr) dense.held[i] = x;
     messages[dense.packed + i] = x;
   }
   if (bad) atomicOr(flags, std::uint32_t(kFlagNonfinite));
@@ -126,7 +130,7 @@ __global__ void __launch_bounds__(kThreads) dense_kernel(float rate, DeviceRange
 __global__ void __launch_bounds__(kThreads)
     copy_kernel(DeviceRanges ranges, const std::byte* grad, DType dtype, std::byte* messages, std::uint32_t* flags) {
   const Chunk chunk(ranges, blockIdx.x);
-  const auto& dense = reinterpret_cast<const DeviceDense&>(range_of(ranges, chunk.segment));
+  const DeviceDense& dense = dense_of(ranges, chunk.segment);
   bool bad = false;
   for (std::uint32_t j = threadIdx.x; j < chunk.count; j += kThreads) {
     const std::size_t from = dense.range.first + chunk.start + j, to = dense.packed + chunk.start + j;
@@ -141,19 +145,58 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads) settle_kernel(DeviceRanges ranges, const std::uint32_t* verdict) {
-  if ((*verdict & kFlagNonfinite) != 0) return;
+  if (verdict != nullptr && (*verdict & kFlagNonfinite) != 0) return;
   const Chunk chunk(ranges, blockIdx.x);
-  const auto& dense = reinterpret_cast<const DeviceDense&>(range_of(ranges, chunk.segment));
+  const DeviceDense& dense = dense_of(ranges, chunk.segment);
   if (dense.residual == nullptr) return;
   for (std::uint32_t j = threadIdx.x; j < chunk.count; j += kThreads) dense.residual[chunk.start + j] = 0;
 }
 
-/// One element of a segment per visit(element, of the segment).
+/// One element of a segment per visit(segment, element).
+template <class Segment, class Visit>
+__device__ inline void for_each_of(const DeviceRanges& ranges, Visit&& visit) {
+  const Chunk chunk(ranges, blockIdx.x);
+  const Segment& segment = static_cast<const Segment&>(states_of(ranges, chunk.segment));
+  for (std::uint32_t j = threadIdx.x; j < chunk.count; j += kThreads) visit(segment, std::size_t(chunk.start + j));
+}
 template <class Visit>
 __device__ inline void for_each(const DeviceRanges& ranges, Visit&& visit) {
-  const Chunk chunk(ranges, blockIdx.x);
-  const auto& dense = reinterpret_cast<const DeviceDense&>(range_of(ranges, chunk.segment));
-  for (std::uint32_t j = threadIdx.x; j < chunk.count; j += kThreads) visit(dense, std::size_t(chunk.start + j));
+  for_each_of<DeviceDense>(ranges, visit);
+}
+
+__global__ void __launch_bounds__(kThreads) keep_news_kernel(DeviceRanges ranges, const std::uint32_t* verdict) {
+  if (verdict != nullptr && (*verdict & kFlagNonfinite) == 0) return;
+  for_each_of<DeviceStates>(ranges, [](const DeviceStates& own, std::size_t i) {
+    if (own.residual != nullptr) own.residual[i] = saturated(own.residual[i] + own.estimate[i]);
+  });
+}
+
+__global__ void __launch_bounds__(kThreads)
+    start_kernel(DeviceRanges ranges, const float* sums, float factor, bool joined, const std::uint32_t* verdict) {
+  const bool finite = (*verdict & kFlagNonfinite) == 0;
+  for_each(ranges, [&](const DeviceDense& dense, std::size_t i) {
+    if (dense.estimate == nullptr) return;
+    if (finite) {
+      const float message = joined ? 0.0f : dense.held[i];
+      dense.estimate[i] = message;
+      if (dense.average != nullptr) dense.average[i] = message;
+      dense.mean_estimate[i] = sums[dense.packed + i] * factor;
+    } else if (dense.residual == nullptr) {
+      dense.estimate[i] = 0;
+      dense.mean_estimate[i] = 0;
+    }
+  });
+}
+
+__global__ void __launch_bounds__(kThreads) pack_kernel(DeviceRanges ranges, float* out) {
+  for_each(ranges,
+           [&](const DeviceDense& dense, std::size_t i) { out[dense.packed + i] = dense.estimate != nullptr ? dense.estimate[i] : 0.0f; });
+}
+
+__global__ void __launch_bounds__(kThreads) mean_estimate_kernel(DeviceRanges ranges, const float* sums, float factor) {
+  for_each(ranges, [&](const DeviceDense& dense, std::size_t i) {
+    if (dense.mean_estimate != nullptr) dense.mean_estimate[i] = saturated(0.0f + sums[dense.packed + i] * factor);
+  });
 }
 
 __global__ void __launch_bounds__(kThreads) note_momentum_kernel(DeviceRanges ranges, std::byte* grad, DType dtype, const float* unscale,
@@ -200,8 +243,12 @@ void launch_dense_message(const Recursion& recursion, const DeviceRanges& ranges
   THINWIRE_EXPECTS(!recursion.averaged || beta1 != nullptr || ranges.chunks == 0, "an averaged gradient needs beta1");
   switch (form_of(recursion)) {
     case Form::none:
+    case Form::estimate:
+    case Form::smoothed_estimate:
       return run(dense_kernel<Form::none>);
     case Form::error_feedback:
+    case Form::control:
+    case Form::smoothed_control:
       return run(dense_kernel<Form::error_feedback>);
     case Form::momentum:
       return run(dense_kernel<Form::momentum>);
@@ -211,8 +258,6 @@ void launch_dense_message(const Recursion& recursion, const DeviceRanges& ranges
       return run(dense_kernel<Form::averaged>);
     case Form::averaged_feedback:
       return run(dense_kernel<Form::averaged_feedback>);
-    default:
-      fail(Errc::unsupported, "feedback with estimates works in host memory only so far");
   }
 }
 
@@ -222,6 +267,23 @@ void launch_copy_message(const DeviceRanges& ranges, ConstBytes grad, std::byte*
 
 void launch_settle_dense(const DeviceRanges& ranges, const std::uint32_t* verdict, Stream stream) {
   launch("settle dense", settle_kernel, ranges.chunks, kThreads, stream, ranges, verdict);
+}
+
+void launch_keep_news(const Recursion& recursion, const DeviceRanges& ranges, const std::uint32_t* verdict, Stream stream) {
+  if (recursion.control) launch("keep news", keep_news_kernel, ranges.chunks, kThreads, stream, ranges, verdict);
+}
+
+void launch_start_estimates(const DeviceRanges& ranges, const float* sums, float factor, bool joined, const std::uint32_t* verdict,
+                            Stream stream) {
+  launch("start estimates", start_kernel, ranges.chunks, kThreads, stream, ranges, sums, factor, joined, verdict);
+}
+
+void launch_pack_estimates(const DeviceRanges& ranges, float* out, Stream stream) {
+  launch("pack estimates", pack_kernel, ranges.chunks, kThreads, stream, ranges, out);
+}
+
+void launch_set_mean_estimates(const DeviceRanges& ranges, const float* sums, float factor, Stream stream) {
+  launch("mean estimates", mean_estimate_kernel, ranges.chunks, kThreads, stream, ranges, sums, factor);
 }
 
 void launch_note_momentum(const DeviceRanges& ranges, Bytes grad, const float* unscale, const float* beta1, bool averaging, float* out,

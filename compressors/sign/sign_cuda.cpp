@@ -39,6 +39,7 @@ DeviceShape walk(const Plan& plan, const SignOptions& options, VisitSegment&& vi
       out.scales_at = scales_at;
       out.bits_at = bits_at;
       out.live = segment.live;
+      out.eta = segment.setting.eta;
       out.part = std::uint32_t(r);
       out.block = std::clamp<std::size_t>(segment.count, 1, block_of(options, segment.count));
       out.first_tile = std::uint32_t(shape.tiles);
@@ -131,12 +132,9 @@ class SignCuda final : public Codec {
       std::memcpy(const_cast<void*>(static_cast<const void*>(where)), &what, sizeof what);
     };
     const auto visit_segment = [&](const Segment&, DeviceSegment& out, std::size_t tiles) {
-      if (!states.empty() && out.range.count != 0) {  // an empty part has its place anywhere
-        out.momentum = recursion.averaged ? states[s].array[0] : nullptr;
-        out.residual = residual_of(recursion, states[s]);
-        for (const float* array : {out.momentum, out.residual})
-          THINWIRE_EXPECTS(reinterpret_cast<std::uintptr_t>(array) % 16 == 0, "sign: state on a GPU starts at a multiple of 16 bytes");
-      }
+      if (!states.empty() && out.range.count != 0) out.set(recursion, states[s]);  // an empty part has its place anywhere
+      if (!plan.mean_estimates.empty() && out.range.count != 0) out.mean_estimate = plan.mean_estimates[s];
+      THINWIRE_EXPECTS(out.aligned(), "sign: state on a GPU starts at a multiple of 16 bytes");
       put(at.segments + s, out);
       const auto mark = [&](const std::uint32_t* map, std::uint32_t first, std::size_t count) {
         std::fill_n(const_cast<std::uint32_t*>(map) + first, count, std::uint32_t(s));
@@ -188,6 +186,8 @@ class SignCuda final : public Codec {
       THINWIRE_EXPECTS(wires[r].data == wires[0].data + r * call.stride, "sign: on a GPU payloads are decoded equally spaced");
     call.header = payload_header(plan, plan.segments, options_, wires.front().size, 0);
     call.factor = plan.factor != nullptr ? DeviceFactor(plan.factor) : DeviceFactor(factor);
+    call.estimates = !plan.mean_estimates.empty();
+    call.output_factor = plan.output_factor != nullptr ? DeviceFactor(plan.output_factor) : DeviceFactor(plan.output.factor);
     call.out = out.data;
     call.dtype = out.dtype;
     call.flags = flags;
@@ -199,6 +199,7 @@ class SignCuda final : public Codec {
                  Stream stream) const override {
     if (!feedback::has_residual(feedback::form_of(recursion))) return;
     DecodeCall call = decode_call(plan);
+    if (recursion.kind == Recursion::Kind::estimate) return launch_keep_news(recursion, ranges_of(call.table, call.shape), verdict, stream);
     kChecks.payload_size(own_wire.size, call.shape.capacity * call.shape.parts);
     check_recursion(recursion, plan, state);
     call.wire = own_wire.data;
@@ -217,6 +218,10 @@ class SignCuda final : public Codec {
     THINWIRE_EXPECTS(plan.table.size >= table_size(shape) && plan.table.place == Place::cuda,
                      "sign: on a GPU a plan brings the table that tabulate() wrote, " + std::to_string(table_size(shape)) + " bytes");
     return table_at(shape, plan.table.data);
+  }
+
+  static DeviceRanges ranges_of(const DeviceTable& table, const DeviceShape& shape) {
+    return {reinterpret_cast<const std::byte*>(table.segments), sizeof(DeviceSegment), shape.segments, shape.chunks, table.chunk_segment};
   }
 
   DecodeCall decode_call(const Plan& plan) const {
@@ -253,12 +258,12 @@ class SignCuda final : public Codec {
     call.output = plan.output;
     call.output_factor = plan.output_factor;
     call.rate = feedback::rate_of(recursion);
+    call.keep = 1.0f - recursion.fresh;
+    call.fresh = recursion.fresh;
     call.dtype = grad.dtype;
     call.scale = options_.scale;
-    if (counts.norms != nullptr) {
-      const DeviceRanges ranges{plan.table.data, sizeof(DeviceSegment), call.shape.segments, call.shape.chunks, call.table.chunk_segment};
-      launch_squared_norms(ranges, grad, call.scratch.block_sums, counts.norms, stream);
-    }
+    if (counts.norms != nullptr)
+      launch_squared_norms(ranges_of(call.table, call.shape), grad, call.scratch.block_sums, counts.norms, stream);
     launch_encode(call, form, stream);
   }
 

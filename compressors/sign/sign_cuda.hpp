@@ -12,10 +12,11 @@ namespace thinwire {
 /// Codec::tabulate); payloads are decoded where a gather left them, equally spaced. Calls enqueue kernels on the stream and nothing else:
 /// no copy, no synchronisation; they can be captured in a graph, which then repeats the step number it was captured with.
 ///
-///   stream     2 kernels for blocks of at most kSumBlock elements: gradient and state are read once and the residual is written once;
-///              3 for larger ones without a residual, 4 with one, which is read and written once more; norms 2 more where somebody asks
+///   stream     2 kernels for blocks of at most kSumBlock elements: gradient and state are read once and the state is written once;
+///              3 for larger ones without state, 4 with a residual, which is read and written once more, or with an estimate: gradient
+///              and state are read once more, and written then; norms 2 more where somebody asks
 ///   decode     2: one checks the payloads, one writes the output
-///   take_back  1;  empty 1
+///   take_back  1, of EF21 none;  empty 1
 ///
 /// @throws Error{unsupported} in a build without CUDA.
 std::unique_ptr<const Codec> make_sign_cuda(const SignOptions& options);

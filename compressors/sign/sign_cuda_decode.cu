@@ -67,7 +67,7 @@ __device__ inline bool store_output(const DecodeCall& call, std::size_t i, std::
 __global__ void __launch_bounds__(kThreads) decode_kernel(DecodeCall call) {
   const Chunk chunk(call.table, blockIdx.x);
   const DeviceSegment& segment = call.table.segments[chunk.segment];
-  const float factor = call.factor.read();
+  const float factor = call.factor.read(), output_factor = call.output_factor.read();
   float sum[kElements];
   std::uint64_t scale[kGroups];
 #pragma unroll
@@ -97,6 +97,17 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(DecodeCall call) {
     float mean[kGroup];
 #pragma unroll
     for (unsigned j = 0; j < kGroup; ++j) mean[j] = ((alive >> j) & 1u) != 0 ? sum[v * kGroup + j] * factor : 0.0f;
+    if (call.estimates) {
+      float* const estimate = segment.mean_estimate + chunk.start + i;
+      float held[kGroup];
+      load_group(estimate, chunk.count - i, held);
+#pragma unroll
+      for (unsigned j = 0; j < kGroup; ++j) {
+        held[j] = feedback::saturated(held[j] + mean[j]);
+        mean[j] = held[j] * output_factor;
+      }
+      store_group(estimate, chunk.count - i, held);
+    }
     finite &= store_output(call, segment.range.first + chunk.start + i, chunk.count - i, mean);
   }
   if (!finite && call.flags != nullptr) raise(call.flags);

@@ -100,27 +100,76 @@ __device__ inline std::uint32_t count_live(const std::uint8_t* live, std::uint64
   return warp_sum(count);
 }
 
-/// One block per tile: reads gradient, momentum and residual once. Where the tile holds whole blocks, messages stay in registers until the
-/// scales are known and the residual is written once; else the residual takes the messages.
+/// What a thread has in registers of its elements: gradients, and the state that the form has.
+template <Form form>
+struct Held {
+  float g[kElements];
+  float x[kElements];  ///< the residual; then what stays of it if nothing is sent: the message, but for forms with an estimate
+  float m[kElements];  ///< the momentum, or the average
+  float h[kElements];  ///< the estimate
+
+  /// All loads first, so that they are in flight together.
+  __device__ Held(const EncodeCall& call, const DeviceSegment& segment, const Tile& tile) {
+#pragma unroll
+    for (unsigned v = 0; v < kGroups; ++v) {
+      const std::uint32_t i = group_start(v), in = i < tile.count ? tile.count - i : 0;
+      const std::uint64_t at = tile.start + i;
+      load_group(call.grad, call.dtype, segment.range.first + at, in, g + v * kGroup);
+      if constexpr (feedback::has_residual(form)) load_group(segment.residual + at, in, x + v * kGroup);
+      if constexpr (feedback::is_averaged(form)) load_group(segment.momentum + at, in, m + v * kGroup);
+      if constexpr (feedback::is_smoothed(form)) load_group(segment.average + at, in, m + v * kGroup);
+      if constexpr (feedback::has_estimate(form)) load_group(segment.estimate + at, in, h + v * kGroup);
+    }
+  }
+  /// Element e's message; its state is what it keeps if nothing is sent.
+  __device__ float message(const EncodeCall& call, const DeviceSegment& segment, unsigned e, float factor, float beta, bool& finite) {
+    const float residual = feedback::has_residual(form) ? x[e] : 0.0f,
+                second = feedback::is_averaged(form) || feedback::is_smoothed(form) ? m[e] : 0.0f;
+    if constexpr (feedback::has_estimate(form)) {
+      const feedback::Estimated element =
+          feedback::estimated<form>(g[e] * factor, segment.eta, call.keep, call.fresh, h[e], residual, second);
+      finite &= element.finite;
+      x[e] = element.residual, m[e] = element.average;
+      return element.x;
+    } else {
+      x[e] = message_of<form>(g[e] * factor, call.rate, beta, second, residual, finite);
+      return x[e];
+    }
+  }
+  /// What live elements of group v keep now that their bits were sent.
+  __device__ void send(unsigned v, float scale, std::uint32_t bits, std::uint32_t alive) {
+    if constexpr (feedback::has_estimate(form)) {
+#pragma unroll
+      for (unsigned j = 0; j < kGroup; ++j)
+        if (((alive >> j) & 1u) != 0) feedback::send(value_of(((bits >> j) & 1u) != 0, scale), x[v * kGroup + j], h[v * kGroup + j]);
+    } else {
+      leave_group(scale, bits, alive, x + v * kGroup);
+    }
+  }
+  __device__ void store(const DeviceSegment& segment, const Tile& tile, unsigned v) const {
+    const std::uint32_t i = group_start(v), in = tile.count - i;
+    const std::uint64_t at = tile.start + i;
+    if constexpr (feedback::has_residual(form)) store_group(segment.residual + at, in, x + v * kGroup);
+    if constexpr (feedback::is_smoothed(form)) store_group(segment.average + at, in, m + v * kGroup);
+    if constexpr (feedback::has_estimate(form)) store_group(segment.estimate + at, in, h + v * kGroup);
+  }
+};
+
+__device__ inline float factor_of(const EncodeCall& call, std::uint32_t segment) {
+  return call.grad_factor != nullptr ? call.grad_factor[segment] : 1.0f;
+}
+
+/// One block per tile: reads gradient and state once. Where the tile holds whole blocks, messages stay in registers until the scales are
+/// known and the state is written once; else the residual takes the messages, and forms with an estimate write nothing yet.
 template <Form form>
 __global__ void __launch_bounds__(kThreads) stream_kernel(EncodeCall call) {
   alignas(16) __shared__ float magnitudes[kSumBlock];
   __shared__ float scales[kSumBlock / 8];
   const Tile tile(call.table, blockIdx.x);
   const DeviceSegment& segment = call.table.segments[tile.segment];
-  const std::size_t grad_first = segment.range.first + tile.start;
-  const float factor = call.grad_factor != nullptr ? call.grad_factor[tile.segment] : 1.0f;
+  const float factor = factor_of(call, tile.segment);
   const float beta = feedback::is_averaged(form) ? call.beta1[tile.segment] : 0.0f;
-
-  // All loads first, so that they are in flight together.
-  float g[kElements], x[kElements], m[kElements];
-#pragma unroll
-  for (unsigned v = 0; v < kGroups; ++v) {
-    const std::uint32_t i = group_start(v), in = i < tile.count ? tile.count - i : 0;
-    load_group(call.grad, call.dtype, grad_first + i, in, g + v * kGroup);
-    if constexpr (feedback::has_residual(form)) load_group(segment.residual + tile.start + i, in, x + v * kGroup);
-    if constexpr (feedback::is_averaged(form)) load_group(segment.momentum + tile.start + i, in, m + v * kGroup);
-  }
+  Held<form> held(call, segment, tile);
 
   bool finite = true;
   std::uint32_t bits = 0, alive = 0;  // kGroup of each group
@@ -135,9 +184,7 @@ __global__ void __launch_bounds__(kThreads) stream_kernel(EncodeCall call) {
       const unsigned e = v * kGroup + j;
       sizes[j] = 0;  // of dead ones: adds nothing
       if (((in >> j) & 1u) != 0) {
-        const float message = message_of<form>(g[e] * factor, call.rate, beta, feedback::is_averaged(form) ? m[e] : 0.0f,
-                                               feedback::has_residual(form) ? x[e] : 0.0f, finite);
-        x[e] = message;
+        const float message = held.message(call, segment, e, factor, beta, finite);
         sizes[j] = magnitude(message);
         own |= std::uint32_t(bit_of(message)) << j;
       }
@@ -172,14 +219,15 @@ __global__ void __launch_bounds__(kThreads) stream_kernel(EncodeCall call) {
       scales_of_segment(call.wire, segment)[tile.scale + b] = scales[b];
     }
   }
-  if constexpr (!feedback::has_residual(form)) return;
+  if constexpr (!feedback::has_residual(form) && !feedback::has_estimate(form)) return;
+  if (wide && !keeps_message(form)) return;
   __syncthreads();
 #pragma unroll
   for (unsigned v = 0; v < kGroups; ++v) {
     const std::uint32_t i = group_start(v);
     if (i >= tile.count) break;
-    if (!wide) leave_group(scales[i / block], (bits >> (v * kGroup)), (alive >> (v * kGroup)), x + v * kGroup);
-    store_group(segment.residual + tile.start + i, tile.count - i, x + v * kGroup);
+    if (!wide) held.send(v, scales[i / block], bits >> (v * kGroup), alive >> (v * kGroup));
+    held.store(segment, tile, v);
   }
 }
 
@@ -228,6 +276,30 @@ __global__ void __launch_bounds__(kThreads) leave_kernel(EncodeCall call) {
   }
 }
 
+/// The same for forms with an estimate: messages are made again of gradient and state, then the state is written once.
+template <Form form>
+__global__ void __launch_bounds__(kThreads) commit_kernel(EncodeCall call) {
+  const Tile tile(call.table, blockIdx.x);
+  const DeviceSegment& segment = call.table.segments[tile.segment];
+  if (!segment.wide()) return;
+  const float scale = scales_of_segment(call.wire, segment)[tile.scale], factor = factor_of(call, tile.segment);
+  Held<form> held(call, segment, tile);
+#pragma unroll
+  for (unsigned v = 0; v < kGroups; ++v) {
+    const std::uint32_t i = group_start(v);
+    if (i >= tile.count) break;
+    const std::uint32_t alive = live_group(segment.live, tile.start + i, tile.count - i);
+    std::uint32_t bits = 0;
+    bool told = true;  // by the first pass
+#pragma unroll
+    for (unsigned j = 0; j < kGroup; ++j) {
+      if (((alive >> j) & 1u) != 0) bits |= std::uint32_t(bit_of(held.message(call, segment, v * kGroup + j, factor, 0.0f, told))) << j;
+    }
+    held.send(v, scale, bits, alive);
+    held.store(segment, tile, v);
+  }
+}
+
 void launch_prologue(const EncodeCall& call, bool empty, Stream stream) {
   launch("sign headers", prologue_kernel, call.shape.parts * (call.shape.capacity / kSlice + 1), kThreads, stream, call, empty);
 }
@@ -241,9 +313,18 @@ void launch_encode(const EncodeCall& call, Form form, Stream stream) {
   if (form == Form::error_feedback) run(stream_kernel<Form::error_feedback>);
   if (form == Form::averaged) run(stream_kernel<Form::averaged>);
   if (form == Form::averaged_feedback) run(stream_kernel<Form::averaged_feedback>);
+  if (form == Form::estimate) run(stream_kernel<Form::estimate>);
+  if (form == Form::smoothed_estimate) run(stream_kernel<Form::smoothed_estimate>);
+  if (form == Form::control) run(stream_kernel<Form::control>);
+  if (form == Form::smoothed_control) run(stream_kernel<Form::smoothed_control>);
+  if (call.shape.wides == 0) return;
   launch("sign scales", scale_kernel, call.shape.wides, unsigned(kPartials), stream, call);
-  if (call.shape.wides != 0 && feedback::has_residual(form))
-    launch("sign residual", leave_kernel, call.shape.tiles, kThreads, stream, call);
+  const auto settle = [&](auto kernel) { launch("sign state", kernel, call.shape.tiles, kThreads, stream, call); };
+  if (keeps_message(form)) settle(leave_kernel);
+  if (form == Form::estimate) settle(commit_kernel<Form::estimate>);
+  if (form == Form::smoothed_estimate) settle(commit_kernel<Form::smoothed_estimate>);
+  if (form == Form::control) settle(commit_kernel<Form::control>);
+  if (form == Form::smoothed_control) settle(commit_kernel<Form::smoothed_control>);
 }
 
 void launch_empty(const EncodeCall& call, Stream stream) { launch_prologue(call, true, stream); }

@@ -19,10 +19,8 @@ using feedback::Form;
 
 /// A segment as kernels see it. Encoding goes by tiles of at most kSumBlock elements: whole blocks of a scale where they fit, else the
 /// pieces of a wide one, which are summed apart. Everything else goes by chunks (DeviceRange).
-struct DeviceSegment {
-  DeviceRange range;
+struct DeviceSegment : DeviceStates {
   std::uint64_t scales_at = 0, bits_at = 0;  ///< bytes from the start of the wire: of part 0's payload
-  float *momentum = nullptr, *residual = nullptr;
   const std::uint8_t* live = nullptr;
   std::uint64_t block = 1;       ///< elements per scale, at most the segment's
   std::uint32_t tile = 0;        ///< elements of a tile
@@ -30,6 +28,7 @@ struct DeviceSegment {
   std::uint32_t first_tile = 0;  ///< among the plan's
   std::uint32_t first_wide = 0;  ///< its first wide block among the plan's
   std::uint32_t part = 0;
+  float eta = 0;
 
   THINWIRE_HD bool wide() const noexcept { return block > kSumBlock; }
 };
@@ -75,6 +74,7 @@ struct EncodeCall {
   Output output;
   const float* output_factor = nullptr;  ///< where its factor is, if it is in device memory
   float rate = 0;
+  float keep = 0, fresh = 1;  ///< smoothed forms: the shares of the average and of the gradient
   DType dtype = DType::fp32;
   SignOptions::Scale scale = SignOptions::Scale::l1;
 };
@@ -96,6 +96,8 @@ struct DecodeCall {
   bool apart = false;               ///< several parts: payload r is of part r alone
   wire::Header header;              ///< what a sound one is, but for the flags and what differs from part to part
   DeviceFactor factor = 1.0f;
+  bool estimates = false;             ///< the mean is added to mean estimates, and output_factor × those is written
+  DeviceFactor output_factor = 1.0f;  ///< estimates
   std::byte* out = nullptr;
   DType dtype = DType::fp32;
   std::uint32_t* flags = nullptr;

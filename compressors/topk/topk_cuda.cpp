@@ -32,6 +32,7 @@ DeviceShape walk(const Plan& plan, const TopKOptions& options, Visit&& visit) {
     out.index_at = at;
     out.value_at = at + wire.index_bytes;
     out.live = segment.live;
+    out.eta = segment.setting.eta;
     out.k = std::uint32_t(wire.k);
     out.capacity = std::uint32_t(wire.capacity);
     out.form = std::uint32_t(wire.form);
@@ -148,20 +149,17 @@ class TopKCuda final : public Codec {
   std::size_t table_bytes(const Plan& plan) const override { return table_size(shape_of(plan, options_)); }
 
   void tabulate(const Recursion& recursion, const Plan& plan, std::span<const SegmentState> states, std::byte* table) const override {
-    const Form form = feedback::form_of(recursion);
     const DeviceShape shape = shape_of(plan, options_);
     const DeviceTable at = table_at(shape, table);
     auto* const segments = reinterpret_cast<DeviceSegment*>(table);
     std::size_t s = 0;
     walk(plan, options_, [&](const Segment&, DeviceSegment& out) {
       if (!states.empty()) {
-        const SegmentState& own = states[s];
-        out.momentum = feedback::has_momentum(form) ? own.array[0] : nullptr;
-        out.residual = feedback::has_momentum(form) ? own.array[1] : form == Form::error_feedback ? own.array[0] : nullptr;
-        out.memory = own.memory;
-        for (const float* array : {out.momentum, out.residual})
-          THINWIRE_EXPECTS(reinterpret_cast<std::uintptr_t>(array) % 16 == 0, "topk: state on a GPU starts at a multiple of 16 bytes");
+        out.set(recursion, states[s]);
+        out.memory = states[s].memory;
       }
+      if (!plan.mean_estimates.empty()) out.mean_estimate = plan.mean_estimates[s];
+      THINWIRE_EXPECTS(out.aligned(), "topk: state on a GPU starts at a multiple of 16 bytes");
       std::memcpy(&segments[s], &out, sizeof out);
       const auto mark = [&](const std::uint32_t* map, std::uint32_t first, std::size_t count) {
         std::fill_n(const_cast<std::uint32_t*>(map) + first, count, std::uint32_t(s));
@@ -209,6 +207,8 @@ class TopKCuda final : public Codec {
     call.chunk_start = workspace.as<std::uint32_t>();
     call.unit_count = call.chunk_start + wires.size() * call.shape.chunks;
     call.factor = plan.factor != nullptr ? DeviceFactor(plan.factor) : DeviceFactor(factor);
+    call.estimates = !plan.mean_estimates.empty();
+    call.output_factor = plan.output_factor != nullptr ? DeviceFactor(plan.output_factor) : DeviceFactor(plan.output.factor);
     call.out = out.data;
     call.out_dtype = out.dtype;
     call.flags = flags;
@@ -218,6 +218,10 @@ class TopKCuda final : public Codec {
 
   void take_back(const Recursion& recursion, const Plan& plan, ConstBytes own_wire, const StateView&, const std::uint32_t* verdict,
                  Stream stream) const override {
+    if (recursion.kind == Recursion::Kind::estimate) {
+      const DeviceShape shape = shape_of(plan, options_);
+      return launch_keep_news(recursion, ranges_of(table_of(plan, shape), shape), verdict, stream);
+    }
     if (feedback::has_residual(feedback::form_of(recursion))) launch_take_back(decode_call(plan, own_wire), verdict, stream);
   }
 
@@ -260,6 +264,10 @@ class TopKCuda final : public Codec {
     return table_at(shape, plan.table.data);
   }
 
+  static DeviceRanges ranges_of(const DeviceTable& table, const DeviceShape& shape) {
+    return {reinterpret_cast<const std::byte*>(table.segments), sizeof(DeviceSegment), shape.segments, shape.chunks, table.chunk_segment};
+  }
+
   DecodeCall decode_call(const Plan& plan, ConstBytes wire) const {
     DecodeCall call;
     call.shape = shape_of(plan, options_);
@@ -289,15 +297,15 @@ class TopKCuda final : public Codec {
     call.header = payload_header(plan, options_, wire.size, 0);
     call.step = plan.step;
     call.rate = feedback::rate_of(recursion);
+    call.keep = 1.0f - recursion.fresh;
+    call.fresh = recursion.fresh;
     call.floor = wire_floor(options_.wire);
     call.grad_dtype = grad.dtype;
     call.wire_dtype = options_.wire;
     call.mask = recursion.mask;
     call.exact = options_.exact;
-    if (counts.norms != nullptr) {
-      const DeviceRanges ranges{plan.table.data, sizeof(DeviceSegment), call.shape.segments, call.shape.chunks, call.table.chunk_segment};
-      launch_squared_norms(ranges, grad, call.scratch.block_sums, counts.norms, stream);
-    }
+    if (counts.norms != nullptr)
+      launch_squared_norms(ranges_of(call.table, call.shape), grad, call.scratch.block_sums, counts.norms, stream);
     encode_(call, feedback::form_of(recursion), stream);
   }
 

@@ -212,7 +212,16 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(DecodeCall call) {
   bool bad = false;
   const float factor = call.factor.read();
   const std::size_t first = segment.range.first + start;
-  for (unsigned i = threadIdx.x; i < count; i += kThreads) { bad |= !store_element(call.out, call.out_dtype, first + i, sum[i] * factor); }
+  if (call.estimates) {
+    float* const means = segment.mean_estimate + start;
+    const float scale = call.output_factor.read();
+    for (unsigned i = threadIdx.x; i < count; i += kThreads) {
+      means[i] = feedback::saturated(means[i] + sum[i] * factor);
+      bad |= !store_element(call.out, call.out_dtype, first + i, means[i] * scale);
+    }
+  } else {
+    for (unsigned i = threadIdx.x; i < count; i += kThreads) bad |= !store_element(call.out, call.out_dtype, first + i, sum[i] * factor);
+  }
   if (bad && call.flags != nullptr) atomicOr(call.flags, std::uint32_t(kFlagNonfinite));
 }
 

@@ -37,11 +37,15 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(EncodeCall call) {
     const std::size_t i = first + j;
     std::uint32_t bits = 0;
     if (is_live(segment.live, i)) {
-      float residual = 0, u = 0;
-      if constexpr (feedback::has_residual(form)) residual = segment.residual[i];
-      if constexpr (feedback::has_momentum(form)) u = segment.momentum[i];
-      bool ignored = false;
-      const float x = step_element<form>(load_element<dtype>(call.grad, segment.range.first + i) * factor, call.rate, residual, u, ignored);
+      float x, residual = 0, u = 0;
+      if constexpr (feedback::has_estimate(form)) {
+        x = estimated_at<form>(call, segment, factor, i).x;
+      } else {
+        if constexpr (feedback::has_residual(form)) residual = segment.residual[i];
+        if constexpr (feedback::has_momentum(form)) u = segment.momentum[i];
+        bool ignored = false;
+        x = step_element<form>(load_element<dtype>(call.grad, segment.range.first + i) * factor, call.rate, residual, u, ignored);
+      }
       bits = is_finite(x) ? float_bits(magnitude(x)) : 0;
     }
     magnitudes[4 * threadIdx.x + j] = bits;
@@ -174,14 +178,26 @@ __device__ inline void load_gradient(const std::byte* base, std::size_t i, float
     }
   }
 }
-__device__ inline void load_state(const float* from, float* to, unsigned count) {
-  for (unsigned j = 0; j < count; j += 4) {
-    const float4 x = *reinterpret_cast<const float4*>(from + j);
-    to[j] = x.x, to[j + 1] = x.y, to[j + 2] = x.z, to[j + 3] = x.w;
+/// The first `in` of `per` elements of state, zeros after them; and back.
+template <unsigned per>
+__device__ inline void load_state(const float* from, std::uint32_t in, float* to) {
+  if (in >= per) {
+    for (unsigned j = 0; j < per; j += 4) {
+      const float4 x = *reinterpret_cast<const float4*>(from + j);
+      to[j] = x.x, to[j + 1] = x.y, to[j + 2] = x.z, to[j + 3] = x.w;
+    }
+  } else {
+    for (unsigned j = 0; j < per; ++j) to[j] = j < in ? from[j] : 0.0f;
   }
 }
-__device__ inline void store_state(float* to, const float* from, unsigned count) {
-  for (unsigned j = 0; j < count; j += 4) *reinterpret_cast<float4*>(to + j) = float4{from[j], from[j + 1], from[j + 2], from[j + 3]};
+template <unsigned per>
+__device__ inline void store_state(float* to, std::uint32_t in, const float* from) {
+  if (in >= per) {
+    for (unsigned j = 0; j < per; j += 4) *reinterpret_cast<float4*>(to + j) = float4{from[j], from[j + 1], from[j + 2], from[j + 3]};
+  } else {
+    for (unsigned j = 0; j < per; ++j)
+      if (j < in) to[j] = from[j];
+  }
 }
 
 /// One block per chunk. Reads gradient and state once and writes state once, whole 16-byte words where the gradient is aligned; per entry
@@ -189,6 +205,7 @@ __device__ inline void store_state(float* to, const float* from, unsigned count)
 template <Form form, DType dtype, bool exact>
 __global__ void __launch_bounds__(kThreads) stream_kernel(EncodeCall call) {
   constexpr unsigned per = kPer<dtype>, vectors = kElements / per, field = 32 / vectors;
+  constexpr bool advances = !exact || !feedback::has_estimate(form);  // else messages may have to be made again of the state
   __shared__ std::uint32_t ticket, totals[32], starts[32], total;
   __shared__ std::uint64_t preceding;
   __shared__ std::uint16_t offsets[kDeviceChunk];
@@ -206,57 +223,50 @@ __global__ void __launch_bounds__(kThreads) stream_kernel(EncodeCall call) {
   const float factor = call.grad_factor != nullptr ? call.grad_factor[s] : 1.0f;
   const float threshold = call.scratch.threshold[s];
 
-  // All loads first, so that they are in flight together.
-  float g[kElements], x[kElements], u[kElements];
+  // All loads first, so that they are in flight together. u: the momentum, or the average of forms that have one.
+  float g[kElements], x[kElements], u[kElements], h[kElements];
 #pragma unroll
   for (unsigned v = 0; v < vectors; ++v) {
-    const std::uint32_t i = (v * kThreads + threadIdx.x) * per;
-    if (i + per <= count) {
-      if (aligned) {
-        load_gradient<dtype>(grad, i, g + v * per);
-      } else {
-        for (unsigned j = 0; j < per; ++j) g[v * per + j] = load_element<dtype>(grad, i + j);
-      }
-      if constexpr (feedback::has_residual(form)) load_state(segment.residual + start + i, x + v * per, per);
-      if constexpr (feedback::has_momentum(form)) load_state(segment.momentum + start + i, u + v * per, per);
+    const std::uint32_t i = (v * kThreads + threadIdx.x) * per, in = i < count ? count - i : 0;
+    if (in >= per && aligned) {
+      load_gradient<dtype>(grad, i, g + v * per);
     } else {
-      for (unsigned j = 0; j < per; ++j) {
-        const bool in = i + j < count;
-        g[v * per + j] = in ? load_element<dtype>(grad, i + j) : 0.0f;
-        if constexpr (feedback::has_residual(form)) x[v * per + j] = in ? segment.residual[start + i + j] : 0.0f;
-        if constexpr (feedback::has_momentum(form)) u[v * per + j] = in ? segment.momentum[start + i + j] : 0.0f;
-      }
+      for (unsigned j = 0; j < per; ++j) g[v * per + j] = j < in ? load_element<dtype>(grad, i + j) : 0.0f;
     }
+    if constexpr (feedback::has_residual(form)) load_state<per>(segment.residual + start + i, in, x + v * per);
+    if constexpr (feedback::has_momentum(form)) load_state<per>(segment.momentum + start + i, in, u + v * per);
+    if constexpr (feedback::is_smoothed(form)) load_state<per>(segment.average + start + i, in, u + v * per);
+    if constexpr (feedback::has_estimate(form)) load_state<per>(segment.estimate + start + i, in, h + v * per);
   }
 
   std::uint32_t hits = 0, packed = 0;  // one bit per element; how many per vector
   bool bad = false;
 #pragma unroll
   for (unsigned v = 0; v < vectors; ++v) {
-    const std::uint32_t i = (v * kThreads + threadIdx.x) * per;
-    const std::uint32_t alive = live_bits(segment.live, start + i, i + per <= count ? per : i < count ? count - i : 0);
+    const std::uint32_t i = (v * kThreads + threadIdx.x) * per, in = i < count ? count - i : 0;
+    const std::uint32_t alive = live_bits(segment.live, start + i, in >= per ? per : in);
 #pragma unroll
     for (unsigned j = 0; j < per; ++j) {
       const unsigned e = v * per + j;
-      float none = 0;
+      float none = 0, message;
       if (((alive >> j) & 1u) == 0) continue;
-      float& residual = feedback::has_residual(form) ? x[e] : none;
-      const float message = step_element<form>(g[e] * factor, call.rate, residual, feedback::has_momentum(form) ? u[e] : none, bad);
+      float &residual = feedback::has_residual(form) ? x[e] : none,
+            &moved = feedback::has_momentum(form) || feedback::is_smoothed(form) ? u[e] : none;
+      if constexpr (feedback::has_estimate(form)) {
+        const feedback::Estimated element =
+            feedback::estimated<form>(g[e] * factor, segment.eta, call.keep, call.fresh, h[e], residual, moved);
+        bad |= !element.finite;
+        message = element.x, residual = element.residual, moved = element.average;
+      } else {
+        message = step_element<form>(g[e] * factor, call.rate, residual, moved, bad);
+      }
       if (magnitude(message) >= threshold) hits |= 1u << e;
       g[e] = message;
     }
     packed |= std::uint32_t(__popc((hits >> (v * per)) & ((1u << per) - 1))) << (v * field);
-    if constexpr (feedback::has_residual(form)) {
-      if (i + per <= count) {
-        store_state(segment.residual + start + i, x + v * per, per);
-        if constexpr (feedback::has_momentum(form)) store_state(segment.momentum + start + i, u + v * per, per);
-      } else {
-        for (unsigned j = 0; j < per && i + j < count; ++j) {
-          segment.residual[start + i + j] = x[v * per + j];
-          if constexpr (feedback::has_momentum(form)) segment.momentum[start + i + j] = u[v * per + j];
-        }
-      }
-    }
+    if constexpr (advances && feedback::has_residual(form)) store_state<per>(segment.residual + start + i, in, x + v * per);
+    if constexpr (feedback::has_momentum(form)) store_state<per>(segment.momentum + start + i, in, u + v * per);
+    if constexpr (advances && feedback::is_smoothed(form)) store_state<per>(segment.average + start + i, in, u + v * per);
   }
   if (bad) {
     atomicOr(words_at(call.wire, offsetof(wire::Header, flags)), std::uint32_t(kFlagNonfinite));
@@ -296,7 +306,8 @@ __global__ void __launch_bounds__(kThreads) stream_kernel(EncodeCall call) {
   }
   __syncthreads();
 
-  // The state holds whole messages by now; entries that are sent leave there what the wire cuts off.
+  // The state holds what an element keeps if nothing is sent (but for candidates of forms with an estimate); entries leave there what the
+  // wire cuts off.
   const std::uint64_t before = preceding, room = exact ? segment.candidates : segment.capacity;
   const std::uint32_t sent = before >= room ? 0 : room - before < total ? std::uint32_t(room - before) : total;
   for (std::uint32_t j = threadIdx.x; j < sent; j += kThreads) {
@@ -343,6 +354,10 @@ void with_form(const EncodeCall& call, Form form, Launch&& launch) {
   if (form == Form::error_feedback) with_dtype<Form::error_feedback>(call, launch);
   if (form == Form::momentum) with_dtype<Form::momentum>(call, launch);
   if (form == Form::nesterov) with_dtype<Form::nesterov>(call, launch);
+  if (form == Form::estimate) with_dtype<Form::estimate>(call, launch);
+  if (form == Form::smoothed_estimate) with_dtype<Form::smoothed_estimate>(call, launch);
+  if (form == Form::control) with_dtype<Form::control>(call, launch);
+  if (form == Form::smoothed_control) with_dtype<Form::smoothed_control>(call, launch);
 }
 
 }  // namespace
@@ -363,7 +378,7 @@ void launch_encode(const EncodeCall& call, Form form, Stream stream) {
       launch("topk stream", stream_kernel<f, d, false>, call.shape.chunks, kThreads, stream, call);
     }
   });
-  if (call.exact) launch_cut(call, stream);
+  if (call.exact) launch_cut(call, form, stream);
 }
 
 }  // namespace thinwire::topk

@@ -27,6 +27,16 @@ __device__ inline float step_element(float scaled, float rate, float& residual, 
   return x;
 }
 
+/// What an element of a form with an estimate sends and keeps, from gradient and state as they lie in memory.
+template <Form form>
+__device__ inline feedback::Estimated estimated_at(const EncodeCall& call, const DeviceSegment& segment, float factor, std::size_t i) {
+  float residual = 0, average = 0;
+  if constexpr (feedback::has_residual(form)) residual = segment.residual[i];
+  if constexpr (feedback::is_smoothed(form)) average = segment.average[i];
+  return feedback::estimated<form>(load_element(call.grad, call.grad_dtype, segment.range.first + i) * factor, segment.eta, call.keep,
+                                   call.fresh, segment.estimate[i], residual, average);
+}
+
 __device__ inline std::uint32_t* words_at(std::byte* base, std::size_t at) { return reinterpret_cast<std::uint32_t*>(base + at); }
 __device__ inline const std::uint32_t* words_at(const std::byte* base, std::size_t at) {
   return reinterpret_cast<const std::uint32_t*>(base + at);
@@ -40,6 +50,12 @@ __device__ inline void send_value(const EncodeCall& call, const DeviceSegment& s
     reinterpret_cast<float*>(values)[place] = w;
   } else {
     reinterpret_cast<std::uint16_t*>(values)[place] = call.wire_dtype == DType::bf16 ? float_to_bf16(w) : float_to_fp16(w);
+  }
+  if (segment.estimate != nullptr) {
+    float residual = segment.residual != nullptr ? segment.residual[i] : 0.0f;
+    feedback::send(w, residual, segment.estimate[i]);
+    if (segment.residual != nullptr) segment.residual[i] = residual;
+    return;
   }
   if (segment.residual != nullptr) feedback::leave(x, w, segment.residual[i]);
   if (segment.momentum != nullptr && call.mask) segment.momentum[i] = 0;

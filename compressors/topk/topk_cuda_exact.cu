@@ -1,6 +1,6 @@
 // Exact selection on a GPU: the k-th largest magnitude digit by digit, then the k entries in index order. Among the candidates of the pass
-// if they hold the k largest, else among the whole messages, which lie in the state (without state: the gradient, once more). Nobody asks
-// the host which.
+// if they hold the k largest, else among the whole messages, which lie in the state (forms with an estimate make them again of gradient and
+// state, which they have not written yet; without state: the gradient, once more). Nobody asks the host which.
 
 #include "compressors/topk/topk_cuda_entries.cuh"
 
@@ -23,16 +23,34 @@ struct Source {
   /// No more candidates than k: all are sent.
   __device__ bool takes_all() const { return complete && count <= segment.k; }
   __device__ std::size_t index(std::size_t i) const { return complete ? call.scratch.candidate_index[segment.first_candidate + i] : i; }
+  __device__ float factor() const { return call.grad_factor != nullptr ? call.grad_factor[s] : 1.0f; }
+  /// An element of a form with an estimate, before it is advanced.
+  __device__ feedback::Estimated estimated(std::size_t i) const {
+    if (segment.residual == nullptr) {
+      return segment.average == nullptr ? estimated_at<Form::estimate>(call, segment, factor(), i)
+                                        : estimated_at<Form::smoothed_estimate>(call, segment, factor(), i);
+    }
+    return segment.average == nullptr ? estimated_at<Form::control>(call, segment, factor(), i)
+                                      : estimated_at<Form::smoothed_control>(call, segment, factor(), i);
+  }
+  /// The state of such an element, if nothing is sent.
+  __device__ void advance(std::size_t i) const {
+    if (!is_live(segment.live, i)) return;
+    const feedback::Estimated element = estimated(i);
+    if (segment.residual != nullptr) segment.residual[i] = element.residual;
+    if (segment.average != nullptr) segment.average[i] = element.average;
+  }
   /// 0 where nothing may be sent.
   __device__ float message(std::size_t i) const {
     if (complete) return call.scratch.candidate_value[segment.first_candidate + i];
     if (!is_live(segment.live, i)) return 0;
     float x;
-    if (segment.residual != nullptr) {
+    if (segment.estimate != nullptr) {
+      x = estimated(i).x;
+    } else if (segment.residual != nullptr) {
       x = segment.residual[i];
     } else {
-      const float factor = call.grad_factor != nullptr ? call.grad_factor[s] : 1.0f;
-      feedback::news(load_element(call.grad, call.grad_dtype, segment.range.first + i) * factor, x);
+      feedback::news(load_element(call.grad, call.grad_dtype, segment.range.first + i) * factor(), x);
     }
     return magnitude(x) >= call.floor ? x : 0;
   }
@@ -108,6 +126,16 @@ __global__ void __launch_bounds__(kThreads) digit_kernel(EncodeCall call, int di
   }
 }
 
+/// One block per chunk of the elements, where the messages are those of candidates: then the state may advance before the cut.
+__global__ void __launch_bounds__(kThreads) advance_kernel(EncodeCall call) {
+  const Source source(call, call.table.chunk_segment[blockIdx.x]);
+  if (!source.complete) return;
+  const DeviceRange& range = source.segment.range;
+  const std::uint64_t start = std::uint64_t(blockIdx.x - range.first_chunk) * kDeviceChunk;
+  const std::uint64_t end = start + kDeviceChunk < range.count ? start + kDeviceChunk : range.count;
+  for (std::uint64_t i = start + threadIdx.x; i < end; i += kThreads) source.advance(i);
+}
+
 /// Sends what is above the cut and the first of what equals it. Positions by look-back over two counts in one word.
 __global__ void __launch_bounds__(kThreads) cut_kernel(EncodeCall call) {
   constexpr int kTies = 31;  // the shift of the second count
@@ -160,9 +188,10 @@ __global__ void __launch_bounds__(kThreads) cut_kernel(EncodeCall call) {
     const std::uint32_t bits = float_bits(magnitude(messages[j]));
     const bool above = bits > cut.prefix, tie = bits == cut.prefix && bits != 0;
     const bool sent = above || (tie && (before >> kTies) < cut.wanted);
-    std::size_t i = 0;
+    std::size_t i = start + threadIdx.x * kEach + j;
+    if (!source.complete && segment.estimate != nullptr && i < source.count) source.advance(i);  // its message is known: nobody needs more
     if (sent) {
-      i = source.index(start + threadIdx.x * kEach + j);
+      i = source.index(i);
       const std::uint32_t place = place_of(before);
       send_value(call, segment, place, i, messages[j]);
       send_index(call, segment, place, i);
@@ -180,8 +209,10 @@ __global__ void __launch_bounds__(kThreads) cut_kernel(EncodeCall call) {
 
 }  // namespace
 
-void launch_cut(const EncodeCall& call, Stream stream) {
+void launch_cut(const EncodeCall& call, Form form, Stream stream) {
   for (int digit = 0; digit < kDigits; ++digit) launch("topk digit", digit_kernel, call.shape.chunks, kThreads, stream, call, digit);
+  if (feedback::is_control(form) || feedback::is_smoothed(form))
+    launch("topk advance", advance_kernel, call.shape.chunks, kThreads, stream, call);
   launch("topk cut", cut_kernel, call.shape.chunks, kThreads, stream, call);
 }
 

@@ -24,10 +24,10 @@ inline constexpr int kDigits = 3;  // 11, 11 and 9 bits of a magnitude
 static_assert(kBlock % kDeviceChunk == 0);
 
 /// A segment as kernels see it.
-struct DeviceSegment {
-  DeviceRange range;
+struct DeviceSegment : DeviceStates {
   std::uint64_t index_at = 0, value_at = 0;  ///< bytes from the payload's start
-  float *momentum = nullptr, *residual = nullptr, *memory = nullptr;
+  float* memory = nullptr;
+  float eta = 0;
   const std::uint8_t* live = nullptr;
   std::uint32_t k = 0, capacity = 0;
   std::uint32_t form = 0;                       ///< IndexForm
@@ -76,16 +76,17 @@ struct EncodeCall {
   wire::Header header;                 ///< but for the flags
   std::uint64_t step = 0;
   float rate = 0, floor = 0;
+  float keep = 0, fresh = 1;  ///< smoothed forms: the shares of the average and of the gradient
   DType grad_dtype = DType::fp32, wire_dtype = DType::fp32;
   bool mask = true, exact = false;
 };
 
-/// sampled: 3 kernels; exact: 7. @throws Error{device}.
+/// sampled: 3 kernels; exact: 7, and one more where estimates have a residual or an average beside them. @throws Error{device}.
 void launch_encode(const EncodeCall& call, Form form, Stream stream);
 /// Its first two: a sample, and the thresholds from it; what the pass counts in and the payload are zero after them.
 void launch_thresholds(const EncodeCall& call, Form form, Stream stream);
 /// The part of launch_encode that only exact selection has: from candidates to payload.
-void launch_cut(const EncodeCall& call, Stream stream);
+void launch_cut(const EncodeCall& call, Form form, Stream stream);
 
 /// What DeviceReport::corrupt says of a payload (wire::pack_fault); the place is a segment.
 enum class Fault : std::uint8_t { header, kept, order, range, blocks, bits, padding, finite };
@@ -98,6 +99,8 @@ struct DecodeCall {
   std::uint32_t world = 1;
   wire::Header header;  ///< what a sound one is, but for the flags
   DeviceFactor factor = 1.0f;
+  bool estimates = false;             ///< the mean is added to mean estimates, and output_factor × those is written
+  DeviceFactor output_factor = 1.0f;  ///< estimates
   std::byte* out = nullptr;
   DType out_dtype = DType::fp32, wire_dtype = DType::fp32;
   std::uint32_t* flags = nullptr;

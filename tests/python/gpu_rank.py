@@ -27,6 +27,9 @@ CONFIGS = [
     "codec=sign feedback=ef14 min_numel=1000 exchange=two_phase",
     "codec=sign:scale=l2,block=512 feedback=ef14 min_numel=1000 exchange=gather",
     "onebit_adam:freeze=2 min_numel=1000",
+    "codec=topk:density=0.02 feedback=ef21 min_numel=1000 exchange=gather",
+    "codec=topk:density=0.02,wire=bf16,select=exact feedback=econtrol:worker_ema=0.5 min_numel=1000 exchange=gather start_step=2",
+    "codec=sign:block=512 feedback=econtrol:init=zero min_numel=1000 exchange=two_phase",
 ]
 SHAPES = {"a": (300, 200), "b": (200,), "c": (129, 65), "d": (40000, 3)}
 STEPS = 5
