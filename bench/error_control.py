@@ -57,7 +57,8 @@ def main():
     plot(rows, args.plot)
     print(f"picture: {args.plot}")
     if args.json:
-        report.write(args.json, report.command_line(), about, rows)
+        curves = ("every", "distance", "residual")  # they are in the picture
+        report.write(args.json, report.command_line(), about, [{key: value for key, value in row.items() if key not in curves} for row in rows])
     return done.returncode
 
 

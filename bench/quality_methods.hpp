@@ -69,7 +69,8 @@ inline constexpr double kAny = std::numeric_limits<double>::infinity();
 
 /// Published behaviour, not taste. DGC: without masking 1 % optimises as dense does; masking and .1 % keep the accuracy; without feedback
 /// training is clearly worse; masking at density 1 removes the momentum. 1-bit Adam: trains as Adam does; 1-bit gradients under a full Adam
-/// do worse than it; inputs that were dead before the freeze cost nothing with masks, and blow up without.
+/// do worse than it (1.056 and 1.507 times its loss; over ten seeds 1.01 to 1.13 and 1.39 to 1.68); inputs that were dead before the freeze
+/// cost nothing with masks, and blow up without.
 inline constexpr Gate kGates[] = {
     {"dgc_1%", "dense", 1.1, 0, 1},
     {"dgc_1%_mask", "dense", kAny, 0, 1},
@@ -85,8 +86,8 @@ inline constexpr Gate kGates[] = {
     {"onebit_adam_l2_tensor", "adam", 1.05, 0, 1},
     {"onebit_adam_freeze_5%", "adam", kAny, 0, 1},
     {"onebit_adam_freeze_1%", "adam", kAny, 0, 2},
-    {"onebit_gradients_adam", "onebit_adam", kAny, 1, 100},
-    {"onebit_gradients_adam_l2", "onebit_adam_l2", kAny, 1, 100},
+    {"onebit_gradients_adam", "onebit_adam", kAny, 1.02, 100},
+    {"onebit_gradients_adam_l2", "onebit_adam_l2", kAny, 1.2, 100},
     {"onebit_adam_dead", "adam_dead", 1.05, 0, 1},
     {"onebit_adam_dead_no_masks", "adam_dead", kAny, 0, 100, 10},
 };

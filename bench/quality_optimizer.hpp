@@ -3,6 +3,7 @@
 // optimizer's half of 1-bit Adam where the config compresses the momentum. In plain loops over one array, as launch/trainer/adam.cpp does
 // it with torch.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <optional>
@@ -67,6 +68,13 @@ class Adam {
  private:
   static constexpr float kBeta2 = 0.999f, kEps = 1e-8f;
 
+  static void raise_to_floor(std::span<float> variance) {
+    double sum = 0;
+    for (const float v : variance) sum += std::sqrt(v);
+    const double root = sum / double(variance.size()) * kVarianceFloor;
+    for (float& v : variance) v = v > 0 ? std::max(v, float(root * root)) : v;
+  }
+
   void freeze(GradientReducer& reducer) {
     std::vector<Handover> handover(Network::kSizes.size());
     std::vector<std::vector<std::uint8_t>> live(handover.size());
@@ -79,6 +87,7 @@ class Adam {
       handover[p].momentum = std::span(momentum_).subspan(first, count);
       if (masks_) handover[p].live = live[p];
       handover[p].beta1 = beta1_;
+      if (reducer.world() > 1) raise_to_floor(std::span(variance_).subspan(first, count));
     }
     reducer.freeze(handover);
     frozen_at_ = steps_;

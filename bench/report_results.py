@@ -54,6 +54,17 @@ def step_table(rows):
         yield "| " + " | ".join(map(str, cells)) + " |"
 
 
+def problem_table(rows):
+    """`./bench/run error_control`: one table for all problems; what a row is about beside its method stands in front."""
+    yield "| problem | method | reference | engine |"
+    yield "|---|---|---|---|"
+    for row in rows:
+        about = [row["section"]] + [f"{key} {row[key]:g}" for key in ("zeta", "world", "rate") if key in row] + ([f"wire {row['wire']}"] if "wire" in row else [])
+        engine = [row["engine"]] if "engine" in row else [f"loss {number(row['loss'], 4)}, accuracy {percent(row['accuracy'])}"]
+        cells = [", ".join(about), row.get("method", "EControl auto"), row.get("reference"), *engine]
+        yield "| " + " | ".join("–" if cell is None else f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |"
+
+
 def section(path):
     data = json.loads(path.read_text())
     machine, rows = data["machine"], data["rows"]
@@ -61,7 +72,9 @@ def section(path):
     yield ""
     yield f"`{data['command']}` · version {data['version']}, commit {machine.get('commit', '?')}, {machine.get('date', '?')} · load before the run {machine.get('load', '?')}"
     yield ""
-    if rows and "kernel" in rows[0]:
+    if rows and "section" in rows[0]:
+        yield from problem_table(rows)
+    elif rows and "kernel" in rows[0]:
         yield from kernel_table(rows)
     elif rows and "link" in rows[0]:
         yield from step_table(rows)

@@ -135,8 +135,8 @@ BucketPlan make_bucket_plan(std::span<const std::uint32_t> ids, DType dtype, boo
     Segment segment{id, bucket.count, slot.numel, slot.rows, slot.columns, slot.setting, slot.live.empty() ? nullptr : slot.live.data()};
     bucket.count += slot.numel;
     if (slot.shared_momentum != nullptr) {
-      bucket.momenta.push_back(
-          {id, segment.first, segment.count, slot.shared_momentum, slot.beta1, segment.live, whole_dense || slot.dense_now});
+      bucket.momenta.push_back({id, segment.first, segment.count, slot.shared_momentum, slot.beta1, segment.live,
+                                whole_dense || slot.dense_now, bucket.passengers[0].count});
       if (segment.live != nullptr) bucket.context = wire::hash_bytes(segment.live, slot.live.size(), bucket.context);
     }
     if (!whole_dense && slot.compressible && !slot.dense_now) {

@@ -70,7 +70,8 @@ struct SharedMomentum {
   float* momentum = nullptr;
   float beta1 = 0;
   const std::uint8_t* live = nullptr;
-  bool dense = false;  ///< at this step
+  bool dense = false;       ///< at this step
+  std::size_t message = 0;  ///< dense: its first element among the packed messages of passengers[0]
 };
 
 /// The owner's side of two_phase, whatever the workers use: EF14 on the mean.

@@ -45,6 +45,7 @@ void DeviceEngine::run(const std::shared_ptr<const BucketPlan>& bucket, Bytes gr
   const DeviceFactor loss_scale = options.device_loss_scale != nullptr ? DeviceFactor(options.device_loss_scale) : options.loss_scale;
   launch_begin(loss_scale, 1.0f / float(world()), norms, parts_.codec != nullptr, plan.flags, plan.scales,
                const_cast<std::uint64_t*>(plan.wrong_scale), stream);
+  dense_messages_ = {};
   Sent sent;
   if (parts_.codec == nullptr) {
     run_plain(plan, grad, step, options, stream);
@@ -124,7 +125,8 @@ DeviceEngine::Sent DeviceEngine::run_whole_dense(DevicePlan& plan, Bytes grad, s
   launch_count_flag(plan.flags, all.as<float>() + count, stream);
   parts_.communicator.all_reduce(all, stream);
   launch_read_flag(all.as<float>() + count, plan.flags, stream);
-  launch_sum(plan.whole[0], {all.data, 0, 1, DType::fp32}, &plan.scales->mean, grad, plan.flags, stream);
+  dense_messages_ = {all.data, 0, 1, DType::fp32};
+  launch_sum(plan.whole[0], dense_messages_, &plan.scales->mean, grad, plan.flags, stream);
   if (recursion.kind != Recursion::Kind::estimate) return {};
   const Bytes sums = all.sub(0, count * sizeof(float));
   if (recursion.starting) return {{}, sums, false};
@@ -220,6 +222,7 @@ DeviceEngine::Sent DeviceEngine::run_compressed(DevicePlan& plan, Bytes grad, st
   if (bucket.owners) {
     launch_place(plan.finished, gathered.data, grad, stream);
   } else {
+    dense_messages_ = {gathered.data + capacity, share, world(), DType::fp32};
     std::size_t at = capacity;
     for (std::size_t g = 0; g < 2; ++g) {
       launch_sum(plan.whole[g], {gathered.data + at, share, world(), bucket.passengers[g].dtype}, factors[g], grad, plan.flags, stream);

@@ -147,6 +147,7 @@ class DeviceEngine final : public BucketEngine {
   std::vector<std::uint32_t> kept_;
   std::vector<double> grad_norms_;
   std::vector<ConstBytes> wires_;
+  RankMessages dense_messages_;  ///< as the host's
   std::vector<Pending> pending_;
   std::size_t pending_count_ = 0;
   std::uint64_t output_hash_ = 0;

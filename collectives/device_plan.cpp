@@ -165,6 +165,7 @@ DevicePlan::DevicePlan(std::shared_ptr<const BucketPlan> of, const Codec* codec,
       one.range.count = shared.count;
       one.factor = std::uint32_t(values.size());
       one.packed = packed;
+      one.message = shared.message;
       one.momentum = shared.momentum;
       if (shared.live != nullptr) one.live = reinterpret_cast<const std::uint8_t*>(masks_.data() + masked);
       masked += shared.live != nullptr ? round_up(shared.count, 128) / 8 : 0;

@@ -53,8 +53,8 @@ ConstBytes DeviceEngine::note_momenta(DevicePlan& plan, Bytes grad, std::uint64_
   const BucketPlan& bucket = *plan.bucket;
   Bytes out = momenta_.take(plan.momentum_count * sizeof(float));
   out.dtype = DType::fp32;
-  launch_note_momentum(plan.dense_momenta, grad, &plan.scales->unscale, plan.momenta_betas, bucket.recursion.averaged, out.as<float>(),
-                       stream);
+  launch_note_momentum(plan.dense_momenta, dense_messages_, 1.0f / float(world()), grad, &plan.scales->unscale, plan.momenta_betas,
+                       bucket.recursion.averaged, out.as<float>(), stream);
   if (bucket.segments.empty()) return out;
   // What was compressed is decoded once more, in true units; wires_ are those of the bucket's last decode.
   const float factor = bucket.two_phase ? 1.0f : 1.0f / float(world());

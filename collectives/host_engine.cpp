@@ -48,6 +48,7 @@ void HostEngine::run(const std::shared_ptr<const BucketPlan>& bucket, Bytes grad
   std::uint32_t flags = 0;
   sent_ = {};
   sent_.joined = options.joined;
+  dense_messages_ = {};
   if (codec_ == nullptr) {
     if (step % kPlainNormsEvery == 0) {
       const Plan plan = bucket->passengers[0].plan(step);
@@ -160,8 +161,9 @@ std::uint32_t HostEngine::run_whole_dense(const BucketPlan& bucket, Bytes grad, 
   all.as<float>()[bucket.count] = (flags & kFlagNonfinite) != 0 ? 1.0f : 0.0f;
   communicator_.all_reduce(all);
   if (all.as<float>()[bucket.count] != 0.0f) flags |= kFlagNonfinite;
-  const ConstBytes sum = messages;
-  sum_in_rank_order(std::span(&sum, 1), 1.0f / float(communicator_.size()) * options.loss_scale, grad, &flags);
+  raw_.front() = messages;
+  dense_messages_ = std::span(raw_).first(1);
+  sum_in_rank_order(dense_messages_, 1.0f / float(communicator_.size()) * options.loss_scale, grad, &flags);
   if (bucket.recursion.kind == Recursion::Kind::estimate) note_dense_means(bucket, messages);
   return flags;
 }
@@ -209,6 +211,7 @@ std::uint32_t HostEngine::run_compressed(const BucketPlan& bucket, Bytes grad, s
   } else if (raw_bytes != 0) {
     for (int r = 0; r < world; ++r) raw_[std::size_t(r)] = gathered.sub(share * std::size_t(r) + capacity, raw_bytes);
     place_raw(bucket, raw_, factors, grad, &flags);
+    dense_messages_ = raw_;
   }
   sent_.own_wire = own_wire;
   sent_.gathered = gathered;

@@ -85,6 +85,7 @@ class HostEngine final : public BucketEngine {
 
   StepScratch gathered_, messages_, workspace_, momenta_;
   std::vector<ConstBytes> wires_, raw_;
+  std::span<const ConstBytes> dense_messages_;  ///< of passengers[0] and the bucket under way, where all of them are here
   std::vector<float> factors_;
   std::vector<double> norms_;
   std::vector<std::uint32_t> kept_, bucket_kept_;

@@ -82,12 +82,16 @@ void HostEngine::note_dense_momentum(const BucketPlan& bucket, Bytes grad, float
     float* const out = waits ? kept : shared.momentum;  // the bucket's own verdict is good: otherwise nobody calls
     for (std::size_t first = 0; first < shared.count; first += means.size()) {
       const std::size_t n = std::min(means.size(), shared.count - first);
+      const std::span<float> mean(means.data(), n);
+      // Not rounded as the output is; but what came from owners was.
+      if (!dense_messages_.empty()) sum_in_rank_order(dense_messages_, shared.message + first, 1.0f / float(communicator_.size()), mean);
       for (std::size_t i = 0; i < n; ++i) {
         const std::size_t at = shared.first + first + i;
-        if (averaging && !is_live(shared.live, first + i)) std::memset(grad.data + at * size_of(grad.dtype), 0, size_of(grad.dtype));
-        means[i] = element(grad, at) * unscale;
+        if (dense_messages_.empty()) mean[i] = element(grad, at) * unscale;
+        if (!averaging || is_live(shared.live, first + i)) continue;
+        std::memset(grad.data + at * size_of(grad.dtype), 0, size_of(grad.dtype));
+        mean[i] = 0;
       }
-      const std::span<const float> mean(means.data(), n);
       if (averaging) {
         std::copy(mean.begin(), mean.end(), out + first);
       } else {

@@ -54,6 +54,13 @@ void sum_in_rank_order(std::span<const ConstBytes> messages, float factor, Bytes
       messages.size(), [&](std::size_t r) { return messages[r]; }, out.count(), factor, out, flags);
 }
 
+void sum_in_rank_order(std::span<const ConstBytes> messages, std::size_t first, float factor, std::span<float> out) {
+  std::uint32_t ignored = 0;  // the output's own sum has told
+  sum_at(
+      messages.size(), [&](std::size_t r) { return typed(messages[r], first * sizeof(float), out.size(), DType::fp32); }, out.size(),
+      factor, host_bytes(out.data(), out.size()), &ignored);
+}
+
 void clear_padding(const BucketPlan& bucket, Bytes send) {
   for (std::size_t r = 0; r < bucket.shares.size(); ++r) {
     const std::size_t used = bucket.shares[r].parts[0].bytes() + bucket.shares[r].parts[1].bytes();

@@ -14,6 +14,8 @@ namespace thinwire {
 /// out[i] = factor × Σ_r messages[r][i], rounded once to out.dtype. ORs kFlagNonfinite into *flags if a result is not finite. All messages
 /// have out's count.
 void sum_in_rank_order(std::span<const ConstBytes> messages, float factor, Bytes out, std::uint32_t* flags);
+/// out = factor × Σ_r elements [first, first + out.size()) of fp32 message r, in rank order.
+void sum_in_rank_order(std::span<const ConstBytes> messages, std::size_t first, float factor, std::span<float> out);
 
 /// Owners, step 1: the send buffer holds, for rank 0, its parts of group 0, then of group 1, then for rank 1, … (BucketPlan::shares); the
 /// bytes that pad every rank's share become zero.

@@ -11,14 +11,6 @@
 
 namespace thinwire {
 
-/// Messages of all ranks, packed alike, `stride` bytes apart.
-struct RankMessages {
-  const std::byte* first = nullptr;
-  std::size_t stride = 0;
-  int world = 1;
-  DType dtype = DType::fp32;
-};
-
 /// out[range] = factor × Σ_r message r, in rank order, rounded once; kFlagNonfinite into *flags where a result is not finite. `ranges`:
 /// DeviceDense, whose `packed` says where a segment lies in a message.
 void launch_sum(const DeviceRanges& ranges, const RankMessages& messages, DeviceFactor factor, Bytes out, std::uint32_t* flags,

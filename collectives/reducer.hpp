@@ -78,6 +78,10 @@ struct FreezeSteps {
   bool contains(std::uint64_t step) const noexcept { return step >= from || (every != 0 && step % every == 0); }
 };
 
+/// Where there is more than one rank an optimizer raises sqrt(v) to at least this times its mean over the tensor when it freezes v:
+/// gradients that were merely rare get no updates of thousands of times the learning rate.
+inline constexpr double kVarianceFloor = 0.05;
+
 /// target=momentum: what an optimizer hands over of one parameter when its variance is frozen.
 struct Handover {
   std::span<const float> momentum;     ///< the shared momentum, numel elements; empty: what the reducer has of it

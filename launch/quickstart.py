@@ -96,6 +96,8 @@ def run_all(options: argparse.Namespace, console) -> list[Run]:
                                               f"batch {options.batch} each · {run.total} steps")
                     elif kind == "step":
                         bar.update(task, completed=word["step"], note=f"loss {word['loss']:.3f}")
+                    elif kind == "freeze":
+                        bar.console.print(f"{run.label}: {word['words']}")
                     elif kind == "epoch":
                         bar.update(task, note=f"accuracy {word['accuracy']:.2%}")
                         if not console.is_terminal:  # a log has no bar to look at

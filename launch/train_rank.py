@@ -155,6 +155,13 @@ class Trainer:
         return {"world": self.world, "epoch": epoch, "loss": loss_sum.item() / self.epoch_steps / self.world, "accuracy": self.accuracy(len(self.test_images)),
                 "seconds": self.seconds, "steps": self.done, **self.bytes_so_far(), "fingerprint": self.common_fingerprint()}
 
+    def freeze_said(self) -> str:
+        """When 1-bit Adam froze its variance and why; empty with other optimizers."""
+        freeze = None if self.state is None else self.state.stats().get("freeze")
+        if freeze is None:
+            return ""
+        return f"variance frozen at step {freeze['step']}: {freeze['reason']}" if freeze else "variance not frozen: every step was dense"
+
     def common_fingerprint(self) -> str:
         """The hash of the parameters, which must be the same on all ranks."""
         prints: list = [None] * self.world
@@ -177,6 +184,9 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
                 ranks.emit("epoch", **row)
             elif trainer.rank == 0:
                 print(f"epoch {epoch}: loss {row['loss']:.4f}, accuracy {row['accuracy']:.2%}, {row['payload_bytes'] / 1e6:.1f} MB sent, {row['seconds']:.1f} s", flush=True)
+        said = trainer.freeze_said()
+        if said and trainer.rank == 0:
+            ranks.emit("freeze", words=said) if options.events else print(said, flush=True)
     finally:
         if trainer.state:
             trainer.state.close()

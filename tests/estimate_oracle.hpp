@@ -26,6 +26,7 @@ struct EstimateOracle {
     std::function<double(int step)> density = nullptr;  ///< of top-k; null: signs
     std::size_t block = 8;                              ///< of signs, l1
     bool two_phase = false;
+    std::function<bool(int step, std::size_t parameter)> dense_now = nullptr;  ///< a tensor that stays dense in a compressed step
     double eta = -1;  ///< negative: k / n of each parameter at each step, 1/2 for signs
     bool step_verdict = false;
   };
@@ -77,8 +78,8 @@ struct EstimateOracle {
     for (const auto& bucket : s.buckets) {
       const bool bad = is_bad(bucket), lost = options.step_verdict ? bad_step : bad;
       for (const std::uint32_t p : bucket) {
-        if (!compressed[p] || dense) {
-          out[p] = dense_step(s, p, joined, starting, lost);
+        if (!compressed[p] || dense || (options.dense_now != nullptr && options.dense_now(step, p))) {
+          out[p] = dense_step(s, p, joined, starting && dense, lost);
         } else {
           out[p] = compressed_step(step, s, p, joined, starting, lost);
         }

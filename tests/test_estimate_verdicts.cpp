@@ -184,18 +184,20 @@ TEST(EstimateVerdicts, ARankThatHasRunOutOfDataKeepsItsState) {
     }
 }
 
+// The last dense step sets the estimates: that of a rank which has no data any more becomes 0, whatever an earlier one had set.
 TEST(EstimateVerdicts, AJoinedRankStartsFromNothing) {
-  for (const bool control : {false, true}) {
-    Method method = topk_method(control, 0.5);
-    Scenario s = scenario_of(3, method, 4);
-    s.options = [](int, int rank) {
-      ReduceOptions options;
-      options.joined = rank == 2;
-      return options;
-    };
-    const Outcome out = follow(s, method.options);
-    for (const float h : out.array(2, "w", "estimate")) ASSERT_EQ(h, 0);
-  }
+  for (const bool control : {false, true})
+    for (const int from : {0, 1}) {
+      const Method method = topk_method(control, 0.5, Init::dense, 2);
+      Scenario s = scenario_of(3, method, 4);
+      s.options = [from](int step, int rank) {
+        ReduceOptions options;
+        options.joined = rank == 2 && step >= from;
+        return options;
+      };
+      const Outcome out = follow(s, method.options);
+      for (const float h : out.array(2, "w", "estimate")) ASSERT_EQ(h, 0);
+    }
 }
 
 // Under a grad scaler state is in true units: a power of two changes no bit of it, and means come back scaled.

@@ -185,6 +185,46 @@ TEST(Estimates, AWarmupMovesEtaWithTheDensity) {
   follow(scenario_of(3, method, 10), method.options);
 }
 
+// exchange=auto, four ranks: at density 1/2 a payload is no smaller than what a dense reduction sends. Such steps send e + g and leave the
+// estimates as they are; the first compressed one goes on from those.
+TEST(Estimates, TensorsMayStayDenseForATime) {
+  for (const auto& [control, init] : {std::pair(false, Init::dense), {true, Init::dense}, {true, Init::compressed}}) {
+    Method method = topk_method(control, 0.5, init, 1);
+    method.config.replace(method.config.find("gather"), 6, "auto");
+    method.config += " policy=warmup:densities=0.25/0.5/0.25,steps=2";
+    method.options.density = [](int step) { return step < 3 ? 0.25 : step < 5 ? 0.5 : step < 7 ? 0.25 : 0.1; };
+    method.options.dense_now = [](int step, std::size_t) { return step == 3 || step == 4; };
+    SCOPED_TRACE(method.config);
+    Scenario s = scenario_of(4, method, 9);
+    std::array<bool, 9> compressed{};
+    s.after_step = [&](GradientReducer& reducer, int step, int rank) {
+      if (rank == 0) compressed[std::size_t(step)] = reducer.stats().parameters[0].compressed;
+    };
+    follow(s, method.options);
+    EXPECT_EQ(compressed, (std::array{false, true, true, false, false, true, true, true, true}));
+  }
+}
+
+// C = identity: what comes back is the mean gradient, and nothing is ever held back, whatever eta is. h is g up to a rounding of t and of
+// h + t, H up to one of the mean, and one more of itself a step.
+TEST(Estimates, SendingEverythingIsNoCompression) {
+  for (const char* feedback : {"ef21:init=zero", "econtrol:init=zero", "econtrol:eta=0.3,init=dense"}) {
+    Scenario s = scenario_of(3, topk_method(true), 6);
+    s.config = "codec=topk:density=1,select=exact exchange=gather min_numel=20 feedback=" + std::string(feedback);
+    const Outcome out = play(s);
+    for (const std::uint32_t p : {0u, 2u})
+      for (std::size_t i = 0; i < kNumel[p]; ++i)
+        for (int t = 0; t < 6; ++t) {
+          double mean = 0;
+          for (int r = 0; r < 3; ++r) mean += double(s.grad(t, r, p)[i]) / 3;
+          ASSERT_NEAR(out.mean[std::size_t(t)][0][p][i], mean, (t + 1) * 6 * 0x1p-24 * 64) << feedback << " step " << t << " element " << i;
+        }
+    if (std::string(feedback).substr(0, 4) == "ef21") continue;
+    for (int r = 0; r < 3; ++r)
+      for (const float e : out.array(r, "w", "residual")) ASSERT_EQ(e, 0);
+  }
+}
+
 TEST(Estimates, StatesHaveTheirNamesAndStatisticsTheirNorm) {
   using Names = std::vector<std::string>;
   const auto names = [](const Method& method, int world) {

@@ -78,6 +78,22 @@ TYPED_TEST(SignEstimates, AnElementThatOverflowsHasNoMessage) {
   }
 }
 
+// I10: with h held at 0 and eta = 1 EControl is EF14 (and EC-Ideal where h* is 0), to the bit.
+TYPED_TEST(SignEstimates, WithoutEstimatesEControlIsErrorFeedback) {
+  for (const Scale scale : kScales) {
+    SignRig control(TypeParam::kBackend, with(scale, 512), econtrol(), {9001}),
+        feedback(TypeParam::kBackend, with(scale, 512), ef14(), {9001});
+    for (SignRig* rig : {&control, &feedback}) rig->segments[0].setting.eta = 1;
+    for (unsigned step = 0; step < 4; ++step) {
+      control.step = feedback.step = step;
+      for (SignRig* rig : {&control, &feedback}) rig->stream(gradients(rig->numel, step, false));
+      ASSERT_EQ(control.payload, feedback.payload);
+      expect_same_bits(control.residual[0], feedback.residual[0], [&] { return describe(control.options); });
+      std::fill(control.estimate[0].begin(), control.estimate[0].end(), 0.0f);
+    }
+  }
+}
+
 TYPED_TEST(SignEstimates, StatesAreCutAtTheLargestFloat) {
   for (const float sign : {1.0f, -1.0f}) {
     SignRig rig(TypeParam::kBackend, with(Scale::l1, 64), econtrol(), {192});

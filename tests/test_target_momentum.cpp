@@ -89,6 +89,39 @@ TEST(TargetMomentum, IsHandedOverWithMasks) {
   }
 }
 
+// Nothing is sent, so nothing is rounded but the output: the momentum is that of fp32 arithmetic, before and after the freeze.
+TEST(TargetMomentum, AloneItIsExactWhateverTheDtypeOfTheGradients) {
+  for (const DType dtype : {DType::fp32, DType::bf16, DType::fp16}) {
+    for (const float loss_scale : {1.0f, 64.0f}) {
+      for (const bool verdict : {false, true}) {
+        Scenario s = scenario(1, 40, "onebit_adam:freeze=20,block=64,beta1=0.99 min_numel=1");
+        s.dtype = dtype;
+        const auto grad = numbers(dyadic_number, 12, kParameters);
+        s.grad = [&](int step, int rank, std::uint32_t p) {
+          Vec g = grad(step, rank, p);
+          for (float& x : g) x *= loss_scale;
+          return g;
+        };
+        s.reducer.step_verdict = verdict;
+        s.options = [&](int, int) {
+          ReduceOptions options;
+          options.loss_scale = loss_scale;
+          return options;
+        };
+        const Outcome out = play(s);
+        for (const std::uint32_t p : {0u, 2u}) {
+          Vec m(kNumel[p]);
+          for (int step = 0; step < s.steps; ++step) {
+            const Vec g = grad(step, 0, p);
+            for (std::size_t i = 0; i < m.size(); ++i) m[i] = 0.99f * m[i] + (1.0f - 0.99f) * g[i];
+          }
+          EXPECT_TRUE(same_values(out.array(0, kParameters[p].name, "momentum"), m)) << to_string(dtype) << " × " << loss_scale;
+        }
+      }
+    }
+  }
+}
+
 // With a grad scaler a bad bucket condemns the step: after it all is as the equations of an unscaled run have it without that step, up to
 // what the codec's rounding leaves; the momentum to the bit.
 TEST(TargetMomentum, AStepThatIsSkippedMovesNothing) {

@@ -101,6 +101,69 @@ TYPED_TEST(TopKEstimates, AnElementThatOverflowsSitsTheStepOut) {
   EXPECT_EQ(rig.estimate[0][20], 2 + 0.1f * 3) << "the estimate stands for it, and the residual goes on being fed back";
 }
 
+// eta = 0: e + t leaves fp32's range where the message t, far from being a hit, does not.
+TYPED_TEST(TopKEstimates, AnOverflowThatIsNoHitSitsTheStepOutToo) {
+  for (const double density : {0.001, 0.01, 0.1}) {
+    for (const bool exact : {false, true}) {
+      TopKRig rig(TypeParam::kBackend, with(exact, DType::fp32), econtrol(), {4096}, density);
+      rig.segments[0].setting.eta = 0;
+      std::vector<float> grad(rig.numel, 1.0f);
+      std::fill_n(grad.begin() + 1, 600, 2e38f);
+      grad[1 + 3000] = 1e38f;
+      rig.residual[0][3000] = 3e38f;
+      rig.stream(grad);
+      EXPECT_EQ(rig.flags, unsigned(kFlagNonfinite));
+      EXPECT_EQ(rig.residual[0][3000], 3e38f);
+      EXPECT_EQ(rig.residual[0][3001], 1.0f);
+      EXPECT_EQ(rig.estimate[0][3000], 0.0f);
+    }
+  }
+}
+
+// I10: with h held at 0 and eta = 1 EControl is EF14 (and EC-Ideal where h* is 0), to the bit.
+TYPED_TEST(TopKEstimates, WithoutEstimatesEControlIsErrorFeedback) {
+  for (const bool exact : {false, true}) {
+    for (const DType wire : kWires) {
+      TopKRig control(TypeParam::kBackend, with(exact, wire), econtrol(), {9001}, 0.03),
+          feedback(TypeParam::kBackend, with(exact, wire), ef14(), {9001}, 0.03);
+      for (TopKRig* rig : {&control, &feedback}) rig->segments[0].setting.eta = 1;
+      for (unsigned step = 0; step < 4; ++step) {
+        control.step = feedback.step = step;
+        for (TopKRig* rig : {&control, &feedback}) rig->stream(gradients(rig->numel, step, false));
+        ASSERT_EQ(control.payload, feedback.payload);
+        expect_same_bits(control.residual[0], feedback.residual[0], [&] { return describe(control.options); });
+        std::fill(control.estimate[0].begin(), control.estimate[0].end(), 0.0f);
+      }
+    }
+  }
+}
+
+// I6: k entries of n leave at most 1 - k/n of the square; equal magnitudes leave exactly that, in integers.
+TYPED_TEST(TopKEstimates, TheNominalContractionIsKeptAndReached) {
+  for (const double density : {0.001, 0.1, 0.5, 1.0}) {
+    TopKRig rig(TypeParam::kBackend, with(true, DType::fp32), ef14(), {1000, 1, 333}, density);
+    for (const int shape : {0, 1, 2}) {
+      for (auto& values : rig.residual) std::fill(values.begin(), values.end(), 0.0f);
+      auto grad = gradients(rig.numel, 3, false);
+      for (std::size_t i = 0; i < grad.size() && shape > 0; ++i)
+        grad[i] = shape == 1 ? (i % 2 != 0 ? 1.0f : -1.0f) : i % 10 == 1 ? 7.0f : 0;
+      rig.stream(grad);
+      for (std::size_t s = 0; s < 3; ++s) {
+        const std::size_t n = rig.segments[s].count, k = oracle::layout(n, density, rig.options).k;
+        const double delta = rig.codec->nominal_delta(rig.segments[s]);
+        EXPECT_EQ(delta, double(k) / double(n));
+        double left = 0, all = 0;
+        for (std::size_t i = 0; i < n; ++i) {
+          left += double(rig.residual[s][i]) * rig.residual[s][i];
+          all += double(grad[rig.segments[s].first + i]) * grad[rig.segments[s].first + i];
+        }
+        EXPECT_LE(left, (1 - delta) * all * (1 + 1e-12));
+        if (shape == 1) { EXPECT_EQ(left, double(n - k)); }
+      }
+    }
+  }
+}
+
 TYPED_TEST(TopKEstimates, StatesAreCutAtTheLargestFloat) {
   for (const float sign : {1.0f, -1.0f}) {
     for (const bool exact : {false, true}) {

@@ -104,7 +104,7 @@ struct TwoPhaseOracle {
         } else if (!frozen) {
           out[p] = dense_mean(s, p);
           for (std::size_t i = 0; i < numel[p] && !bad; ++i)
-            momentum[p][i] = options.beta1 * momentum[p][i] + (1.0f - options.beta1) * out[p][i];
+            momentum[p][i] = options.beta1 * momentum[p][i] + (1.0f - options.beta1) * mean_of(s, p, i);
         } else {
           out[p] = two_phases(s, p, bad);
         }
@@ -116,12 +116,14 @@ struct TwoPhaseOracle {
 
   std::vector<float> dense_mean(const Step& s, std::uint32_t p) const {
     std::vector<float> out(numel[p]);
-    for (std::size_t i = 0; i < numel[p]; ++i) {
-      float sum = 0;
-      for (int r = 0; r < world; ++r) sum += s.grad[std::size_t(r)][p][i];
-      out[i] = as_type(sum * (1.0f / float(world)), options.dtype);
-    }
+    for (std::size_t i = 0; i < numel[p]; ++i) out[i] = as_type(mean_of(s, p, i), options.dtype);
     return out;
+  }
+
+  float mean_of(const Step& s, std::uint32_t p, std::size_t i) const {
+    float sum = 0;
+    for (int r = 0; r < world; ++r) sum += s.grad[std::size_t(r)][p][i];
+    return sum * (1.0f / float(world));
   }
 
   std::vector<float> two_phases(const Step& s, std::uint32_t p, bool bad) {

@@ -60,6 +60,14 @@ struct DeviceFactor {
   THINWIRE_HD float read() const noexcept { return at != nullptr ? *at : value; }
 };
 
+/// Messages of all ranks, packed alike, `stride` bytes apart.
+struct RankMessages {
+  const std::byte* first = nullptr;
+  std::size_t stride = 0;
+  int world = 1;
+  DType dtype = DType::fp32;
+};
+
 /// norms[s] as squared_norms gives them, to the bit. Two kernels; `block_sums`: one double per chunk.
 void launch_squared_norms(const DeviceRanges& ranges, ConstBytes grad, double* block_sums, double* norms, Stream stream);
 
@@ -71,6 +79,7 @@ void launch_clip_factors(const Recursion& recursion, const DeviceRanges& ranges,
 struct DeviceDense : DeviceStates {
   std::uint32_t factor = 0;            ///< which factor is its
   std::uint64_t packed = 0;            ///< its first element among the packed messages
+  std::uint64_t message = 0;           ///< of a shared momentum: the same, `packed` being of the packed momenta
   float* held = nullptr;               ///< where its message lies until the verdict: the residual, or the estimate of EF21's first one
   const std::uint8_t* live = nullptr;  ///< Segment::live
 
@@ -102,10 +111,10 @@ void launch_set_mean_estimates(const DeviceRanges& ranges, const float* sums, fl
 
 // target=momentum, each one kernel over segments with a shared momentum m; beta1 in the order of `factors`.
 
-/// out[packed + i] = what m becomes of a mean that was not compressed: grad·unscale itself where it is a momentum (`averaging`; dead
-/// elements and their gradients become 0), else average_momentum of it.
-void launch_note_momentum(const DeviceRanges& ranges, Bytes grad, const float* unscale, const float* beta1, bool averaging, float* out,
-                          Stream stream);
+/// out[packed + i] = what m becomes of a mean that was not compressed: factor × Σ_r message r, or grad·unscale where `messages` are not
+/// here: itself where it is a momentum (`averaging`; dead elements and their gradients become 0), else average_momentum of it.
+void launch_note_momentum(const DeviceRanges& ranges, const RankMessages& messages, float factor, Bytes grad, const float* unscale,
+                          const float* beta1, bool averaging, float* out, Stream stream);
 /// m = from[packed + i] where `verdict` lacks kFlagNonfinite.
 void launch_move_momentum(const DeviceRanges& ranges, const float* from, const std::uint32_t* verdict, Stream stream);
 /// residual −= beta1·m where `verdict` has it: the message is in the residual still, and the next one will hold that share again.

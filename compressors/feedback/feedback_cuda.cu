@@ -199,12 +199,22 @@ __global__ void __launch_bounds__(kThreads) mean_estimate_kernel(DeviceRanges ra
   });
 }
 
-__global__ void __launch_bounds__(kThreads) note_momentum_kernel(DeviceRanges ranges, std::byte* grad, DType dtype, const float* unscale,
-                                                                 const float* beta1, bool averaging, float* out) {
+__global__ void __launch_bounds__(kThreads)
+    note_momentum_kernel(DeviceRanges ranges, RankMessages messages, float factor, std::byte* grad, DType dtype, const float* unscale,
+                         const float* beta1, bool averaging, float* out) {
   for_each(ranges, [&](const DeviceDense& dense, std::size_t i) {
     const std::size_t at = dense.range.first + i;
-    if (averaging && !is_live(dense.live, i)) store_element(grad, dtype, at, 0.0f);
-    const float mean = load_element(grad, dtype, at) * *unscale, beta = beta1[dense.factor];
+    const float beta = beta1[dense.factor];
+    float mean = 0;
+    if (averaging && !is_live(dense.live, i)) {
+      store_element(grad, dtype, at, 0.0f);
+    } else if (messages.first == nullptr) {
+      mean = load_element(grad, dtype, at) * *unscale;
+    } else {
+      for (int r = 0; r < messages.world; ++r)
+        mean += load_element(messages.first + std::size_t(r) * messages.stride, messages.dtype, dense.message + i);
+      mean *= factor;
+    }
     out[dense.packed + i] = averaging ? mean : average(beta, 1.0f - beta, dense.momentum[i], mean);
   });
 }
@@ -286,10 +296,10 @@ void launch_set_mean_estimates(const DeviceRanges& ranges, const float* sums, fl
   launch("mean estimates", mean_estimate_kernel, ranges.chunks, kThreads, stream, ranges, sums, factor);
 }
 
-void launch_note_momentum(const DeviceRanges& ranges, Bytes grad, const float* unscale, const float* beta1, bool averaging, float* out,
-                          Stream stream) {
-  launch("note momentum", note_momentum_kernel, ranges.chunks, kThreads, stream, ranges, grad.data, grad.dtype, unscale, beta1, averaging,
-         out);
+void launch_note_momentum(const DeviceRanges& ranges, const RankMessages& messages, float factor, Bytes grad, const float* unscale,
+                          const float* beta1, bool averaging, float* out, Stream stream) {
+  launch("note momentum", note_momentum_kernel, ranges.chunks, kThreads, stream, ranges, messages, factor, grad.data, grad.dtype, unscale,
+         beta1, averaging, out);
 }
 
 void launch_move_momentum(const DeviceRanges& ranges, const float* from, const std::uint32_t* verdict, Stream stream) {

@@ -4,12 +4,6 @@
 
 namespace thinwire::launch {
 
-namespace {
-
-constexpr double kFloor = 0.05;  // OneBitAdam's
-
-}  // namespace
-
 Adam::Adam(std::vector<torch::Tensor> parameters, GradientReducer& reducer, const Config& config, double beta2, double weight_decay)
     : parameters_(std::move(parameters)), reducer_(reducer), beta2_(beta2), decay_(weight_decay) {
   for (const torch::Tensor& p : parameters_) {
@@ -58,9 +52,9 @@ void Adam::freeze() {
     handover[i].beta1 = float(beta1_);
     momenta_[i] = torch::Tensor();  // the reducer's from now on
     if (reducer_.world() == 1) continue;
-    // Where gradients were rare: sqrt(v) is at least kFloor times its mean over the tensor.
+    // Where gradients were rare: sqrt(v) is at least kVarianceFloor times its mean over the tensor.
     torch::Tensor& v = variances_[i];
-    const torch::Tensor least = (v.sqrt().mean(torch::kDouble) * kFloor).square().to(v.scalar_type());
+    const torch::Tensor least = (v.sqrt().mean(torch::kDouble) * kVarianceFloor).square().to(v.scalar_type());
     v.copy_(torch::where(v > 0, torch::maximum(v, least), v));
   }
   reducer_.freeze(handover);

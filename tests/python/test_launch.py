@@ -149,6 +149,16 @@ def test_quickstart_compares_dense_and_compressed(quickstart: tuple[dict, str, P
     assert (folder / "quickstart.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_shards_by_label(digits: Path, tmp_path: Path) -> None:
+    """Other batches than without, and every image of a shard in its epoch."""
+    config, losses = "codec=topk:density=0.1 feedback=econtrol exchange=gather", []
+    for more in ([], ["--by-label"]):
+        result = python("launch/quickstart.py", "--data", digits, "--epochs", 1, "--batch", 32, "--config", config, "--output", tmp_path, "--json", tmp_path / "rows.json", *more)
+        assert result.returncode == 0, result.stdout + result.stderr
+        losses.append([row["loss"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]])
+    assert all(sorted_ != mixed for sorted_, mixed in zip(*losses))
+
+
 def test_quickstart_refuses_a_bad_config_before_it_trains(tmp_path: Path) -> None:
     result = python("launch/quickstart.py", "--config", "dgc:density=2", "--output", tmp_path)
     assert result.returncode == 2 and "density=2" in result.stderr and "Traceback" not in result.stderr
@@ -220,6 +230,7 @@ def test_trainers_agree_on_onebit_adam(digits: Path, tmp_path: Path) -> None:
     assert row["wire_bytes"] < row["dense_bytes"]
     result = python("launch/quickstart.py", *options, "--json", tmp_path / "python.json", "--output", tmp_path)
     assert result.returncode == 0, result.stderr
+    assert "variance frozen at step 8: freeze=8" in result.stdout
     rows = json.loads((tmp_path / "python.json").read_text())
     assert rows["machine"]["optimizer"] == "adam" and rows["machine"]["lr"] == 0.001
     assert [one["fingerprint"] == row["fingerprint"] for one in rows["rows"]] == [False, True]
@@ -576,6 +587,17 @@ def test_training_benchmark(digits: Path, tmp_path: Path) -> None:
     for name, row in rows.items():
         assert row["seconds_median"] > 0 and row["steps"] == 6 + 2 * 2 and (row["fingerprint"] is None) == (name == "compute alone")
     assert (tmp_path / "training.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# --- bench/run error_control --------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_error_control_benchmark(tmp_path: Path) -> None:
+    result = python("bench/error_control.py", "--quick", "--json", tmp_path / "rows.json", "--plot", tmp_path / "picture.png", env={"THINWIRE_BUILD": str(BUILD)})
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert {row["section"] for row in rows} == {"quadratics", "least_squares"} and "all as expected" in result.stdout
+    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
 
 
 # --- bench/run quality -------------------------------------------------------------------------------------------------------------------------------------------------

@@ -437,6 +437,12 @@ void bind_engine(py::module_& m) {
             changing(e, "describe_optimizer", [&](GradientReducer& r) { r.describe_optimizer(words, {from, every}); });
           },
           py::arg("words"), py::arg("freeze_from"), py::arg("freeze_every"))
+      .def(
+          "rescale_residuals",
+          [](const Engine& e, const std::vector<float>& factors) {
+            changing(e, "on_lr_change", [&](GradientReducer& r) { r.rescale_residuals(factors); });
+          },
+          py::arg("factors"))
       .def("flush", [](const Engine& e) { changing(e, "flush", [](GradientReducer& r) { r.flush(); }); })
       .def("reset", [](const Engine& e) { changing(e, "reset", [](GradientReducer& r) { r.reset(); }); })
       .def(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ._extension import native
 from .config import Config
-from .errors import ArgumentError, Error, UnsupportedError
+from .errors import ArgumentError, ConfigError, Error, UnsupportedError
+from .learning_rate import LearningRates, follow
 from .onebit_adam import OneBitAdam
 from .pairing import paired_config
 from .replay import shaped
@@ -63,6 +65,7 @@ class HookState:
             raise ArgumentError("OneBitAdam hands its momentum over by parameter: give named_parameters as well")
         self._shapes = None if named is None else {name: p.shape for name, p in named}
         self._kept: dict[str, Any] | None = None  # a copy's state, in place of an engine
+        self._rates: LearningRates | None = None
         scale = _scale_of(grad_scaler, None if named is None else named[0][1].device)
         self._group = group = _group(process_group)
         self._optimizer = paired
@@ -119,6 +122,8 @@ class HookState:
             return _copied(self._kept)
         state = self._engine.state()
         state["parameters"] = {name: shaped(arrays, shapes[name]) for name, arrays in state["parameters"].items()}
+        if self._rates is not None:
+            state["lr"] = dict(self._rates.last)
         return {"format": _FORMAT, **state}
 
     def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
@@ -141,8 +146,24 @@ class HookState:
                 engine.load_state([], str(error))
             raise
         engine.load_state(states)
+        if self._rates is not None:
+            self._rates.last = dict(states[0].get("lr", {}))
         if self._optimizer is not None and self._optimizer.frozen and engine.frozen():
             self._optimizer._hand_over(momenta=False)
+
+    def on_lr_change(self, ratio: float | Mapping[str, float]) -> None:
+        """The learning rate has become ``ratio`` times what it was, of all parameters or by name: what was not sent is divided by it, so that it
+        moves the parameters as far as it would have. Between steps, on all ranks alike. ``attach`` calls it under ``feedback=ef14:lr_rescale=1``."""
+        engine = self._live("on_lr_change")
+        if self._shapes is None:
+            raise ArgumentError("on_lr_change: this HookState was made without named_parameters")
+        by_name = dict(ratio) if isinstance(ratio, Mapping) else dict.fromkeys(self._shapes, ratio)
+        for name, value in by_name.items():
+            if name not in self._shapes:
+                raise ArgumentError(f"on_lr_change: {name!r} is not a parameter here")
+            if not (isinstance(value, (int, float)) and 0 < value < math.inf):
+                raise ArgumentError(f"on_lr_change: the ratio of {name!r} is {value!r}, not a positive number")
+        engine.rescale_residuals([1.0 / by_name.get(name, 1.0) for name in self._shapes])
 
     def flush(self) -> None:
         """Makes the next synchronised step dense, so that it empties the residuals. Call it on all ranks."""
@@ -172,6 +193,7 @@ class HookState:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._config = Config.parse(state["config"])
         self._shapes = state["shapes"]
+        self._rates = None
         self._kept = state["kept"] or {"step": 0}  # made without names and never used: there is no state to give
         self._engine = None
         self._optimizer = None
@@ -218,12 +240,20 @@ def attach(
             "target=momentum puts the momentum into the gradients once the variance is frozen, and only OneBitAdam takes it for that: "
             "attach(ddp, config, OneBitAdam(...))"
         )
-    state = HookState(config, ddp.process_group, named_parameters=_reduced_by(ddp), grad_scaler=grad_scaler, optimizer=optimizer)
+    named, rates = _reduced_by(ddp), None
+    if config.keys_of("feedback").get("lr_rescale") == "1":
+        if optimizer is None:
+            raise ConfigError("feedback=ef14:lr_rescale=1 follows the optimizer's learning rate: attach(ddp, config, optimizer)")
+        rates = LearningRates(optimizer, named)
+    state = HookState(config, ddp.process_group, named_parameters=named, grad_scaler=grad_scaler, optimizer=optimizer)
     try:
         native.install(ddp.reducer, state._engine)
     except Exception:
         state.close()
         raise
+    if rates is not None:
+        state._rates = rates
+        follow(ddp, rates, state.on_lr_change)
     ddp.logger._set_comm_hook_name(f"thinwire.attach({state.config})")
     ddp._comm_hooks.append((hook, state))
     weakref.finalize(ddp, state.close)

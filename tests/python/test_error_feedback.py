@@ -1,0 +1,185 @@
+"""EF14, EF21 and EControl against the equations of docs/error_control.md in double precision, and what Python says of them."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import thinwire
+from thinwire.__main__ import main
+
+STEPS, SHAPE = 7, (60, 30)
+K = 180  # 10 %
+TOPK = "codec=topk:density=0.1,select=exact"
+REST = "min_numel=10 exchange=gather"
+
+
+def top(x: torch.Tensor) -> torch.Tensor:
+    keep = torch.argsort(-x.abs(), stable=True)[:K]
+    out = torch.zeros_like(x)
+    out[keep] = x[keep]
+    return out
+
+
+def equations(grads: torch.Tensor, *, control: bool, eta: float, average: float, dense: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What comes back at each step, and the state of all ranks. `grads`: (steps, world, n)."""
+    world, n = grads.shape[1:]
+    e, h, v = (torch.zeros(world, n, dtype=torch.float64) for _ in range(3))
+    mean, out = torch.zeros(n, dtype=torch.float64), []
+    for step, g in enumerate(grads.double()):
+        if step == 0 and dense:
+            h, v, mean = g.clone(), g.clone(), g.mean(0)
+        else:
+            v = (1 - average) * v + average * g
+            sent = torch.zeros_like(h)
+            for rank in range(world):
+                news = v[rank] - h[rank]
+                sent[rank] = top((eta * e[rank] if control else 0) + news)
+                e[rank] += news - sent[rank]
+            h = h + sent
+            mean = mean + sent.mean(0)
+        out.append(mean)
+    return torch.stack(out), {"residual": e, "estimate": h, "average": v, "mean_estimate": mean}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("feedback", "how"),
+    [
+        ("ef21", {"control": False, "eta": 0.0, "average": 1.0, "dense": True}),
+        ("ef21:worker_ema=0.25,init=zero", {"control": False, "eta": 0.0, "average": 0.25, "dense": False}),
+        ("econtrol", {"control": True, "eta": 0.1, "average": 1.0, "dense": True}),
+        ("econtrol:eta=0.05,init=zero", {"control": True, "eta": 0.05, "average": 1.0, "dense": False}),
+        ("econtrol:worker_ema=0.5", {"control": True, "eta": 0.1, "average": 0.5, "dense": True}),
+    ],
+)
+def test_replay_follows_the_equations(feedback: str, how: dict, world: int) -> None:
+    grads = torch.randn(STEPS, world, *SHAPE, generator=torch.Generator().manual_seed(world))
+    run = thinwire.replay(f"{TOPK} feedback={feedback} {REST}", {"w": grads})
+    means, state = equations(grads.flatten(2), **how)
+    # A few roundings of numbers below 8 a step, and as many in what they are sums of.
+    bound = 8 * STEPS * 2**-23
+    assert (run.mean["w"].flatten(1) - means).abs().max() < bound
+    names = {"estimate", "mean_estimate"} | ({"residual"} if how["control"] else set()) | ({"average"} if how["average"] < 1 else set())
+    for rank in range(world):
+        assert set(run.state[rank]["w"]) == names
+        for name in names:
+            want = state[name] if name == "mean_estimate" else state[name][rank]
+            assert (run.state[rank]["w"][name].flatten() - want).abs().max() < bound, name
+            assert want.abs().max() > 100 * bound
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_owners_hold_what_the_mean_estimate_lacks(world: int) -> None:
+    grads = torch.randn(STEPS, world, *SHAPE, generator=torch.Generator().manual_seed(3))
+    run = thinwire.replay("codec=sign feedback=econtrol min_numel=10", {"w": grads})
+    owed = torch.cat([run.state[rank]["w"]["server_residual"] for rank in range(world)]).double()
+    estimates = torch.stack([run.state[rank]["w"]["estimate"].flatten().double() for rank in range(world)]).mean(0)
+    held = run.state[0]["w"]["mean_estimate"].flatten().double()
+    assert owed.abs().max() > 1e-3
+    assert (held + owed - estimates).abs().max() < 8 * STEPS * 2**-23
+
+
+def test_the_watchdog_lowers_an_eta_that_is_too_large() -> None:
+    generator = torch.Generator().manual_seed(1)
+    grads = torch.randn(1, 1, *SHAPE, generator=generator).repeat(300, 1, 1, 1) + 0.1 * torch.randn(300, 1, *SHAPE, generator=generator)
+    wild, tame = (thinwire.replay(f"{TOPK} feedback=econtrol:eta={eta} {REST}", {"w": grads}).stats["parameters"]["w"] for eta in (0.6, "auto"))
+    assert wild["eta_cuts"] > 0 and wild["eta"] < 0.6
+    assert tame["eta_cuts"] == 0 and tame["eta"] == pytest.approx(0.1)
+    assert 0.1 < tame["measured_delta"] < 1 and 0 < tame["stale"] < 1
+    assert tame["estimate_norm"] == pytest.approx(tame["grad_norm"], rel=0.3)
+
+
+def test_presets_are_slots() -> None:
+    assert thinwire.econtrol() == thinwire.Config.parse("econtrol")
+    assert thinwire.econtrol(codec="sign", eta=0.3, worker_ema=0.1, init="zero", min_numel=5) == thinwire.Config.parse("codec=sign feedback=econtrol:eta=0.3,worker_ema=0.1,init=zero min_numel=5")
+    assert thinwire.error_feedback("ef21", codec="topk:density=0.1", worker_ema=0.1) == thinwire.Config.parse("codec=topk:density=0.1 feedback=ef21:worker_ema=0.1")
+    for text, word in (("econtrol:eta=-1", "outside"), ("econtrol:eta=x", "a number"), ("codec=sign:scale=l2 feedback=econtrol", "contraction")):
+        with pytest.raises(thinwire.ConfigError, match=word):
+            thinwire.Config.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("codec=topk:density=0.1 feedback=none", ["diverge", "ef14"]),
+        ("econtrol:eta=0.3", ["eta=0.3", "0.2", "eta=auto is 0.1"]),
+        ("econtrol:density=0.01", ["stale", "worker_ema=0.1"]),
+        ("codec=sign feedback=econtrol:eta=1.5", ["eta=1.5", "codec=sign"]),
+        ("econtrol", []),
+        ("econtrol:density=0.01,worker_ema=0.1", []),
+        ("onebit_adam", []),
+    ],
+)
+def test_check_warns_of_what_is_likely_to_go_wrong(config: str, words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    assert main(["check", config, "--json", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert ("warning:" in said) == bool(words)
+    warned = json.loads(file.read_text())["rows"][0]["warnings"]
+    assert len(warned) == (1 if words else 0)
+    assert all(word in warned[0] for word in words)
+
+
+@pytest.fixture
+def alone():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_the_hook_warns_once(alone: None) -> None:
+    with pytest.warns(UserWarning, match="eta=0.9 is above twice"):
+        state = thinwire.HookState("econtrol:eta=0.9", named_parameters=[("w", torch.nn.Parameter(torch.zeros(4, 4)))])
+    state.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        thinwire.HookState("econtrol", named_parameters=[("w", torch.nn.Parameter(torch.zeros(4, 4)))]).close()
+
+
+def test_a_residual_keeps_its_worth_when_the_learning_rate_changes(alone: None) -> None:
+    def train(rescale: int) -> tuple[dict, torch.Tensor]:
+        torch.manual_seed(0)
+        model = DistributedDataParallel(torch.nn.Linear(40, 50, bias=False))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        state = thinwire.attach(model, f"codec=topk:density=0.1 feedback=ef14:lr_rescale={rescale} {REST}", optimizer)
+        x = torch.randn(8, 40, generator=torch.Generator().manual_seed(1))
+        before = None
+        for step in range(3):
+            if step == 2:
+                before = state.state_dict()["parameters"]["weight"]["residual"].clone()
+                optimizer.param_groups[0]["lr"] = 0.125
+            model(x).square().mean().backward()
+            if step < 2:
+                optimizer.step()
+                optimizer.zero_grad()
+        saved = state.state_dict()
+        grad = model.module.weight.grad
+        state.close()
+        return saved, before, grad, x, model
+
+    plain, rescaled = train(0), train(1)
+    assert torch.equal(plain[1], rescaled[1])
+    assert "lr" not in plain[0] and rescaled[0]["lr"] == {"weight": 0.125}
+    # With one rank what is sent and what stays make up the message, e + g: the messages differ by 3·e.
+    differences = [saved["parameters"]["weight"]["residual"] + grad for saved, _, grad, _, _ in (plain, rescaled)]
+    torch.testing.assert_close(differences[1] - differences[0], 3 * plain[1], rtol=1e-4, atol=1e-6)
+
+
+def test_following_a_learning_rate_needs_one(alone: None) -> None:
+    model = DistributedDataParallel(torch.nn.Linear(4, 4))
+    with pytest.raises(thinwire.ConfigError, match="lr_rescale=1 follows the optimizer"):
+        thinwire.attach(model, "codec=topk:density=0.1 feedback=ef14:lr_rescale=1")
+    state = thinwire.attach(model, "codec=topk:density=0.1 feedback=ef14")
+    for bad in (0.0, -1.0, float("inf"), "x"):
+        with pytest.raises(thinwire.Error, match="not a positive number"):
+            state.on_lr_change(bad)
+    with pytest.raises(thinwire.Error, match="is not a parameter here"):
+        state.on_lr_change({"nothing": 0.5})
+    state.close()
