@@ -42,9 +42,8 @@ constexpr Key kBeta1 = {"beta1", Kind::number, "0.9", "[0, 1)", "of the momentum
 constexpr Key kFreeze = {"freeze", Kind::integer_or_word, "auto", "auto|[1, inf)",
                          "synchronised steps that stay dense first; auto: until the optimizer's variance is stable"};
 constexpr Key kMomentumTarget[] = {kBeta1, kFreeze, kClipNorm};
-constexpr Key kEf14[] = {
-    {"decay", Kind::number, "1", "(0, 1]", "what of the residual is kept per step; below 1 forgets"},
-    {"lr_rescale", Kind::flag, "0", "0|1", "the residual keeps its worth when the optimizer's learning rate changes"}};
+constexpr Key kEf14[] = {{"decay", Kind::number, "1", "(0, 1]", "what of the residual is kept per step; below 1 forgets"},
+                         {"lr_rescale", Kind::flag, "0", "0|1", "the residual keeps its worth when the optimizer's learning rate changes"}};
 constexpr Key kWorkerEma = {"worker_ema", Kind::number, "1", "(0, 1]",
                             "share of the new gradient in a rank's running average, which stands in for it; 1 = off"};
 constexpr Key kInit = {"init", Kind::word, "dense", "dense|compressed|zero",

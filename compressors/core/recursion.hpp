@@ -37,12 +37,12 @@ struct Recursion {
   /// target=momentum: beta1·m + (1 − beta1)·g stands where g does, with the momentum m that all ranks share (1-bit Adam; none and
   /// error_feedback). m is read here; whoever applies the mean writes it.
   bool averaged = false;
-  bool control = false;   ///< estimate: EControl's residual, fed back with each segment's Setting::eta; false: EF21, which has none
+  bool control = false;  ///< estimate: EControl's residual, fed back with each segment's Setting::eta; false: EF21, which has none
   enum class Eta : std::uint8_t { automatic, theory, paper, number };
   Eta eta = Eta::automatic;  ///< control: how a segment's eta follows from its codec's contraction (eta_of)
   float given_eta = 0.0f;    ///< Eta::number
-  float fresh = 1.0f;  ///< estimate: the worker average's share of the new gradient, in (0, 1]; 1 = off
-  bool starting = false;  ///< estimate: a dense step that sets it (init=dense), or the first that is compressed (init=compressed)
+  float fresh = 1.0f;        ///< estimate: the worker average's share of the new gradient, in (0, 1]; 1 = off
+  bool starting = false;     ///< estimate: a dense step that sets it (init=dense), or the first that is compressed (init=compressed)
 
   bool operator==(const Recursion&) const = default;
 };
@@ -118,9 +118,9 @@ void settle_dense(const Recursion& recursion, const Plan& plan, const StateView&
 /// gradient did. EF21 has no residual: nothing happens.
 void keep_news(const Recursion& recursion, const Plan& plan, const StateView& state) noexcept;
 
-/// estimate, a dense step that is `starting`, after its verdict and before settle_dense. A finite one: h ← the message, v ← h, and H becomes
-/// `means`, packed; `joined`: the message was 0. The message of EF21, which has no residual to lie in, lies in h: after a bad verdict h and
-/// H start from 0.
+/// estimate, a dense step that is `starting`, after its verdict and before settle_dense. A finite one: h ← the message, v ← h, and H
+/// becomes `means`, packed; `joined`: the message was 0. The message of EF21, which has no residual to lie in, lies in h: after a bad
+/// verdict h and H start from 0.
 void start_estimates(const Recursion& recursion, const Plan& plan, const StateView& state, const float* means, bool finite,
                      bool joined) noexcept;
 

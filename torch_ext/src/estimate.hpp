@@ -10,10 +10,10 @@
 
 namespace thinwire::torch_ext {
 
-/// One fp32 tensor of `numel` elements and two dimensions at one stage of training: compressed, alone in its bucket; dense beside compressed
-/// ones, what it adds to theirs.
+/// One fp32 tensor of `numel` elements and two dimensions at one stage of training: compressed, alone in its bucket; dense beside
+/// compressed ones, what it adds to theirs.
 struct Estimate {
-  std::string stage;             ///< "dense start", "warm-up", "compressed", …, for people
+  std::string stage;                        ///< "dense start", "warm-up", "compressed", …, for people
   std::optional<std::uint64_t> first_step;  ///< the stage's first synchronised step; none: when freeze=auto has frozen
   double density = 1;
   bool compressed = false;
