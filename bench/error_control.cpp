@@ -31,11 +31,11 @@ struct Report {
   }
 };
 
-std::string text_of(const Run& run, const char* format = "%zu") {
+std::string text_of(const Run& run) {
   char text[32];
   if (run.diverged) return "diverges";
   if (!run.reached) return std::snprintf(text, sizeof text, "(%.2e)", run.plateau), text;
-  return std::snprintf(text, sizeof text, format, run.steps), text;
+  return std::to_string(run.steps);
 }
 std::string number(double x) {
   char text[32];
