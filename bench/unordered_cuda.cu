@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads) unordered_kernel(EncodeCall call) {
   const float* const grad = reinterpret_cast<const float*>(call.grad) + segment.range.first + start;
   const bool aligned = reinterpret_cast<std::uintptr_t>(grad) % 16 == 0;
   const float factor = call.grad_factor != nullptr ? call.grad_factor[s] : 1.0f, threshold = call.scratch.threshold[s];
-  float* const residual = segment.residual + start;
+  float* const residual = segment.residual.fp32() + start;
   if (threadIdx.x == 0) total = 0;
 
   float g[kVectors * kPer], x[kVectors * kPer];

@@ -18,8 +18,7 @@ std::string describe(std::span<const std::uint32_t> ids, const std::vector<Param
 }
 
 SegmentState from(SegmentState state, std::size_t first) {
-  for (float*& array : state.array)
-    if (array != nullptr) array += first;
+  for (StateArray& array : state.array) array = array.from(first);
   return state;
 }
 
@@ -49,7 +48,7 @@ std::vector<Segment> in_momenta(const BucketPlan& bucket, const std::vector<Para
   std::vector<Segment> out = bucket.segments;
   for (std::size_t s = 0; s < out.size(); ++s) {
     const ParameterSlot& slot = slots[out[s].parameter];
-    out[s].first = slot.momentum_at + std::size_t(bucket.states[s].array[0] - slot.shared_momentum);
+    out[s].first = slot.momentum_at + std::size_t(bucket.states[s].array[0].fp32() - slot.shared_momentum);
   }
   return out;
 }
@@ -145,7 +144,7 @@ BucketPlan make_bucket_plan(std::span<const std::uint32_t> ids, DType dtype, boo
       bucket.betas.push_back(slot.beta1);
       continue;
     }
-    const bool has_state = residual_of(recursion, slot.state) != nullptr || recursion.kind == Recursion::Kind::momentum_correction ||
+    const bool has_state = bool(residual_of(recursion, slot.state)) || recursion.kind == Recursion::Kind::momentum_correction ||
                            (recursion.averaged && slot.shared_momentum != nullptr);
     Passengers& group = bucket.passengers[whole_dense || has_state ? 0 : 1];
     group.segments.push_back(segment);

@@ -38,7 +38,7 @@ void HostEngine::start(const BucketPlan& bucket, std::uint64_t step, const Sent&
     start_estimates(bucket.recursion, dense.plan(step), {dense.states}, sent.shared.as<float>(), finite, sent.joined);
   } else if (finite) {  // init=compressed: the first payload is the estimate, and nothing is kept back
     for (std::size_t s = 0; s < bucket.segments.size(); ++s)
-      std::fill_n(residual_of(bucket.recursion, bucket.states[s]), bucket.segments[s].count, 0.0f);
+      clear_state(residual_of(bucket.recursion, bucket.states[s]), bucket.segments[s].count);
   }
 }
 
@@ -62,10 +62,10 @@ void HostEngine::take_back(const BucketPlan& bucket, std::uint64_t step, const S
   if (!bucket.recursion.averaged || sent.joined) return;
   const Passengers& dense = bucket.passengers[0];
   for (std::size_t s = 0; s < dense.segments.size(); ++s) {
-    float* const residual = residual_of(bucket.recursion, dense.states[s]);
-    const float* const momentum = dense.states[s].array[0];
-    if (residual == nullptr || momentum == nullptr) continue;
-    for (std::size_t i = 0; i < dense.segments[s].count; ++i) residual[i] -= dense.betas[s] * momentum[i];
+    const StateArray residual = residual_of(bucket.recursion, dense.states[s]);
+    const float* const momentum = dense.states[s].array[0].fp32();
+    if (!residual || momentum == nullptr) continue;
+    for (std::size_t i = 0; i < dense.segments[s].count; ++i) residual.set(i, residual[i] - dense.betas[s] * momentum[i]);
   }
 }
 
@@ -114,8 +114,8 @@ void HostEngine::note_dense_means(const BucketPlan& bucket, Bytes sums) {
   }
   float* at = sums.as<float>();
   for (std::size_t s = 0; s < dense.segments.size(); at += dense.segments[s++].count) {
-    if (const float* estimate = estimate_of(bucket.recursion, dense.states[s])) {
-      std::copy_n(estimate, dense.segments[s].count, at);
+    if (const StateArray estimate = estimate_of(bucket.recursion, dense.states[s])) {
+      load_state(estimate, at, dense.segments[s].count);
     } else {
       std::fill_n(at, dense.segments[s].count, 0.0f);
     }

@@ -96,11 +96,13 @@ class GradientReducer::Impl {
   /// One named array of a parameter's state.
   struct Array {
     std::string_view name;
-    float* data;
+    StateArray data;
     std::size_t count;
   };
   /// The state that this rank takes from, after everything about it was checked. @throws invalid_argument, nothing changed.
   std::span<const ReducerState> check_states(std::span<const ReducerState> states) const;
+  /// Whether what the array would take, `values` of one checkpoint, is no bf16 number where the array's place in the recursion needs one.
+  bool off_grid(const Array& array, std::span<const float> values) const noexcept;
   /// The named array of another rank of another world: an owned part has another length there.
   std::size_t length_in(const Array& array, std::uint32_t id, const ReducerState& source) const;
   /// Fills `out` (kNamedArrays of them) with what parameter `id` keeps; returns how many.

@@ -117,7 +117,7 @@ void GradientReducer::Impl::check_device_memory() const {
 
 void GradientReducer::Impl::lay_out_state() {
   // Array j holds state j of all parameters one after the other; what a codec remembers comes last. Cache-line starts, so that neighbours
-  // share none.
+  // share none: offsets and counts are in elements, of which narrow ones lie two to a float.
   constexpr std::size_t kLine = 16;
   std::array<std::size_t, kNamedArrays> counts{};
   std::vector<std::array<std::size_t, kNamedArrays>> offsets(slots_.size());
@@ -127,7 +127,7 @@ void GradientReducer::Impl::lay_out_state() {
     const std::size_t arrays = slot.compressible ? full : codec_ != nullptr ? dense : 0;
     for (std::size_t j = 0; j < arrays; ++j) {
       offsets[p][j] = counts[j];
-      counts[j] += round_up(slot.numel, kLine);
+      counts[j] += round_up(slot.numel, state_dtype(recursion_, j) == DType::fp32 ? kLine : 2 * kLine);
     }
     if (!slot.compressible) continue;
     slot.setting = setting_at(dense_steps_, std::uint32_t(p));
@@ -140,16 +140,23 @@ void GradientReducer::Impl::lay_out_state() {
     offsets[p][kServerArray] = counts[kServerArray];
     counts[kServerArray] += round_up(slot.owned.count, kLine);
   }
+  for (std::size_t j = 0; j < kMaxStateArrays; ++j)
+    if (state_dtype(recursion_, j) != DType::fp32) counts[j] /= 2;
   arena_ = options_.device < 0 ? Arena(counts) : Arena(counts, options_.device);
   for (std::size_t p = 0; p < slots_.size(); ++p) {
     ParameterSlot& slot = slots_[p];
     const std::size_t arrays = slot.compressible ? full : codec_ != nullptr ? dense : 0;
-    for (std::size_t j = 0; j < arrays; ++j) slot.state.array[j] = arena_.array(j) + offsets[p][j];
+    for (std::size_t j = 0; j < arrays; ++j) {
+      float* const array = arena_.array(j);
+      slot.state.array[j] =
+          state_dtype(recursion_, j) == DType::fp32 ? StateArray(array) : StateArray(reinterpret_cast<std::uint16_t*>(array));
+      slot.state.array[j] = slot.state.array[j].from(offsets[p][j]);
+    }
     if (slot.memory_count != 0) slot.state.memory = arena_.array(kMemoryArray) + offsets[p][kMemoryArray];
     if (!slot.compressible) continue;
     if (two_phase_) slot.server_residual = arena_.array(kServerArray) + offsets[p][kServerArray];
     if (!recursion_.averaged) continue;
-    slot.shared_momentum = slot.state.array[0];
+    slot.shared_momentum = slot.state.array[0].fp32();
     slot.momentum_at = offsets[p][0];
     slot.beta1 = float(config_.target().number("beta1"));
   }

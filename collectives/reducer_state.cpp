@@ -11,7 +11,8 @@ namespace thinwire {
 
 namespace {
 
-constexpr std::string_view kServerResidual = "server_residual", kMeanEstimate = "mean_estimate";
+constexpr std::string_view kServerResidual = "server_residual", kEstimate = "estimate", kMeanEstimate = "mean_estimate",
+                           kResidual = "residual";
 
 }  // namespace
 
@@ -19,12 +20,17 @@ std::size_t GradientReducer::Impl::length_in(const Array& array, std::uint32_t i
   return array.name == kServerResidual ? owned_part(slots_[id].numel, source.world, source.rank).count : array.count;
 }
 
+bool GradientReducer::Impl::off_grid(const Array& array, std::span<const float> values) const noexcept {
+  return recursion_.grid && array.name == kEstimate &&
+         !std::all_of(values.begin(), values.end(), [](float x) { return (float_bits(x) & 0xffffu) == 0; });
+}
+
 std::size_t GradientReducer::Impl::arrays_of(std::uint32_t id, std::span<Array> out) const {
   const ParameterSlot& slot = slots_[id];
   const auto names = slot.compressible ? state_names(recursion_) : dense_state_names(recursion_);
   std::size_t n = 0;
   for (std::size_t j = 0; j < names.size(); ++j)
-    if (slot.state.array[j] != nullptr) out[n++] = {names[j], slot.state.array[j], slot.numel};
+    if (slot.state.array[j]) out[n++] = {names[j], slot.state.array[j], slot.numel};
   if (slot.memory_count != 0) out[n++] = {codec_->memory_name(), slot.state.memory, slot.memory_count};
   if (slot.server_residual != nullptr) out[n++] = {kServerResidual, slot.server_residual, slot.owned.count};
   return n;
@@ -100,8 +106,8 @@ void GradientReducer::Impl::rescale_residuals(std::span<const float> factors) {
   engine_->wait();
   engine_->check();
   std::vector<float> values;
-  const auto rescale = [&](float* array, std::size_t count, float factor) {
-    if (array == nullptr || factor == 1) return;
+  const auto rescale = [&](StateArray array, std::size_t count, float factor) {
+    if (!array || factor == 1) return;
     values.resize(count);
     arena_.read(array, values);
     for (float& x : values)
@@ -158,18 +164,18 @@ Stats GradientReducer::Impl::stats() const {
     s.density = s.compressed ? slot.setting.density : 1.0;
     s.kept = pass_reasons_[p].empty() ? engine_->kept()[p] : 0;
     s.grad_norm = std::sqrt(engine_->grad_norms()[p]);
-    const auto norm = [&](const float* at) {
+    const auto norm = [&](StateArray at) {
       double sum = 0;
       residual.resize(slot.numel);
       arena_.read(at, residual);
       for (const float x : residual) sum += double(x) * x;
       return std::sqrt(sum);
     };
-    if (const float* at = slot.compressible ? residual_of(recursion_, slot.state) : nullptr) s.residual_norm = norm(at);
+    if (const StateArray at = slot.compressible ? residual_of(recursion_, slot.state) : StateArray{}) s.residual_norm = norm(at);
     if (slot.shared_momentum != nullptr) s.momentum_norm = norm(slot.shared_momentum);
     s.masked = slot.masked();
     if (!slot.compressible) continue;
-    if (const float* at = estimate_of(recursion_, slot.state)) s.estimate_norm = norm(at);
+    if (const StateArray at = estimate_of(recursion_, slot.state)) s.estimate_norm = norm(at);
     if (recursion_.control) s.eta = slot.setting.eta;
     const Watch* const watch = engine_->watch();
     if (watch == nullptr || !watch->seen(std::uint32_t(p)).any) continue;
@@ -269,6 +275,9 @@ std::span<const ReducerState> GradientReducer::Impl::check_states(std::span<cons
                       " elements instead of " + std::to_string(length);
         } else if (!std::all_of(values->second.begin(), values->second.end(), [](float x) { return is_finite(x); })) {
           problems += "; '" + name + "' '" + std::string(arrays[a].name) + "' holds a value that is not finite";
+        } else if (sources.size() == 1 && off_grid(arrays[a], values->second)) {
+          problems += "; '" + name +
+                      "' 'estimate' holds values that are no bf16 numbers, which estimate=grid needs: it was saved with estimate=fp32";
         }
       }
       if (found->second.size() > n)
@@ -311,8 +320,10 @@ void GradientReducer::Impl::load_state(std::span<const ReducerState> states, con
   compare_cards(*parent_, {front.step, freeze_at, false, false}, "");
 
   std::array<Array, kNamedArrays> arrays;
+  std::vector<float> cut;  // what estimate=grid cuts off the mean of other ranks' estimates: their mean loses it too, residuals take it
   for (std::uint32_t p = 0; p < slots_.size(); ++p) {
     const std::size_t n = arrays_of(p, arrays);
+    cut.clear();
     for (std::size_t a = 0; a < n; ++a) {
       const std::string key(arrays[a].name);
       if (sources.size() == 1) {  // to the bit, signs of zeros too
@@ -329,7 +340,9 @@ void GradientReducer::Impl::load_state(std::span<const ReducerState> states, con
         continue;
       }
       if (arrays[a].name == kMeanEstimate) {  // all ranks hold the same
-        arena_.write(front.parameters.at(slots_[p].parameter.name).at(key), arrays[a].data);
+        std::vector<float> shared = front.parameters.at(slots_[p].parameter.name).at(key);
+        for (std::size_t i = 0; i < cut.size(); ++i) shared[i] -= cut[i];
+        arena_.write(shared, arrays[a].data);
         continue;
       }
       std::vector<float> mean(arrays[a].count);
@@ -337,6 +350,11 @@ void GradientReducer::Impl::load_state(std::span<const ReducerState> states, con
         double sum = 0;
         for (const ReducerState& source : sources) sum += source.parameters.at(slots_[p].parameter.name).at(key)[i];
         mean[i] = float(sum / double(sources.size()));
+        if (arrays[a].name == kResidual && !cut.empty()) mean[i] += cut[i];
+      }
+      if (recursion_.grid && arrays[a].name == kEstimate) {
+        cut = mean;
+        for (std::size_t i = 0; i < mean.size(); ++i) cut[i] -= mean[i] = wire_round(mean[i], DType::bf16);
       }
       arena_.write(mean, arrays[a].data);
     }

@@ -42,16 +42,20 @@ constexpr Key kBeta1 = {"beta1", Kind::number, "0.9", "[0, 1)", "of the momentum
 constexpr Key kFreeze = {"freeze", Kind::integer_or_word, "auto", "auto|[1, inf)",
                          "synchronised steps that stay dense first; auto: until the optimizer's variance is stable"};
 constexpr Key kMomentumTarget[] = {kBeta1, kFreeze, kClipNorm};
+constexpr Key kResidual = {"residual", Kind::word, "fp32", "fp32|bf16", "how residuals are stored; bf16: 2 bytes per parameter, rounded"};
+constexpr Key kEstimate = {"estimate", Kind::word, "fp32", "fp32|grid",
+                           "how a rank's estimates are stored; grid: 2 bytes per parameter, on bf16's grid, of which nothing is lost"};
 constexpr Key kEf14[] = {{"decay", Kind::number, "1", "(0, 1]", "what of the residual is kept per step; below 1 forgets"},
-                         {"lr_rescale", Kind::flag, "0", "0|1", "the residual keeps its worth when the optimizer's learning rate changes"}};
+                         {"lr_rescale", Kind::flag, "0", "0|1", "the residual keeps its worth when the optimizer's learning rate changes"},
+                         kResidual};
 constexpr Key kWorkerEma = {"worker_ema", Kind::number, "1", "(0, 1]",
                             "share of the new gradient in a rank's running average, which stands in for it; 1 = off"};
 constexpr Key kInit = {"init", Kind::word, "dense", "dense|compressed|zero",
                        "of the estimates: by the last of max(1, start_step) dense steps, the first payload, or 0"};
 constexpr Key kEta = {"eta", Kind::number_or_word, "auto", "auto|theory|paper|[0, inf)",
                       "share of the residual in a message; auto: the codec's contraction, theory and paper: smaller ones that are proven"};
-constexpr Key kEf21[] = {kWorkerEma, kInit};
-constexpr Key kEcontrol[] = {kEta, kWorkerEma, kInit};
+constexpr Key kEf21[] = {kWorkerEma, kInit, kEstimate};
+constexpr Key kEcontrol[] = {kEta, kWorkerEma, kInit, kResidual, kEstimate};
 constexpr Key kDgc[] = {kMomentum, kNesterov, kMask, kClipNorm};
 constexpr Key kWarmup[] = {{"densities", Kind::number_list, "0.25/0.0625/0.015625/0.004", "(0, 1]",
                             "one after the other; those below the codec's density are left out"},
@@ -119,11 +123,14 @@ constexpr Key kEcontrolPreset[] = {{"density", Kind::number, "0.1", "(0, 1]", "o
                                    kSelect,
                                    kEta,
                                    kWorkerEma,
-                                   kInit};
+                                   kInit,
+                                   kResidual,
+                                   kEstimate};
 
 std::string expand_econtrol(const Spec& econtrol) {
   return "codec=topk:density=" + econtrol.text("density") + ",wire=" + econtrol.text("wire") + ",select=" + econtrol.text("select") +
-         " feedback=econtrol:eta=" + econtrol.text("eta") + ",worker_ema=" + econtrol.text("worker_ema") + ",init=" + econtrol.text("init");
+         " feedback=econtrol:eta=" + econtrol.text("eta") + ",worker_ema=" + econtrol.text("worker_ema") +
+         ",init=" + econtrol.text("init") + ",residual=" + econtrol.text("residual") + ",estimate=" + econtrol.text("estimate");
 }
 
 constexpr Preset kPresets[] = {{{"dgc", kDgcPreset, "Deep Gradient Compression (Lin et al. 2018)"}, expand_dgc},
@@ -201,6 +208,14 @@ void check_combination(const Config& config) {
   const bool estimates = config.feedback().name == "ef21" || config.feedback().name == "econtrol";
   if (config.target().name == "momentum" && estimates) {
     refuse("target=momentum goes with feedback=ef14 or none; feedback=" + config.feedback().name + " estimates gradients");
+  }
+  if (estimates && config.feedback().text("estimate") == "grid") {
+    const bool signs = !is_sparse(config.codec());
+    if (signs || config.codec().text("wire") != "fp32") {
+      refuse("feedback=" + config.feedback().name +
+             ":estimate=grid sends values that take estimates to bf16 numbers, in fp32: it needs codec=topk:wire=fp32, not " + codec +
+             (signs ? "" : ":wire=" + config.codec().text("wire")) + "; or choose estimate=fp32");
+    }
   }
   if (config.feedback().name == "econtrol" && config.codec().name == "sign" && config.codec().text("scale") == "l2" &&
       is_word(config.feedback().text("eta"))) {
@@ -296,6 +311,7 @@ Recursion make_recursion(const Config& config) {
   if (feedback.name == "ef14") {
     recursion.kind = Recursion::Kind::error_feedback;
     recursion.decay = narrow(feedback.number("decay"), kTiniest, 1.0f);
+    recursion.narrow = feedback.text("residual") == "bf16";
   } else if (feedback.name == "dgc") {
     const double clip_norm = feedback.number("clip_norm");
     recursion.kind = Recursion::Kind::momentum_correction;
@@ -308,8 +324,10 @@ Recursion make_recursion(const Config& config) {
     recursion.kind = Recursion::Kind::estimate;
     recursion.fresh = narrow(feedback.number("worker_ema"), kTiniest, 1.0f);
     recursion.control = feedback.name == "econtrol";
+    recursion.grid = feedback.text("estimate") == "grid";
   }
   if (recursion.control) {
+    recursion.narrow = feedback.text("residual") == "bf16";
     const std::string& eta = feedback.text("eta");
     recursion.eta = eta == "auto"     ? Recursion::Eta::automatic
                     : eta == "theory" ? Recursion::Eta::theory

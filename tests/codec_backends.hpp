@@ -7,12 +7,14 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "compressors/core/device.hpp"
 #include "compressors/core/dtype.hpp"
 #include "compressors/core/isa.hpp"
 #include "compressors/core/recursion.hpp"
+#include "tests/dtype_oracle.hpp"
 
 namespace thinwire {
 
@@ -49,11 +51,19 @@ inline Recursion econtrol(float fresh = 1) {
   r.control = true;
   return r;
 }
+inline Recursion narrow(Recursion r) {
+  r.narrow = true;
+  return r;
+}
+inline Recursion on_grid(Recursion r) {
+  r.grid = true;
+  return r;
+}
 inline bool has_estimate(const Recursion& r) { return r.kind == Recursion::Kind::estimate; }
 inline std::string describe(const Recursion& r) {
   return "kind " + std::to_string(int(r.kind)) + " decay " + std::to_string(r.decay) + " m " + std::to_string(r.momentum) +
          (r.nesterov ? " nesterov" : "") + (r.mask ? " mask" : "") + (r.averaged ? " averaged" : "") + (r.control ? " control" : "") +
-         (r.fresh < 1 ? " fresh " + std::to_string(r.fresh) : "");
+         (r.fresh < 1 ? " fresh " + std::to_string(r.fresh) : "") + (r.narrow ? " narrow" : "") + (r.grid ? " grid" : "");
 }
 
 /// EControl's eta of a rig's segment s: the two limits, and what lies between.
@@ -92,6 +102,26 @@ inline std::vector<float> held_values(std::size_t n, unsigned seed, bool wild) {
     if (!std::isfinite(x)) x = std::copysign(std::numeric_limits<float>::max(), x);
   return out;
 }
+
+/// A rig's state, which it holds as floats, in the form in which the recursion stores it.
+class StoredState {
+ public:
+  StateArray of(std::vector<float>& values, bool narrow) {
+    if (!narrow) return values.data();
+    auto& copy = copies_.emplace_back(&values, std::vector<std::uint16_t>(values.size() + 1)).second;
+    for (std::size_t i = 0; i < values.size(); ++i) copy[i] = oracle::nearest_bits(values[i], DType::bf16, true);
+    return copy.data();
+  }
+  /// What calls have left there.
+  void fetch() {
+    for (auto& [values, copy] : copies_)
+      for (std::size_t i = 0; i < values->size(); ++i) (*values)[i] = float(oracle::half_value(copy[i], DType::bf16));
+  }
+  void clear() { copies_.clear(); }
+
+ private:
+  std::vector<std::pair<std::vector<float>*, std::vector<std::uint16_t>>> copies_;
+};
 
 template <class F>
 void expect_same_bits(const std::vector<float>& got, const std::vector<float>& want, F&& where) {

@@ -133,7 +133,9 @@ class DeviceCodec final : public Codec {
         segments[s].live = twins.of(segments[s].live, segments[s].count / 8 + 1, false);
         if (!host.mean_estimates.empty()) mean_estimates.push_back(twins.of(host.mean_estimates[s], segments[s].count, true));
         if (states.empty()) continue;
-        for (float*& array : states[s].array) array = twins.of(array, segments[s].count, true);
+        for (StateArray& array : states[s].array)
+          array = array.narrow() ? StateArray(twins.of(array.bf16(), segments[s].count, true))
+                                 : StateArray(twins.of(array.fp32(), segments[s].count, true));
         states[s].memory = twins.of(states[s].memory, codec.memory(segments[s]), true);
       }
       plan.segments = segments;

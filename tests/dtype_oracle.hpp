@@ -56,6 +56,14 @@ inline std::uint16_t nearest_bits(double x, DType dtype, bool saturate) {
   return std::uint16_t(bits | (std::signbit(x) ? 0x8000 : 0));
 }
 
+/// What a state array that is `narrow` holds of x.
+inline float stored_value(float x, bool narrow) { return narrow ? float(half_value(nearest_bits(x, DType::bf16, true), DType::bf16)) : x; }
+/// What is sent of a message x for an estimate h on bf16's grid.
+inline float grid_value(float x, float h) {
+  const float sum = h + x;
+  return stored_value(std::isfinite(sum) ? sum : std::copysign(std::numeric_limits<float>::max(), sum), true) - h;
+}
+
 /// What arrives of a finite x.
 inline float sent_value(float x, DType wire) { return wire == DType::fp32 ? x : float(half_value(nearest_bits(x, wire, true), wire)); }
 

@@ -41,8 +41,8 @@ inline Recursion averaged(Recursion r) {
   return r;
 }
 inline std::vector<Recursion> sign_recursions() {
-  return {no_feedback(), ef14(),      ef14(0.75f), averaged(no_feedback()), averaged(ef14()), averaged(ef14(0.75f)),
-          ef21(),        ef21(0.25f), econtrol(),  econtrol(0.1f)};
+  return {no_feedback(), ef14(),     ef14(0.75f),    averaged(no_feedback()), averaged(ef14()),         averaged(ef14(0.75f)), ef21(),
+          ef21(0.25f),   econtrol(), econtrol(0.1f), narrow(ef14(0.75f)),     narrow(averaged(ef14())), narrow(econtrol(0.1f))};
 }
 inline std::string describe(const SignOptions& o) {
   return std::string(o.scale == Scale::l1 ? " l1" : " l2") + " block " + std::to_string(o.block);
@@ -58,6 +58,7 @@ struct SignRig {
   std::vector<float> beta1, factors;
   std::vector<std::vector<std::uint8_t>> masks;
   std::vector<SegmentState> states;
+  StoredState stored;
   std::vector<std::byte> workspace, payload;
   std::vector<std::uint32_t> kept;
   std::vector<double> norms;
@@ -110,6 +111,8 @@ struct SignRig {
         own += 100;
       }
     }
+    state();
+    stored.fetch();  // as they can be held
   }
   bool alive(std::size_t s, std::size_t i) const { return segments[s].live == nullptr || ((segments[s].live[i / 8] >> (i % 8)) & 1u) != 0; }
 
@@ -125,11 +128,13 @@ struct SignRig {
   }
   StateView state() {
     states.assign(segments.size(), {});
+    stored.clear();
     for (std::size_t s = 0; s < segments.size(); ++s) {
       std::size_t next = 0;
       if (recursion.averaged) states[s].array[next++] = momentum[s].data();
       if (has_estimate(recursion)) states[s].array = {estimate[s].data(), mean_estimate[s].data()}, next = 2;
-      if (recursion.kind == Recursion::Kind::error_feedback || recursion.control) states[s].array[next++] = residual[s].data();
+      if (recursion.kind == Recursion::Kind::error_feedback || recursion.control)
+        states[s].array[next++] = stored.of(residual[s], recursion.narrow);
       if (has_estimate(recursion) && recursion.fresh < 1) states[s].array[next++] = average[s].data();
     }
     return {states, factors.data(), beta1.data()};
@@ -148,6 +153,7 @@ struct SignRig {
     flags = given;
     codec->stream(recursion, plan(), bytes(grad, dtype), state(), bytes(workspace), bytes(payload), &flags, {kept.data(), norms.data()},
                   Stream::host());
+    stored.fetch();
     std::vector<double> apart(segments.size());
     squared_norms(plan(), bytes(grad, dtype), apart.data(), Stream::host());
     EXPECT_EQ(norms, apart);
@@ -184,6 +190,7 @@ struct SignRig {
   }
   void take_back(const std::uint32_t* verdict = nullptr) {
     codec->take_back(recursion, plan(), bytes(std::as_const(payload)), state(), verdict, Stream::host());
+    stored.fetch();
   }
 
   /// What one step must send and leave, by the oracle.
@@ -229,10 +236,10 @@ struct SignRig {
         if (!alive(s, i)) continue;
         sent.bits[i] = !(message[i] < 0);
         const float w = sent.value(i, block(s));
-        if (recursion.kind == Recursion::Kind::error_feedback) out.residual[s][i] = message[i] - w;
+        if (recursion.kind == Recursion::Kind::error_feedback) out.residual[s][i] = oracle::stored_value(message[i] - w, recursion.narrow);
         if (!has_estimate(recursion)) continue;
         estimated[i].send(w);
-        if (recursion.control) out.residual[s][i] = estimated[i].residual;
+        if (recursion.control) out.residual[s][i] = oracle::stored_value(estimated[i].residual, recursion.narrow);
         out.estimate[s][i] = estimated[i].estimate;
         if (recursion.fresh < 1) out.average[s][i] = estimated[i].average;
       }

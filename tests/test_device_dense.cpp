@@ -154,8 +154,8 @@ TEST(DeviceDense, EstimatesAreTheHosts) {
 
         launch_pack_estimates(rig.ranges, there, stream);
         for (std::size_t s = 0; s < rig.segments.size(); ++s) {
-          const float* const estimate = estimate_of(recursion, rig.states[s]);
-          for (std::size_t i = 0; i < rig.segments[s].count; ++i) packed.push_back(estimate != nullptr ? estimate[i] : 0.0f);
+          const StateArray estimate = estimate_of(recursion, rig.states[s]);
+          for (std::size_t i = 0; i < rig.segments[s].count; ++i) packed.push_back(estimate ? estimate[i] : 0.0f);
         }
         expect_same_bits(device.back(there, rig.packed), packed, [&] { return where; });
         launch_set_mean_estimates(rig.ranges, there, 1.5f, stream);

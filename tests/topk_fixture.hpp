@@ -32,6 +32,7 @@ struct TopKRig {
   std::vector<std::vector<float>> u, residual, estimate, mean_estimate, average;
   std::vector<float> memory, factors;
   std::vector<SegmentState> states;
+  StoredState stored;
   std::vector<std::byte> workspace, payload;
   std::vector<std::uint32_t> kept;
   std::vector<double> norms;
@@ -66,6 +67,8 @@ struct TopKRig {
   void age(unsigned seed, bool wild) {
     for (std::size_t s = 0; s < segments.size(); ++s)
       for (auto* array : arrays()) (*array)[s] = held_values(segments[s].count, seed++, wild);
+    state();
+    stored.fetch();  // as they can be held
   }
   oracle::Held held(std::size_t s, std::size_t i) const { return {u[s][i], residual[s][i], estimate[s][i], average[s][i]}; }
   void hold(std::size_t s, std::size_t i, const oracle::Held& held) {
@@ -75,13 +78,15 @@ struct TopKRig {
   Plan plan() const { return {segments, part_end, step}; }
   StateView state() {
     states.assign(segments.size(), {});
+    stored.clear();
     for (std::size_t s = 0; s < segments.size(); ++s) {
-      if (recursion.kind == Recursion::Kind::error_feedback) states[s].array = {residual[s].data(), nullptr};
+      if (recursion.kind == Recursion::Kind::error_feedback) states[s].array = {stored.of(residual[s], recursion.narrow)};
       if (recursion.kind == Recursion::Kind::momentum_correction) states[s].array = {u[s].data(), residual[s].data()};
       if (has_estimate(recursion)) {
         std::size_t next = 0;
-        for (auto* array : {&estimate, &mean_estimate}) states[s].array[next++] = (*array)[s].data();
-        if (recursion.control) states[s].array[next++] = residual[s].data();
+        states[s].array[next++] = stored.of(estimate[s], recursion.grid);
+        states[s].array[next++] = mean_estimate[s].data();
+        if (recursion.control) states[s].array[next++] = stored.of(residual[s], recursion.narrow);
         if (recursion.fresh < 1) states[s].array[next++] = average[s].data();
       }
       if (codec->memory(segments[s]) != 0) states[s].memory = &memory[s];
@@ -101,6 +106,7 @@ struct TopKRig {
     flags = given;
     codec->stream(recursion, plan(), {grad.data(), grad.size(), dtype, Place::host, 0}, state(), bytes(workspace), bytes(payload), &flags,
                   {kept.data(), norms.data()}, Stream::host());
+    stored.fetch();
     expect_norms({grad.data(), grad.size(), dtype, Place::host, 0});
   }
   void expect_norms(ConstBytes grad) const {
@@ -121,6 +127,7 @@ struct TopKRig {
   }
   void take_back() {
     codec->take_back(recursion, plan(), {payload.data(), payload.size(), DType::u8, Place::host, 0}, state(), nullptr, Stream::host());
+    stored.fetch();
   }
 };
 
@@ -133,8 +140,21 @@ inline Recursion dgc(float momentum = 0.5f, bool nesterov = false, bool mask = t
   return r;
 }
 inline std::vector<Recursion> all_recursions() {
-  return {no_feedback(),          ef14(), ef14(0.75f), dgc(),      dgc(0.9f, false, false), dgc(0.5f, true),
-          dgc(0.9f, true, false), ef21(), ef21(0.25f), econtrol(), econtrol(0.1f)};
+  return {no_feedback(),
+          ef14(),
+          ef14(0.75f),
+          dgc(),
+          dgc(0.9f, false, false),
+          dgc(0.5f, true),
+          dgc(0.9f, true, false),
+          ef21(),
+          ef21(0.25f),
+          econtrol(),
+          econtrol(0.1f),
+          narrow(ef14()),
+          narrow(econtrol()),
+          on_grid(ef21(0.25f)),
+          on_grid(narrow(econtrol(0.1f)))};
 }
 inline std::string describe(const TopKOptions& o) {
   return std::string(" wire ") + to_string(o.wire) + (o.exact ? " exact" : " sampled") + " index " + std::to_string(int(o.index));

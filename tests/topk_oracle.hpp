@@ -145,6 +145,7 @@ inline Element update_estimate(const thinwire::Recursion& r, float g, const Held
   const float t = g - held.estimate, fed = eta * held.residual;
   out.x = r.control ? fed + t : t;
   out.held.residual = r.control ? held.residual + t : 0.0f;
+  if (std::isfinite(out.held.residual)) out.held.residual = stored_value(out.held.residual, r.narrow);
   if (!std::isfinite(out.x) || !std::isfinite(out.held.residual) || !std::isfinite(g)) out = {held, 0, true, true};
   return out;
 }
@@ -176,7 +177,7 @@ inline Element update(const thinwire::Recursion& r, float grad, float factor, co
   if (!std::isfinite(out.x)) {
     out = {held, 0, true, true};
   } else {
-    out.held.residual = out.x;
+    out.held.residual = stored_value(out.x, r.narrow);
   }
   return out;
 }
@@ -186,11 +187,11 @@ inline float cut_at_largest(float x) { return std::isfinite(x) ? x : std::copysi
 /// What is held once `sent` has left a message x.
 inline Held after_sending(const thinwire::Recursion& r, Held held, float x, float sent) {
   if (r.kind == thinwire::Recursion::Kind::estimate) {
-    if (r.control) held.residual = cut_at_largest(held.residual - sent);
-    held.estimate = cut_at_largest(held.estimate + sent);
+    if (r.control) held.residual = stored_value(cut_at_largest(held.residual - sent), r.narrow);
+    held.estimate = stored_value(cut_at_largest(held.estimate + sent), r.grid);
     return held;
   }
-  held.residual = x - sent;
+  held.residual = stored_value(x - sent, r.narrow);
   if (r.mask) held.u = 0;
   return held;
 }

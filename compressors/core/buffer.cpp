@@ -72,22 +72,22 @@ Arena::Arena(std::span<const std::size_t> counts, int device) : counts_(counts.b
   clear();
 }
 
-void Arena::read(const float* from, std::span<float> to) const {
-  if (stream_ == nullptr) {
-    std::copy_n(from, to.size(), to.begin());
-  } else {
-    device_copy(to.data(), from, to.size_bytes(), stream_->get());
-    device_wait(stream_->get());
-  }
+void Arena::read(StateArray from, std::span<float> to) const {
+  if (stream_ == nullptr) return load_state(from, to.data(), to.size());
+  std::vector<std::uint16_t> narrow(from.narrow() ? to.size() : 0);
+  void* const host = from.narrow() ? static_cast<void*>(narrow.data()) : to.data();
+  device_copy(host, from.data(), to.size() * size_of(from.dtype()), stream_->get());
+  device_wait(stream_->get());
+  if (from.narrow()) load_state(narrow.data(), to.data(), to.size());
 }
 
-void Arena::write(std::span<const float> from, float* to) {
-  if (stream_ == nullptr) {
-    std::copy_n(from.begin(), from.size(), to);
-  } else {
-    device_copy(to, from.data(), from.size_bytes(), stream_->get());
-    device_wait(stream_->get());
-  }
+void Arena::write(std::span<const float> from, StateArray to) {
+  if (stream_ == nullptr) return store_state(from.data(), to, from.size());
+  std::vector<std::uint16_t> narrow(to.narrow() ? from.size() : 0);
+  if (to.narrow()) store_state(from.data(), narrow.data(), from.size());
+  const void* const host = to.narrow() ? static_cast<const void*>(narrow.data()) : from.data();
+  device_copy(to.data(), host, from.size() * size_of(to.dtype()), stream_->get());
+  device_wait(stream_->get());
 }
 
 void Arena::clear() {

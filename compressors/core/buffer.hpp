@@ -8,6 +8,7 @@
 
 #include "compressors/core/device.hpp"
 #include "compressors/core/span.hpp"
+#include "compressors/core/state_array.hpp"
 
 namespace thinwire {
 
@@ -71,8 +72,8 @@ class Arena {
   std::size_t arrays() const noexcept { return arrays_.size(); }
 
   // Between steps, when nothing else uses the arrays. They return when it is done.
-  void read(const float* from, std::span<float> to) const;
-  void write(std::span<const float> from, float* to);
+  void read(StateArray from, std::span<float> to) const;
+  void write(std::span<const float> from, StateArray to);
   void clear();
 
  private:

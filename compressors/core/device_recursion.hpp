@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
 #include "compressors/core/dtype.hpp"
 #include "compressors/core/recursion.hpp"
@@ -23,11 +24,12 @@ struct DeviceRange {
 /// A segment and its state, null where it has none; what kernels of any family know of it begins with this.
 struct DeviceStates {
   DeviceRange range;
-  float *momentum = nullptr, *residual = nullptr;  ///< momentum: DGC's u, or the shared m
-  float *estimate = nullptr, *mean_estimate = nullptr, *average = nullptr;
+  float* momentum = nullptr;  ///< DGC's u, or the shared m
+  StateArray residual, estimate;
+  float *mean_estimate = nullptr, *average = nullptr;
 
   void set(const Recursion& recursion, const SegmentState& state) noexcept {
-    if (recursion.kind == Recursion::Kind::momentum_correction || recursion.averaged) momentum = state.array[0];
+    if (recursion.kind == Recursion::Kind::momentum_correction || recursion.averaged) momentum = state.array[0].fp32();
     residual = residual_of(recursion, state);
     estimate = estimate_of(recursion, state);
     mean_estimate = mean_estimate_of(recursion, state);
@@ -35,7 +37,7 @@ struct DeviceStates {
   }
   /// Whether 16 bytes of any array can be loaded at once.
   bool aligned() const noexcept {
-    for (const float* array : {momentum, residual, estimate, mean_estimate, average})
+    for (const void* array : std::initializer_list<const void*>{momentum, residual.data(), estimate.data(), mean_estimate, average})
       if (reinterpret_cast<std::uintptr_t>(array) % 16 != 0) return false;
     return true;
   }
@@ -80,12 +82,16 @@ struct DeviceDense : DeviceStates {
   std::uint32_t factor = 0;            ///< which factor is its
   std::uint64_t packed = 0;            ///< its first element among the packed messages
   std::uint64_t message = 0;           ///< of a shared momentum: the same, `packed` being of the packed momenta
-  float* held = nullptr;               ///< where its message lies until the verdict: the residual, or the estimate of EF21's first one
+  StateArray held;                     ///< where its message lies until the verdict: the residual, or the estimate of EF21's first one
   const std::uint8_t* live = nullptr;  ///< Segment::live
+  bool keeps_rest = false;             ///< a starting step leaves in the residual what the grid cuts off
+  bool rounds = false;                 ///< the message becomes an estimate on bf16's grid, or lies in a narrow residual until then
 
   void set(const Recursion& recursion, const SegmentState& state) noexcept {
     DeviceStates::set(recursion, state);
     held = recursion.starting && !recursion.control ? estimate : residual;
+    rounds = recursion.starting && (recursion.narrow || recursion.grid);
+    keeps_rest = recursion.starting && recursion.grid;
   }
 };
 

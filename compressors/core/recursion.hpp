@@ -9,6 +9,7 @@
 
 #include "compressors/core/plan.hpp"
 #include "compressors/core/span.hpp"
+#include "compressors/core/state_array.hpp"
 #include "compressors/core/stream.hpp"
 
 namespace thinwire {
@@ -42,7 +43,12 @@ struct Recursion {
   Eta eta = Eta::automatic;  ///< control: how a segment's eta follows from its codec's contraction (eta_of)
   float given_eta = 0.0f;    ///< Eta::number
   float fresh = 1.0f;        ///< estimate: the worker average's share of the new gradient, in (0, 1]; 1 = off
-  bool starting = false;     ///< estimate: a dense step that sets it (init=dense), or the first that is compressed (init=compressed)
+  /// error_feedback, control: e is stored in bf16. It is rounded when a step's news have come in, and again where something was sent.
+  bool narrow = false;
+  /// estimate: h is stored in bf16, and what is sent is such that h is a bf16 number on every rank: bf16(h + x) − h, in fp32. So storing
+  /// it costs nothing of H = mean h.
+  bool grid = false;
+  bool starting = false;  ///< estimate: a dense step that sets it (init=dense), or the first that is compressed (init=compressed)
 
   bool operator==(const Recursion&) const = default;
 };
@@ -58,16 +64,19 @@ std::span<const std::string_view> dense_state_names(const Recursion& recursion) 
 struct SegmentState {
   /// none: {}; error_feedback: {e}; momentum_correction: {u, v}, v null where nothing is ever compressed; averaged: m first; estimate: {h,
   /// H}, then e under control, then v with a worker average.
-  std::array<float*, kMaxStateArrays> array{};
+  std::array<StateArray, kMaxStateArrays> array{};
   float* memory = nullptr;  ///< Codec::memory(segment) floats of the codec's own
 
   bool operator==(const SegmentState&) const = default;
 };
 
+/// How state array j of a parameter that is compressed is stored.
+DType state_dtype(const Recursion& recursion, std::size_t j) noexcept;
+
 /// Where v or e is, or null: the array into which take-backs go and which a dense step empties.
-float* residual_of(const Recursion& recursion, const SegmentState& state) noexcept;
+StateArray residual_of(const Recursion& recursion, const SegmentState& state) noexcept;
 /// estimate: h, H and v; null for other recursions, and v where there is no worker average.
-float* estimate_of(const Recursion& recursion, const SegmentState& state) noexcept;
+StateArray estimate_of(const Recursion& recursion, const SegmentState& state) noexcept;
 float* mean_estimate_of(const Recursion& recursion, const SegmentState& state) noexcept;
 float* average_of(const Recursion& recursion, const SegmentState& state) noexcept;
 

@@ -1,5 +1,6 @@
 // The dense step of the recursion: nothing is left out, so the whole message travels and the residual is empty afterwards. Unfused from any
 // codec.
+#include <algorithm>
 #include <cstring>
 
 #include "compressors/core/clones.hpp"
@@ -89,6 +90,23 @@ DenseSegment choose(feedback::Form form, bool momentum, bool residual) noexcept 
   return nullptr;
 }
 
+/// The same where the residual is narrow, piece by piece.
+bool dense_pieces(DenseSegment segment, ConstBytes grad, std::size_t first, float factor, const Rates& rates, float* u, StateArray v,
+                  float* message, std::size_t n) noexcept {
+  bool bad = false;
+  for (std::size_t i = 0; i < n; i += kStatePiece) {
+    const std::size_t count = std::min(kStatePiece, n - i);
+    StatePiece piece(v.from(i), count);
+    bad |= segment(grad, first + i, factor, rates, u != nullptr ? u + i : nullptr, piece.data(), message + i, count);
+  }
+  return bad;
+}
+
+/// What is sent becomes an estimate, or lies until then, in bf16.
+THINWIRE_CLONES void round_messages(float* message, std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i) message[i] = wire_round(message[i], DType::bf16);
+}
+
 bool any_nonfinite(ConstBytes x) noexcept {
   bool bad = false;
   for (std::size_t i = 0; i < x.count(); ++i) {
@@ -119,9 +137,13 @@ void dense_message(const Recursion& recursion, const Plan& plan, ConstBytes grad
     const float factor = state.grad_factor != nullptr ? state.grad_factor[s] : 1.0f;
     const SegmentState& arrays = state.segments[s];
     float* out = message.as<float>() + packed;
-    float* v = recursion.starting && !recursion.control ? estimate_of(recursion, arrays) : residual_of(recursion, arrays);
+    const StateArray v = recursion.starting && !recursion.control ? estimate_of(recursion, arrays) : residual_of(recursion, arrays);
     const Rates rates{feedback::rate_of(recursion), state.beta1 != nullptr ? state.beta1[s] : 0.0f};
-    bad |= choose(form, arrays.array[0] != nullptr, v != nullptr)(grad, segment.first, factor, rates, arrays.array[0], v, out, n);
+    float* const u = recursion.kind == Recursion::Kind::momentum_correction || recursion.averaged ? arrays.array[0].fp32() : nullptr;
+    const DenseSegment run = choose(form, u != nullptr, bool(v));
+    bad |= v.narrow() ? dense_pieces(run, grad, segment.first, factor, rates, u, v, out, n)
+                      : run(grad, segment.first, factor, rates, u, v.fp32(), out, n);
+    if (recursion.starting && (recursion.narrow || recursion.grid)) round_messages(out, n);
     packed += n;
   }
   if (bad) *flags |= kFlagNonfinite;
@@ -132,8 +154,8 @@ void average_momentum(float beta1, std::span<const float> momentum, std::span<co
 }
 
 void settle_dense(const Recursion& recursion, const Plan& plan, const StateView& state, Stream) {
-  for (std::size_t s = 0; s < plan.segments.size(); ++s)
-    if (float* residual = residual_of(recursion, state.segments[s])) std::memset(residual, 0, plan.segments[s].count * sizeof(float));
+  if (recursion.starting && recursion.grid) return;  // start_estimates left there what the estimate's rounding cut off
+  for (std::size_t s = 0; s < plan.segments.size(); ++s) clear_state(residual_of(recursion, state.segments[s]), plan.segments[s].count);
 }
 
 }  // namespace thinwire

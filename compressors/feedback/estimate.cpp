@@ -1,7 +1,6 @@
 // What happens to estimates outside of the fused passes: their start, bad verdicts, and the mean that all ranks keep.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "compressors/core/clones.hpp"
 #include "compressors/core/recursion.hpp"
@@ -12,6 +11,14 @@ namespace {
 
 THINWIRE_CLONES void add_saturated(const float* x, float* sum, std::size_t n) {
   for (std::size_t i = 0; i < n; ++i) sum[i] = feedback::saturated(sum[i] + x[i]);
+}
+
+/// The message in e becomes the estimate. What the grid cuts off stays.
+THINWIRE_CLONES void start_from(float* e, float* h, bool grid, std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i) {
+    h[i] = grid ? wire_round(e[i], DType::bf16) : e[i];
+    e[i] = e[i] - h[i];
+  }
 }
 
 }  // namespace
@@ -37,8 +44,14 @@ THINWIRE_CLONES void add_to_mean_estimate(float* sum, float factor, float* mean_
 
 void keep_news(const Recursion& recursion, const Plan& plan, const StateView& state) noexcept {
   for (std::size_t s = 0; s < plan.segments.size(); ++s) {
-    float* const residual = residual_of(recursion, state.segments[s]);
-    if (residual != nullptr) add_saturated(estimate_of(recursion, state.segments[s]), residual, plan.segments[s].count);
+    const StateArray residual = residual_of(recursion, state.segments[s]), estimate = estimate_of(recursion, state.segments[s]);
+    const std::size_t count = plan.segments[s].count;
+    for (std::size_t i = 0; i < count && residual; i += kStatePiece) {
+      const std::size_t n = std::min(kStatePiece, count - i);
+      StatePiece e(residual.from(i), n), h(estimate.from(i), n);
+      h.drop();
+      add_saturated(h.data(), e.data(), n);
+    }
   }
 }
 
@@ -46,24 +59,29 @@ void start_estimates(const Recursion& recursion, const Plan& plan, const StateVi
                      bool joined) noexcept {
   for (std::size_t s = 0; s < plan.segments.size(); ++s) {
     const SegmentState& own = state.segments[s];
-    const std::size_t bytes = plan.segments[s].count * sizeof(float);
+    const std::size_t count = plan.segments[s].count;
     const float* const mean = means;
-    means += plan.segments[s].count;
-    float *const estimate = estimate_of(recursion, own), *const mean_estimate = mean_estimate_of(recursion, own);
-    if (estimate == nullptr || bytes == 0) continue;
-    const float* const residual = residual_of(recursion, own);
-    if (finite) {
-      if (joined) {
-        std::memset(estimate, 0, bytes);
-      } else if (residual != nullptr) {
-        std::memcpy(estimate, residual, bytes);
-      }
-      if (float* const average = average_of(recursion, own)) std::memcpy(average, estimate, bytes);
-      std::memcpy(mean_estimate, mean, bytes);
-    } else if (residual == nullptr) {
-      std::memset(estimate, 0, bytes);
-      std::memset(mean_estimate, 0, bytes);
+    means += count;
+    const StateArray estimate = estimate_of(recursion, own), residual = residual_of(recursion, own);
+    float *const mean_estimate = mean_estimate_of(recursion, own), *const average = average_of(recursion, own);
+    if (!estimate || count == 0) continue;
+    if (!finite) {
+      if (residual) continue;
+      clear_state(estimate, count);
+      std::fill_n(mean_estimate, count, 0.0f);
+      continue;
     }
+    for (std::size_t i = 0; i < count; i += kStatePiece) {
+      const std::size_t n = std::min(kStatePiece, count - i);
+      StatePiece h(estimate.from(i), n), e(residual.from(i), n);
+      if (joined) {
+        std::fill_n(h.data(), n, 0.0f);
+      } else if (residual) {
+        start_from(e.data(), h.data(), recursion.grid, n);
+      }
+      if (average != nullptr) std::copy_n(h.data(), n, average + i);
+    }
+    std::copy_n(mean, count, mean_estimate);
   }
 }
 

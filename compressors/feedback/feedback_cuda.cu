@@ -104,13 +104,13 @@ __global__ void __launch_bounds__(kThreads) dense_kernel(float rate, DeviceRange
     const std::size_t i = chunk.start + j;
     float g, x, u = 0;
     if (!news(load_element(grad, dtype, dense.range.first + i) * factor, g)) bad = true;
-    const float held = dense.held != nullptr ? dense.held[i] : 0.0f;
+    const float held = dense.held ? dense.held[i] : 0.0f;
     if constexpr (has_momentum(form)) u = dense.momentum[i];
     if constexpr (is_averaged(form)) {
       const float beta = beta1[dense.factor];
       if (dense.momentum != nullptr) g = average(beta, 1.0f - beta, dense.momentum[i], g);
     }
-    if (past_average(form) == Form::error_feedback && dense.held == nullptr) {
+    if (past_average(form) == Form::error_feedback && !dense.held) {
       x = g;
     } else {
       message<past_average(form)>(g, rate, held, u, x);
@@ -121,8 +121,8 @@ __global__ void __launch_bounds__(kThreads) dense_kernel(float rate, DeviceRange
       x = held;
       bad = true;
     }
-    if (dense.held != nullptr) dense.held[i] = x;
-    messages[dense.packed + i] = x;
+    if (dense.held) dense.held.set(i, x);
+    messages[dense.packed + i] = dense.rounds ? wire_round(x, DType::bf16) : x;
   }
   if (bad) atomicOr(flags, std::uint32_t(kFlagNonfinite));
 }
@@ -148,8 +148,8 @@ __global__ void __launch_bounds__(kThreads) settle_kernel(DeviceRanges ranges, c
   if (verdict != nullptr && (*verdict & kFlagNonfinite) != 0) return;
   const Chunk chunk(ranges, blockIdx.x);
   const DeviceDense& dense = dense_of(ranges, chunk.segment);
-  if (dense.residual == nullptr) return;
-  for (std::uint32_t j = threadIdx.x; j < chunk.count; j += kThreads) dense.residual[chunk.start + j] = 0;
+  if (!dense.residual || dense.keeps_rest) return;
+  for (std::uint32_t j = threadIdx.x; j < chunk.count; j += kThreads) dense.residual.set(chunk.start + j, 0);
 }
 
 /// One element of a segment per visit(segment, element).
@@ -167,7 +167,7 @@ __device__ inline void for_each(const DeviceRanges& ranges, Visit&& visit) {
 __global__ void __launch_bounds__(kThreads) keep_news_kernel(DeviceRanges ranges, const std::uint32_t* verdict) {
   if (verdict != nullptr && (*verdict & kFlagNonfinite) == 0) return;
   for_each_of<DeviceStates>(ranges, [](const DeviceStates& own, std::size_t i) {
-    if (own.residual != nullptr) own.residual[i] = saturated(own.residual[i] + own.estimate[i]);
+    if (own.residual) own.residual.set(i, saturated(own.residual[i] + own.estimate[i]));
   });
 }
 
@@ -175,22 +175,23 @@ __global__ void __launch_bounds__(kThreads)
     start_kernel(DeviceRanges ranges, const float* sums, float factor, bool joined, const std::uint32_t* verdict) {
   const bool finite = (*verdict & kFlagNonfinite) == 0;
   for_each(ranges, [&](const DeviceDense& dense, std::size_t i) {
-    if (dense.estimate == nullptr) return;
+    if (!dense.estimate) return;
     if (finite) {
       const float message = joined ? 0.0f : dense.held[i];
-      dense.estimate[i] = message;
-      if (dense.average != nullptr) dense.average[i] = message;
+      dense.estimate.set(i, message);
+      const float estimate = dense.estimate[i];
+      if (dense.residual && !joined) dense.residual.set(i, message - estimate);
+      if (dense.average != nullptr) dense.average[i] = estimate;
       dense.mean_estimate[i] = sums[dense.packed + i] * factor;
-    } else if (dense.residual == nullptr) {
-      dense.estimate[i] = 0;
+    } else if (!dense.residual) {
+      dense.estimate.set(i, 0);
       dense.mean_estimate[i] = 0;
     }
   });
 }
 
 __global__ void __launch_bounds__(kThreads) pack_kernel(DeviceRanges ranges, float* out) {
-  for_each(ranges,
-           [&](const DeviceDense& dense, std::size_t i) { out[dense.packed + i] = dense.estimate != nullptr ? dense.estimate[i] : 0.0f; });
+  for_each(ranges, [&](const DeviceDense& dense, std::size_t i) { out[dense.packed + i] = dense.estimate ? dense.estimate[i] : 0.0f; });
 }
 
 __global__ void __launch_bounds__(kThreads) mean_estimate_kernel(DeviceRanges ranges, const float* sums, float factor) {
@@ -227,7 +228,7 @@ __global__ void __launch_bounds__(kThreads) move_momentum_kernel(DeviceRanges ra
 __global__ void __launch_bounds__(kThreads) forget_momentum_kernel(DeviceRanges ranges, const float* beta1, const std::uint32_t* verdict) {
   if ((*verdict & kFlagNonfinite) == 0) return;
   for_each(ranges, [&](const DeviceDense& dense, std::size_t i) {
-    if (dense.residual != nullptr && dense.momentum != nullptr) dense.residual[i] -= beta1[dense.factor] * dense.momentum[i];
+    if (dense.residual && dense.momentum != nullptr) dense.residual.set(i, dense.residual[i] - beta1[dense.factor] * dense.momentum[i]);
   });
 }
 

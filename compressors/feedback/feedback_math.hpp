@@ -95,6 +95,13 @@ template <Form form>
   estimate = saturated(estimate + w);
 }
 
+/// Recursion::grid: what is sent of a message x, so that h plus it is the bf16 number nearest to h + x, or, where one of the two is 2^16
+/// times the other, so near to a bf16 number that storing it as one loses no more than fp32 would.
+[[gnu::always_inline]] THINWIRE_HD inline float to_grid(float x, float estimate) noexcept {
+  const float sent = wire_round(saturated(estimate + x), DType::bf16) - estimate;
+  return is_finite(sent) ? sent : x < 0 ? -0x1p127f : 0x1p127f;  // from one end of the range to the other: half way
+}
+
 /// What stays behind of a message x whose rounded value w was sent: exact but for values cut at fp16's largest.
 template <class V>
 [[gnu::always_inline]] THINWIRE_HD inline void leave(const V& x, const V& w, V& residual) noexcept {

@@ -39,13 +39,13 @@ void probe_messages(const Recursion& recursion, const Plan& plan, ConstBytes gra
   const float rate = feedback::rate_of(recursion);
   for_each(plan, grad, state, out,
            [&](Probe& probe, const Segment& segment, const SegmentState& own, std::size_t s, std::size_t i, float g) {
-             const float* const residual = residual_of(recursion, own);
+             const StateArray residual = residual_of(recursion, own);
              double x = g;
              if (feedback::has_estimate(form)) {
                if (const float* average = average_of(recursion, own))
                  x = feedback::average(1 - recursion.fresh, recursion.fresh, average[i], g);
                x -= estimate_of(recursion, own)[i];
-               if (residual != nullptr) x += double(segment.setting.eta) * residual[i];
+               if (residual) x += double(segment.setting.eta) * residual[i];
              } else if (feedback::has_momentum(form)) {
                const double u = recursion.nesterov ? double(rate) * (own.array[0][i] + g) : double(rate) * own.array[0][i] + g;
                x = residual[i] + (recursion.nesterov ? u + g : u);
@@ -59,14 +59,14 @@ void probe_messages(const Recursion& recursion, const Plan& plan, ConstBytes gra
 
 void probe_rest(const Recursion& recursion, const Plan& plan, ConstBytes grad, const StateView& state, std::span<Probe> out) noexcept {
   for_each(plan, grad, state, out, [&](Probe& probe, const Segment& segment, const SegmentState& own, std::size_t, std::size_t i, float g) {
-    const float* const residual = residual_of(recursion, own);
-    const double e = residual != nullptr ? residual[i] : 0;
+    const StateArray residual = residual_of(recursion, own);
+    const double e = residual ? residual[i] : 0;
     double left = e;
     if (recursion.kind == Recursion::Kind::estimate) {
       const float* const average = average_of(recursion, own);
       const double stale = double(average != nullptr ? average[i] : g) - estimate_of(recursion, own)[i];
       // e = e' + t − sent and g − h = t − sent, so x − sent = eta·e' + (g − h) with e' = e − (g − h).
-      left = residual != nullptr ? double(segment.setting.eta) * (e - stale) + stale : stale;
+      left = residual ? double(segment.setting.eta) * (e - stale) + stale : stale;
       probe.stale += stale * stale;
     }
     probe.left += left * left;

@@ -86,29 +86,35 @@ std::span<const std::string_view> dense_state_names(const Recursion& recursion) 
                                                                 : std::span<const std::string_view>{};
 }
 
-float* residual_of(const Recursion& recursion, const SegmentState& state) noexcept {
+DType state_dtype(const Recursion& recursion, std::size_t j) noexcept {
+  const std::span<const std::string_view> names = state_names(recursion);
+  const bool narrow = j < names.size() && ((recursion.narrow && names[j] == "residual") || (recursion.grid && names[j] == "estimate"));
+  return narrow ? DType::bf16 : DType::fp32;
+}
+
+StateArray residual_of(const Recursion& recursion, const SegmentState& state) noexcept {
   switch (recursion.kind) {
     case Recursion::Kind::none:
-      return nullptr;
+      return {};
     case Recursion::Kind::error_feedback:
       return state.array[recursion.averaged ? 1 : 0];
     case Recursion::Kind::momentum_correction:
       return state.array[1];
     case Recursion::Kind::estimate:
-      return recursion.control ? state.array[2] : nullptr;
+      return recursion.control ? state.array[2] : StateArray{};
   }
-  return nullptr;
+  return {};
 }
 
-float* estimate_of(const Recursion& recursion, const SegmentState& state) noexcept {
-  return recursion.kind == Recursion::Kind::estimate ? state.array[0] : nullptr;
+StateArray estimate_of(const Recursion& recursion, const SegmentState& state) noexcept {
+  return recursion.kind == Recursion::Kind::estimate ? state.array[0] : StateArray{};
 }
 float* mean_estimate_of(const Recursion& recursion, const SegmentState& state) noexcept {
-  return recursion.kind == Recursion::Kind::estimate ? state.array[1] : nullptr;
+  return recursion.kind == Recursion::Kind::estimate ? state.array[1].fp32() : nullptr;
 }
 float* average_of(const Recursion& recursion, const SegmentState& state) noexcept {
   if (recursion.kind != Recursion::Kind::estimate || !(recursion.fresh < 1)) return nullptr;
-  return state.array[recursion.control ? 3 : 2];
+  return state.array[recursion.control ? 3 : 2].fp32();
 }
 
 namespace feedback {

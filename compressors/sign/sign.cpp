@@ -45,21 +45,28 @@ struct SegmentPass {
   Scale scale;
   Form form;
   DType dtype;  ///< of the gradient
-  Chunk whole;  ///< the segment as one chunk, of any length
+  Chunk whole;  ///< the segment as one chunk, of any length; without a residual that is narrow
+  StateArray residual;
   feedback::SquaredNorm* norm;
   ConstBytes grad;  ///< the flat buffer and the segment's place in it: for the norm
   std::size_t first;
   std::size_t normed = 0;
   std::uint32_t flags = 0;
+  alignas(64) std::array<float, kSumBlock> widened;  ///< the narrow residual of the piece under way
 
-  Chunk at(std::size_t from, std::size_t count) const noexcept {
-    Chunk chunk = whole;
+  /// Elements [from, from + count) of a chunk; its mask is the caller's where `from` is in the middle of a byte.
+  Chunk part_of(Chunk chunk, std::size_t from, std::size_t count) const noexcept {
     chunk.grad = static_cast<const std::byte*>(chunk.grad) + from * size_of(dtype);
     if (chunk.momentum != nullptr) chunk.momentum += from;
     for (float** array : {&chunk.residual, &chunk.estimate, &chunk.average})
       if (*array != nullptr) *array += from;
     if (chunk.live != nullptr) chunk.live += from / 8;
     chunk.count = count;
+    return chunk;
+  }
+  Chunk at(std::size_t from, std::size_t count) noexcept {
+    Chunk chunk = part_of(whole, from, count);
+    if (residual.narrow()) chunk.residual = widened.data();
     return chunk;
   }
 
@@ -72,8 +79,7 @@ struct SegmentPass {
       if (keeps_message(form)) {
         x = chunk.residual[i];
       } else {
-        Chunk one =
-            at(std::size_t(static_cast<const std::byte*>(chunk.grad) - static_cast<const std::byte*>(whole.grad)) / size_of(dtype) + i, 1);
+        Chunk one = part_of(chunk, i, 1);
         one.live = nullptr;  // made again, alone: no kernel keeps messages of these forms
         float partial[kPartials] = {};
         std::uint8_t bit;
@@ -93,6 +99,7 @@ struct SegmentPass {
       norm->add(grad, first + normed, piece);
       normed += piece;
     }
+    if (residual.narrow()) load_state(residual.from(from), widened.data(), count);
     const Chunk chunk = at(from, count);
     std::array<float, kPartials> partial{};
     flags |= kernels.encode[std::size_t(scale)][std::size_t(form)][std::size_t(dtype)](chunk, partial.data(), bits);
@@ -107,6 +114,26 @@ struct SegmentPass {
     for (std::size_t i = 0, block = 0; i < count; i += kSumBlock, ++block)
       partial[block % kPartials] += encode(from + i, std::min(kSumBlock, count - i), bits + i / 8);
     return add_in_halves(partial.data());
+  }
+
+  /// What a block keeps, once its bits and scale are known.
+  void settle(const Chunk& chunk, const std::uint8_t* bits, float scale_sent) noexcept {
+    if (feedback::has_estimate(form)) {
+      kernels.commit[std::size_t(form)][std::size_t(dtype)](chunk, bits, scale_sent);
+    } else if (chunk.residual != nullptr) {
+      kernels.leave(chunk.residual, chunk.live, chunk.count, scale_sent);
+    }
+  }
+  void settle_block(std::size_t from, std::size_t count, std::uint8_t* bits, float scale_sent) noexcept {
+    if (!residual.narrow()) return settle(at(from, count), bits, scale_sent);
+    // One piece is here still. Of more, the messages are made again: bf16 does not hold them.
+    const bool here = count <= kSumBlock;
+    for (std::size_t i = 0; i < count; i += kSumBlock) {
+      const std::size_t n = std::min(kSumBlock, count - i);
+      if (!here) encode(from + i, n, bits + i / 8);
+      settle(at(from + i, n), bits + i / 8, scale_sent);
+      store_state(widened.data(), residual.from(from + i), n);
+    }
   }
 };
 
@@ -183,11 +210,13 @@ void Sign::run(const Recursion& recursion, const Plan& plan, ConstBytes grad, co
     for (const Segment& segment : part) {
       const SegmentState own = state.segments.empty() ? SegmentState{} : state.segments[s];
       feedback::SquaredNorm norm;
-      SegmentPass pass{kernels_, options_.scale, form, grad.dtype, {}, counts.norms != nullptr ? &norm : nullptr, grad, segment.first};
+      SegmentPass pass{
+          kernels_, options_.scale, form, grad.dtype, {}, residual_of(recursion, own), counts.norms != nullptr ? &norm : nullptr,
+          grad,     segment.first};
       pass.whole.grad = grad.data + segment.first * size_of(grad.dtype);
-      pass.whole.momentum = recursion.averaged ? own.array[0] : nullptr;
-      pass.whole.residual = residual_of(recursion, own);
-      pass.whole.estimate = estimate_of(recursion, own);
+      pass.whole.momentum = recursion.averaged ? own.array[0].fp32() : nullptr;
+      pass.whole.residual = pass.residual.fp32();
+      pass.whole.estimate = estimate_of(recursion, own).fp32();
       pass.whole.average = average_of(recursion, own);
       pass.whole.live = segment.live;
       pass.whole.count = segment.count;
@@ -200,13 +229,9 @@ void Sign::run(const Recursion& recursion, const Plan& plan, ConstBytes grad, co
       for (std::size_t from = 0; from < segment.count; from += block) {
         const std::size_t count = std::min(block, segment.count - from);
         const double sum = pass.encode_block(from, count, bits + from / 8);
-        const Chunk chunk = pass.at(from, count);
-        const float scale = fit(scale_of(sum, live_among(chunk.live, count), options_.scale), plan.output);
-        if (feedback::has_estimate(form)) {
-          kernels_.commit[std::size_t(form)][std::size_t(grad.dtype)](chunk, bits + from / 8, scale);
-        } else if (chunk.residual != nullptr) {
-          kernels_.leave(chunk.residual, chunk.live, count, scale);
-        }
+        const std::uint8_t* const live = segment.live != nullptr ? segment.live + from / 8 : nullptr;
+        const float scale = fit(scale_of(sum, live_among(live, count), options_.scale), plan.output);
+        pass.settle_block(from, count, bits + from / 8, scale);
         std::memcpy(scales, &scale, 4);
         scales += 4;
       }
@@ -307,15 +332,16 @@ void Sign::take_back(const Recursion& recursion, const Plan& plan, ConstBytes ow
     const auto* bits = reinterpret_cast<const std::uint8_t*>(wire.data + part_wire(part, options_).bits_offset());
     for (const Segment& segment : part) {
       const std::size_t block = block_of(options_, segment.count);
-      float* const residual = residual_of(recursion, state.segments[s]);
-      const float* const momentum = recursion.averaged ? state.segments[s].array[0] : nullptr;
+      const StateArray residual = residual_of(recursion, state.segments[s]);
+      const float* const momentum = recursion.averaged ? state.segments[s].array[0].fp32() : nullptr;
       for (std::size_t i = 0; i < segment.count; ++i) {
         if (!is_live(segment.live, i)) continue;
         float scale;
         std::memcpy(&scale, scales + 4 * (i / block), 4);
-        residual[i] += value_of(((bits[i / 8] >> (i % 8)) & 1u) != 0, scale);
+        float x = residual[i] + value_of(((bits[i / 8] >> (i % 8)) & 1u) != 0, scale);
         // The momentum has not moved: the next message will hold beta1·m again.
-        if (momentum != nullptr) residual[i] -= state.beta1[s] * momentum[i];
+        if (momentum != nullptr) x -= state.beta1[s] * momentum[i];
+        residual.set(i, x);
       }
       scales += 4 * scales_of(options_, segment.count);
       bits += bit_bytes(segment.count);

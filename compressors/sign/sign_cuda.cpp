@@ -260,6 +260,7 @@ class SignCuda final : public Codec {
     call.rate = feedback::rate_of(recursion);
     call.keep = 1.0f - recursion.fresh;
     call.fresh = recursion.fresh;
+    call.narrow = recursion.narrow;
     call.dtype = grad.dtype;
     call.scale = options_.scale;
     if (counts.norms != nullptr)

@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kThreads) take_back_kernel(DecodeCall call, co
     const std::uint32_t in = chunk.count - i, alive = live_group(segment.live, chunk.start + i, in);
     const Values sent(call, segment, 0, chunk.start + i, chunk.scale(i));
     float x[kGroup], m[kGroup] = {};
-    load_group(segment.residual + chunk.start + i, in, x);
+    load_group(segment.residual.from(chunk.start + i), in, x);
     if (beta1 != nullptr) load_group(segment.momentum + chunk.start + i, in, m);
     for (unsigned j = 0; j < kGroup; ++j) {
       if (((alive >> j) & 1u) == 0) continue;
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kThreads) take_back_kernel(DecodeCall call, co
       // The momentum has not moved: the next message will hold beta1·m again.
       if (beta1 != nullptr) x[j] -= beta1[chunk.segment] * m[j];
     }
-    store_group(segment.residual + chunk.start + i, in, x);
+    store_group(segment.residual.from(chunk.start + i), in, x);
   }
 }
 

@@ -115,10 +115,10 @@ struct Held {
       const std::uint32_t i = group_start(v), in = i < tile.count ? tile.count - i : 0;
       const std::uint64_t at = tile.start + i;
       load_group(call.grad, call.dtype, segment.range.first + at, in, g + v * kGroup);
-      if constexpr (feedback::has_residual(form)) load_group(segment.residual + at, in, x + v * kGroup);
+      if constexpr (feedback::has_residual(form)) load_group(segment.residual.from(at), in, x + v * kGroup);
       if constexpr (feedback::is_averaged(form)) load_group(segment.momentum + at, in, m + v * kGroup);
       if constexpr (feedback::is_smoothed(form)) load_group(segment.average + at, in, m + v * kGroup);
-      if constexpr (feedback::has_estimate(form)) load_group(segment.estimate + at, in, h + v * kGroup);
+      if constexpr (feedback::has_estimate(form)) load_group(segment.estimate.from(at), in, h + v * kGroup);
     }
   }
   /// Element e's message; its state is what it keeps if nothing is sent.
@@ -149,9 +149,9 @@ struct Held {
   __device__ void store(const DeviceSegment& segment, const Tile& tile, unsigned v) const {
     const std::uint32_t i = group_start(v), in = tile.count - i;
     const std::uint64_t at = tile.start + i;
-    if constexpr (feedback::has_residual(form)) store_group(segment.residual + at, in, x + v * kGroup);
+    if constexpr (feedback::has_residual(form)) store_group(segment.residual.from(at), in, x + v * kGroup);
     if constexpr (feedback::is_smoothed(form)) store_group(segment.average + at, in, m + v * kGroup);
-    if constexpr (feedback::has_estimate(form)) store_group(segment.estimate + at, in, h + v * kGroup);
+    if constexpr (feedback::has_estimate(form)) store_group(segment.estimate.from(at), in, h + v * kGroup);
   }
 };
 
@@ -160,7 +160,7 @@ __device__ inline float factor_of(const EncodeCall& call, std::uint32_t segment)
 }
 
 /// One block per tile: reads gradient and state once. Where the tile holds whole blocks, messages stay in registers until the scales are
-/// known and the state is written once; else the residual takes the messages, and forms with an estimate write nothing yet.
+/// known and the state is written once; else the residual takes the messages, and what cannot hold them writes nothing yet.
 template <Form form>
 __global__ void __launch_bounds__(kThreads) stream_kernel(EncodeCall call) {
   alignas(16) __shared__ float magnitudes[kSumBlock];
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kThreads) stream_kernel(EncodeCall call) {
     }
   }
   if constexpr (!feedback::has_residual(form) && !feedback::has_estimate(form)) return;
-  if (wide && !keeps_message(form)) return;
+  if (wide && (!keeps_message(form) || segment.residual.narrow())) return;
   __syncthreads();
 #pragma unroll
   for (unsigned v = 0; v < kGroups; ++v) {
@@ -262,7 +262,7 @@ __global__ void __launch_bounds__(kThreads) leave_kernel(EncodeCall call) {
 #pragma unroll
   for (unsigned v = 0; v < kGroups; ++v) {
     const std::uint32_t i = group_start(v);
-    load_group(segment.residual + tile.start + i, i < tile.count ? tile.count - i : 0, x + v * kGroup);
+    load_group(segment.residual.from(tile.start + i), i < tile.count ? tile.count - i : 0, x + v * kGroup);
   }
 #pragma unroll
   for (unsigned v = 0; v < kGroups; ++v) {
@@ -272,17 +272,19 @@ __global__ void __launch_bounds__(kThreads) leave_kernel(EncodeCall call) {
 #pragma unroll
     for (unsigned j = 0; j < kGroup; ++j) bits |= std::uint32_t(bit_of(x[v * kGroup + j])) << j;
     leave_group(scale, bits, live_group(segment.live, tile.start + i, tile.count - i), x + v * kGroup);
-    store_group(segment.residual + tile.start + i, tile.count - i, x + v * kGroup);
+    store_group(segment.residual.from(tile.start + i), tile.count - i, x + v * kGroup);
   }
 }
 
-/// The same for forms with an estimate: messages are made again of gradient and state, then the state is written once.
+/// The same for forms with an estimate, and where the residual is narrow and cannot hold them: messages are made again of gradient and
+/// state, then the state is written once.
 template <Form form>
 __global__ void __launch_bounds__(kThreads) commit_kernel(EncodeCall call) {
   const Tile tile(call.table, blockIdx.x);
   const DeviceSegment& segment = call.table.segments[tile.segment];
   if (!segment.wide()) return;
   const float scale = scales_of_segment(call.wire, segment)[tile.scale], factor = factor_of(call, tile.segment);
+  const float beta = feedback::is_averaged(form) ? call.beta1[tile.segment] : 0.0f;
   Held<form> held(call, segment, tile);
 #pragma unroll
   for (unsigned v = 0; v < kGroups; ++v) {
@@ -293,7 +295,7 @@ __global__ void __launch_bounds__(kThreads) commit_kernel(EncodeCall call) {
     bool told = true;  // by the first pass
 #pragma unroll
     for (unsigned j = 0; j < kGroup; ++j) {
-      if (((alive >> j) & 1u) != 0) bits |= std::uint32_t(bit_of(held.message(call, segment, v * kGroup + j, factor, 0.0f, told))) << j;
+      if (((alive >> j) & 1u) != 0) bits |= std::uint32_t(bit_of(held.message(call, segment, v * kGroup + j, factor, beta, told))) << j;
     }
     held.send(v, scale, bits, alive);
     held.store(segment, tile, v);
@@ -320,7 +322,9 @@ void launch_encode(const EncodeCall& call, Form form, Stream stream) {
   if (call.shape.wides == 0) return;
   launch("sign scales", scale_kernel, call.shape.wides, unsigned(kPartials), stream, call);
   const auto settle = [&](auto kernel) { launch("sign state", kernel, call.shape.tiles, kThreads, stream, call); };
-  if (keeps_message(form)) settle(leave_kernel);
+  if (keeps_message(form) && !call.narrow) settle(leave_kernel);
+  if (form == Form::error_feedback && call.narrow) settle(commit_kernel<Form::error_feedback>);
+  if (form == Form::averaged_feedback && call.narrow) settle(commit_kernel<Form::averaged_feedback>);
   if (form == Form::estimate) settle(commit_kernel<Form::estimate>);
   if (form == Form::smoothed_estimate) settle(commit_kernel<Form::smoothed_estimate>);
   if (form == Form::control) settle(commit_kernel<Form::control>);

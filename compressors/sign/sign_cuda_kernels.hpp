@@ -75,6 +75,7 @@ struct EncodeCall {
   const float* output_factor = nullptr;  ///< where its factor is, if it is in device memory
   float rate = 0;
   float keep = 0, fresh = 1;  ///< smoothed forms: the shares of the average and of the gradient
+  bool narrow = false;        ///< Recursion::narrow
   DType dtype = DType::fp32;
   SignOptions::Scale scale = SignOptions::Scale::l1;
 };

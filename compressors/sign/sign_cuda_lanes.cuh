@@ -62,6 +62,18 @@ __device__ inline void store_group(float* to, std::uint32_t in, const float* fro
   }
 }
 
+/// The same of state that may be narrow.
+__device__ inline void load_group(const StateArray& from, std::uint32_t in, float* to) {
+  if (!from.narrow()) return load_group(from.fp32(), in, to);
+  load_group(reinterpret_cast<const std::byte*>(from.bf16()), DType::bf16, 0, in, to);
+}
+__device__ inline void store_group(const StateArray& to, std::uint32_t in, const float* from) {
+  if (!to.narrow()) return store_group(to.fp32(), in, from);
+#pragma unroll
+  for (unsigned j = 0; j < kGroup; ++j)
+    if (j < in) to.set(j, from[j]);
+}
+
 /// Bit j: element i + j of a segment is one of the first `in` and alive. i is a multiple of kGroup.
 __device__ inline std::uint32_t live_group(const std::uint8_t* live, std::uint64_t i, std::uint32_t in) {
   return live_bits(live, i, in >= kGroup ? kGroup : in);

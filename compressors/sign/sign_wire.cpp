@@ -27,6 +27,7 @@ void check_options(const SignOptions& options) {
 
 void check_recursion(const Recursion& recursion, const Plan& plan, const StateView& state) {
   THINWIRE_EXPECTS(recursion.kind != Recursion::Kind::momentum_correction, "sign: momentum correction belongs to sparse codecs");
+  THINWIRE_EXPECTS(!recursion.grid, "sign: what it sends lies on no grid of bf16 numbers");
   THINWIRE_EXPECTS(!recursion.averaged || state.beta1 != nullptr || plan.segments.empty(), "sign: an averaged gradient needs beta1");
 }
 

@@ -14,6 +14,7 @@ namespace thinwire::topk {
 namespace {
 
 std::size_t take_sample(const SegmentPass& pass, const Workspace& workspace) {
+  if (pass.narrow()) return sample_narrow(pass, workspace.magnitudes);
   return pass.kernels.sample[std::size_t(pass.form)][std::size_t(pass.grad_dtype)](pass.segment, pass.step, workspace.magnitudes);
 }
 
@@ -45,7 +46,8 @@ float sampled_threshold(const SegmentPass& pass, std::size_t k, float carried, c
 class Dispatch {
  public:
   explicit Dispatch(const SegmentPass& pass) noexcept : pass_(pass), density_(float(pass.density)) {}
-  Emitted operator()(const Block& block) noexcept {
+  /// Elements [first, first + block.count) of the segment.
+  Emitted operator()(std::size_t first, const Block& block) noexcept {
     const auto form = std::size_t(pass_.form);
     if (pass_.norm != nullptr) {
       const auto* grad = static_cast<const std::byte*>(block.grad);
@@ -54,7 +56,12 @@ class Dispatch {
     std::size_t tier = 0;
     while (tier + 1 < kTiers && density_ >= pass_.kernels.crossover[tier][form]) ++tier;
     Emitted emitted;
-    pass_.kernels.stream[tier][form][std::size_t(pass_.grad_dtype)](block, emitted);
+    const StreamKernel kernel = pass_.kernels.stream[tier][form][std::size_t(pass_.grad_dtype)];
+    if (pass_.narrow()) {
+      stream_narrow(pass_, first, block, kernel, emitted);
+    } else {
+      kernel(block, emitted);
+    }
     density_ = float(emitted.hits) / float(block.count);
     return emitted;
   }
@@ -77,10 +84,11 @@ struct Cut {
   }
 };
 
-/// The message after the pass, as it lies in the state; that of a form with an estimate, or of a gradient without state, is made again.
-/// 0 where nothing may be sent.
+/// The message after the pass, as it lies in the state; that of a form with an estimate, of narrow state, or of a gradient without state,
+/// is made again. 0 where nothing may be sent.
 float message_at(const SegmentPass& pass, std::size_t i) noexcept {
   const Block& s = pass.segment;
+  if (pass.narrow()) return message_narrow(pass, i);
   if (feedback::has_estimate(pass.form)) return message_kernel(pass.form, pass.grad_dtype)(s, i);
   if (!is_live(s.live, i)) return 0;
   if (s.residual != nullptr) return s.residual[i];
@@ -117,7 +125,8 @@ Cut cut_message(const SegmentPass& pass, std::size_t k) noexcept {
 /// Entries of one block between selection and payload.
 class Staging {
  public:
-  Staging(const SegmentPass& pass, std::size_t first, const Workspace& workspace) noexcept : block_(block_at(pass, first, workspace)) {}
+  Staging(const SegmentPass& pass, std::size_t first, const Workspace& workspace) noexcept
+      : block_(block_at(pass, first, workspace)), residual_(pass.residual.from(first)), estimate_(pass.estimate.from(first)) {}
 
   /// Written always, counted if taken: a branch would be mispredicted for every entry near the cut.
   void offer(std::uint32_t offset, float x, bool take) noexcept {
@@ -131,17 +140,22 @@ class Staging {
     constexpr std::size_t kAhead = 16;
     for (std::size_t j = 0; j < count_; ++j) {
       const std::uint32_t i = block_.index[j], later = block_.index[std::min(j + kAhead, count_ - 1)];
-      for (const float* array : {block_.residual, block_.estimate})
-        if (array != nullptr) __builtin_prefetch(array + later, 1);
+      for (const StateArray& array : {residual_, estimate_})
+        if (array) __builtin_prefetch(array.from(later).data(), 1);
       if (block_.momentum != nullptr) __builtin_prefetch(block_.momentum + later, 1);
-      const float x = block_.value[j], w = wire_round(x, block_.wire);
+      const float x = block_.value[j], w = block_.grid ? feedback::to_grid(x, estimate_[i]) : wire_round(x, block_.wire);
       block_.value[j] = w;
-      if (block_.estimate != nullptr) {
-        float none = 0;
-        feedback::send(w, block_.residual != nullptr ? block_.residual[i] : none, block_.estimate[i]);
+      float residual = 0;
+      if (estimate_) {
+        float estimate = estimate_[i];
+        if (residual_) residual = residual_[i];
+        feedback::send(w, residual, estimate);
+        estimate_.set(i, estimate);
+        if (residual_) residual_.set(i, residual);
         continue;
       }
-      if (block_.residual != nullptr) feedback::leave(x, w, block_.residual[i]);
+      feedback::leave(x, w, residual);
+      if (residual_) residual_.set(i, residual);
       if (block_.momentum != nullptr && block_.mask) block_.momentum[i] = 0;
     }
   }
@@ -149,6 +163,7 @@ class Staging {
 
  private:
   Block block_;
+  StateArray residual_, estimate_;
   std::size_t count_ = 0;
 };
 
@@ -168,7 +183,7 @@ SegmentResult stream_sampled(const SegmentPass& pass, const SegmentWire& wire, f
     block.threshold = threshold;
     block.bitmap = wire.form == IndexForm::bitmap ? workspace.bitmap : nullptr;
     block.room = std::uint32_t(std::min<std::size_t>(packer.room(), block.count));
-    const Emitted emitted = dispatch(block);
+    const Emitted emitted = dispatch(first, block);
     packer.append(first / kBlock, block.index, block.value, emitted.count, block.bitmap, emitted.count == emitted.hits ? emitted.noted : 0);
     hits += emitted.hits;
     result.flags |= emitted.flags;
@@ -185,7 +200,7 @@ SegmentResult stream_exact(const SegmentPass& pass, const SegmentWire& wire, con
   order_statistics(workspace.magnitudes, m, {&rank, 1}, &bits, workspace.scratch);
   const float threshold = std::max(bits_float(bits), pass.floor);
 
-  // 1. Update the state as if nothing was sent, and keep every candidate.
+  // 1. Update the state as if nothing was sent (but for estimates and narrow state), and keep every candidate.
   SegmentResult result;
   std::size_t candidates = 0, hits = 0;
   Dispatch dispatch(pass);
@@ -194,7 +209,7 @@ SegmentResult stream_exact(const SegmentPass& pass, const SegmentWire& wire, con
     block.threshold = threshold;
     block.clear = false;
     block.room = std::uint32_t(std::min<std::size_t>(capacity - candidates, block.count));
-    const Emitted emitted = dispatch(block);
+    const Emitted emitted = dispatch(first, block);
     for (std::size_t i = 0; i < emitted.count; ++i) {
       workspace.candidate_index[candidates + i] = std::uint32_t(first) + block.index[i];
       workspace.candidate_value[candidates + i] = block.value[i];
@@ -233,7 +248,11 @@ SegmentResult stream_exact(const SegmentPass& pass, const SegmentWire& wire, con
         staging.offer(std::uint32_t(i - first), x, cut.takes(float_bits(magnitude(x))));
       }
     }
-    if (feedback::has_estimate(pass.form)) advance_kernel(pass.form, pass.grad_dtype)(block_at(pass, first, workspace));
+    if (pass.narrow()) {
+      advance_narrow(pass, first, block_at(pass, first, workspace));
+    } else if (feedback::has_estimate(pass.form)) {
+      advance_kernel(pass.form, pass.grad_dtype)(block_at(pass, first, workspace));
+    }
     staging.settle();
     packer.append(first / kBlock, workspace.index, workspace.value, staging.count());
   }

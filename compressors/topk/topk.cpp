@@ -137,6 +137,7 @@ void TopK::run(const Recursion& recursion, const Plan& plan, ConstBytes grad, co
   const Workspace scratch = carve_aligned(plan, workspace);
   const Form form = feedback::form_of(recursion);
   kChecks.state(plan, recursion, state.segments.size());
+  THINWIRE_EXPECTS(!recursion.grid || options_.wire == DType::fp32, "topk: estimates on bf16's grid need fp32 values on the wire");
 
   std::uint32_t found = flags != nullptr ? *flags : 0;
   std::byte* at = wire.data + entries_offset(plan.segments.size());
@@ -145,12 +146,20 @@ void TopK::run(const Recursion& recursion, const Plan& plan, ConstBytes grad, co
     const SegmentState own = state.segments.empty() ? SegmentState{} : state.segments[s];
     const SegmentWire layout = segment_wire(segment, options_);
     feedback::SquaredNorm norm;
-    SegmentPass pass{kernels_, form, grad.dtype, {}, plan.step, segment.setting.density, wire_floor(options_.wire)};
+    SegmentPass pass{kernels_,
+                     form,
+                     grad.dtype,
+                     {},
+                     residual_of(recursion, own),
+                     estimate_of(recursion, own),
+                     plan.step,
+                     segment.setting.density,
+                     wire_floor(options_.wire)};
     pass.norm = counts.norms != nullptr ? &norm : nullptr;
     pass.segment.grad = grad.data + segment.first * size_of(grad.dtype);
-    pass.segment.momentum = feedback::has_momentum(form) ? own.array[0] : nullptr;
-    pass.segment.residual = residual_of(recursion, own);
-    pass.segment.estimate = estimate_of(recursion, own);
+    pass.segment.momentum = feedback::has_momentum(form) ? own.array[0].fp32() : nullptr;
+    pass.segment.residual = pass.residual.fp32();
+    pass.segment.estimate = pass.estimate.fp32();
     pass.segment.average = average_of(recursion, own);
     pass.segment.live = segment.live;
     pass.segment.count = std::uint32_t(segment.count);
@@ -160,6 +169,8 @@ void TopK::run(const Recursion& recursion, const Plan& plan, ConstBytes grad, co
     pass.segment.keep = 1.0f - recursion.fresh;
     pass.segment.wire = options_.wire;
     pass.segment.mask = recursion.mask;
+    pass.segment.narrow = recursion.narrow;
+    pass.segment.grid = recursion.grid;
 
     SegmentPacker packer(layout, options_.wire, segment.count, at, kernels_.narrow);
     if (segment.count != 0) {
@@ -252,11 +263,13 @@ void TopK::take_back(const Recursion& recursion, const Plan& plan, ConstBytes ow
     const SegmentWire layout = segment_wire(segment, options_);
     Entries entries{own_wire.data + at, own_wire.data + at + layout.index_bytes, 0};
     std::memcpy(&entries.kept, own_wire.data + sizeof(wire::Header) + 4 * s, 4);
-    float* residual = residual_of(recursion, state.segments[s]);
+    const StateArray residual = residual_of(recursion, state.segments[s]);
+    const std::size_t step = residual.narrow() ? kStatePiece : kBlock;
     Cursor cursor;
-    for (std::size_t begin = 0; begin < segment.count; begin += kBlock) {
-      add_range(kernels_, layout, options_.wire, segment.count, entries, cursor, begin,
-                std::min<std::size_t>(begin + kBlock, segment.count), residual + begin);
+    for (std::size_t begin = 0; begin < segment.count; begin += step) {
+      const std::size_t end = std::min(begin + step, segment.count);
+      StatePiece piece(residual.from(begin), residual.narrow() ? end - begin : 0);
+      add_range(kernels_, layout, options_.wire, segment.count, entries, cursor, begin, end, piece.data());
     }
     at += layout.bytes();
   }

@@ -6,6 +6,7 @@
 #include <span>
 
 #include "compressors/core/codec.hpp"
+#include "compressors/core/state_array.hpp"
 #include "compressors/feedback/squared_norm.hpp"
 #include "compressors/topk/topk_kernels.hpp"
 #include "compressors/topk/topk_wire.hpp"
@@ -37,11 +38,15 @@ struct SegmentPass {
   const Kernels& kernels;
   Form form;
   DType grad_dtype;
-  Block segment;
+  Block segment;                  ///< without the arrays below where they are narrow
+  StateArray residual, estimate;  ///< as they are stored
   std::uint64_t step;
   double density;
   float floor;
   feedback::SquaredNorm* norm = nullptr;  ///< of the gradient, where somebody asks
+
+  /// Whether kernels, which work on floats, need pieces of the state widened.
+  bool narrow() const noexcept { return residual.narrow() || estimate.narrow(); }
 };
 struct SegmentResult {
   std::uint32_t flags = 0;
@@ -56,6 +61,17 @@ SegmentResult stream_exact(const SegmentPass& pass, const SegmentWire& wire, con
 
 /// The block of elements [first, first + kBlock) of a segment, staging in place.
 Block block_at(const SegmentPass& pass, std::size_t first, const Workspace& workspace) noexcept;
+
+// Narrow state, widened piece by piece (narrow.cpp). The same bits as kernels on floats whose state is rounded after the call.
+
+/// A stream kernel over a block of elements [first, first + block.count). What the kernel notes as bits is noted here too. Without
+/// block.clear nothing is written: narrow state cannot hold messages until they are chosen, they are made again.
+void stream_narrow(const SegmentPass& pass, std::size_t first, const Block& block, StreamKernel kernel, Emitted& emitted);
+/// The sample of a segment: its groups, brought together.
+std::size_t sample_narrow(const SegmentPass& pass, std::uint32_t* magnitudes);
+/// The message of element i before its state is advanced, 0 where nothing may be sent; and what a block keeps if nothing is.
+float message_narrow(const SegmentPass& pass, std::size_t i) noexcept;
+void advance_narrow(const SegmentPass& pass, std::size_t first, const Block& block);
 
 /// A validated segment of a payload.
 struct Entries {

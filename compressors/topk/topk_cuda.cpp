@@ -299,6 +299,8 @@ class TopKCuda final : public Codec {
     call.rate = feedback::rate_of(recursion);
     call.keep = 1.0f - recursion.fresh;
     call.fresh = recursion.fresh;
+    call.grid = recursion.grid;
+    call.narrow = recursion.narrow;
     call.floor = wire_floor(options_.wire);
     call.grad_dtype = grad.dtype;
     call.wire_dtype = options_.wire;

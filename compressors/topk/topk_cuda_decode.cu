@@ -232,10 +232,12 @@ __global__ void __launch_bounds__(kThreads) take_back_kernel(DecodeCall call, co
   const std::uint32_t s = call.table.unit_segment[blockIdx.x];
   const Share share(call, 0, s);
   const DeviceSegment& segment = share.segment;
-  if (segment.residual == nullptr) return;
+  if (!segment.residual) return;
   const std::uint32_t block = blockIdx.x - segment.first_unit, blocks = std::uint32_t(blocks_of(segment.range.count));
   const std::uint64_t base = std::uint64_t(block) * kBlock;
-  const auto add = [&](std::uint64_t i, std::uint32_t e) { segment.residual[i] += load_element(share.value, call.wire_dtype, e); };
+  const auto add = [&](std::uint64_t i, std::uint32_t e) {
+    segment.residual.set(i, segment.residual[i] + load_element(share.value, call.wire_dtype, e));
+  };
 
   if (share.form() == IndexForm::u32) {
     const auto from = std::uint32_t(std::uint64_t(share.kept) * block / blocks),

@@ -178,7 +178,7 @@ __device__ inline void load_gradient(const std::byte* base, std::size_t i, float
     }
   }
 }
-/// The first `in` of `per` elements of state, zeros after them; and back.
+/// The first `in` of `per` elements of state, zeros after them; and back. Aligned to 16 bytes, or narrow and to 8.
 template <unsigned per>
 __device__ inline void load_state(const float* from, std::uint32_t in, float* to) {
   if (in >= per) {
@@ -200,12 +200,40 @@ __device__ inline void store_state(float* to, std::uint32_t in, const float* fro
   }
 }
 
+template <unsigned per>
+__device__ inline void load_state(const StateArray& from, std::uint32_t in, float* to) {
+  if (!from.narrow()) return load_state<per>(from.fp32(), in, to);
+  if (in >= per) {
+    for (unsigned j = 0; j < per; j += 4) {
+      const uint2 raw = *reinterpret_cast<const uint2*>(from.bf16() + j);
+      to[j] = bits_float(raw.x << 16), to[j + 1] = bits_float(raw.x & 0xffff0000u);
+      to[j + 2] = bits_float(raw.y << 16), to[j + 3] = bits_float(raw.y & 0xffff0000u);
+    }
+  } else {
+    for (unsigned j = 0; j < per; ++j) to[j] = j < in ? from[j] : 0.0f;
+  }
+}
+template <unsigned per>
+__device__ inline void store_state(const StateArray& to, std::uint32_t in, const float* from) {
+  if (!to.narrow()) return store_state<per>(to.fp32(), in, from);
+  if (in >= per) {
+    const auto two = [](float low, float high) {
+      return float_bits(wire_round(low, DType::bf16)) >> 16 | float_bits(wire_round(high, DType::bf16));
+    };
+    for (unsigned j = 0; j < per; j += 4)
+      *reinterpret_cast<uint2*>(to.bf16() + j) = uint2{two(from[j], from[j + 1]), two(from[j + 2], from[j + 3])};
+  } else {
+    for (unsigned j = 0; j < per; ++j)
+      if (j < in) to.set(j, from[j]);
+  }
+}
+
 /// One block per chunk. Reads gradient and state once and writes state once, whole 16-byte words where the gradient is aligned; per entry
 /// its bytes and the state's sectors again from L2. Entries in index order: the same bytes as the CPU's, every run.
 template <Form form, DType dtype, bool exact>
 __global__ void __launch_bounds__(kThreads) stream_kernel(EncodeCall call) {
   constexpr unsigned per = kPer<dtype>, vectors = kElements / per, field = 32 / vectors;
-  constexpr bool advances = !exact || !feedback::has_estimate(form);  // else messages may have to be made again of the state
+  const bool advances = !exact || (!feedback::has_estimate(form) && !call.narrow);  // else messages may have to be made again of the state
   __shared__ std::uint32_t ticket, totals[32], starts[32], total;
   __shared__ std::uint64_t preceding;
   __shared__ std::uint16_t offsets[kDeviceChunk];
@@ -233,10 +261,10 @@ __global__ void __launch_bounds__(kThreads) stream_kernel(EncodeCall call) {
     } else {
       for (unsigned j = 0; j < per; ++j) g[v * per + j] = j < in ? load_element<dtype>(grad, i + j) : 0.0f;
     }
-    if constexpr (feedback::has_residual(form)) load_state<per>(segment.residual + start + i, in, x + v * per);
+    if constexpr (feedback::has_residual(form)) load_state<per>(segment.residual.from(start + i), in, x + v * per);
     if constexpr (feedback::has_momentum(form)) load_state<per>(segment.momentum + start + i, in, u + v * per);
     if constexpr (feedback::is_smoothed(form)) load_state<per>(segment.average + start + i, in, u + v * per);
-    if constexpr (feedback::has_estimate(form)) load_state<per>(segment.estimate + start + i, in, h + v * per);
+    if constexpr (feedback::has_estimate(form)) load_state<per>(segment.estimate.from(start + i), in, h + v * per);
   }
 
   std::uint32_t hits = 0, packed = 0;  // one bit per element; how many per vector
@@ -264,9 +292,10 @@ __global__ void __launch_bounds__(kThreads) stream_kernel(EncodeCall call) {
       g[e] = message;
     }
     packed |= std::uint32_t(__popc((hits >> (v * per)) & ((1u << per) - 1))) << (v * field);
-    if constexpr (advances && feedback::has_residual(form)) store_state<per>(segment.residual + start + i, in, x + v * per);
+    if constexpr (feedback::has_residual(form) && (!exact || !feedback::has_estimate(form)))
+      if (advances) store_state<per>(segment.residual.from(start + i), in, x + v * per);
     if constexpr (feedback::has_momentum(form)) store_state<per>(segment.momentum + start + i, in, u + v * per);
-    if constexpr (advances && feedback::is_smoothed(form)) store_state<per>(segment.average + start + i, in, u + v * per);
+    if constexpr (feedback::is_smoothed(form) && !exact) store_state<per>(segment.average + start + i, in, u + v * per);
   }
   if (bad) {
     atomicOr(words_at(call.wire, offsetof(wire::Header, flags)), std::uint32_t(kFlagNonfinite));
@@ -306,7 +335,7 @@ __global__ void __launch_bounds__(kThreads) stream_kernel(EncodeCall call) {
   }
   __syncthreads();
 
-  // The state holds what an element keeps if nothing is sent (but for candidates of forms with an estimate); entries leave there what the
+  // The state holds what an element keeps if nothing is sent (but for candidates where it does not advance); entries leave there what the
   // wire cuts off.
   const std::uint64_t before = preceding, room = exact ? segment.candidates : segment.capacity;
   const std::uint32_t sent = before >= room ? 0 : room - before < total ? std::uint32_t(room - before) : total;

@@ -44,20 +44,24 @@ __device__ inline const std::uint32_t* words_at(const std::byte* base, std::size
 
 /// Places a value, rounded, and leaves in the state what the wire cuts off. The index is the caller's.
 __device__ inline void send_value(const EncodeCall& call, const DeviceSegment& segment, std::uint32_t place, std::size_t i, float x) {
-  const float w = wire_round(x, call.wire_dtype);
+  const float w = call.grid ? feedback::to_grid(x, segment.estimate[i]) : wire_round(x, call.wire_dtype);
   std::byte* values = call.wire + segment.value_at;
   if (call.wire_dtype == DType::fp32) {
     reinterpret_cast<float*>(values)[place] = w;
   } else {
     reinterpret_cast<std::uint16_t*>(values)[place] = call.wire_dtype == DType::bf16 ? float_to_bf16(w) : float_to_fp16(w);
   }
-  if (segment.estimate != nullptr) {
-    float residual = segment.residual != nullptr ? segment.residual[i] : 0.0f;
-    feedback::send(w, residual, segment.estimate[i]);
-    if (segment.residual != nullptr) segment.residual[i] = residual;
+  float residual = 0;
+  if (segment.estimate) {
+    float estimate = segment.estimate[i];
+    if (segment.residual) residual = segment.residual[i];
+    feedback::send(w, residual, estimate);
+    segment.estimate.set(i, estimate);
+    if (segment.residual) segment.residual.set(i, residual);
     return;
   }
-  if (segment.residual != nullptr) feedback::leave(x, w, segment.residual[i]);
+  feedback::leave(x, w, residual);
+  if (segment.residual) segment.residual.set(i, residual);
   if (segment.momentum != nullptr && call.mask) segment.momentum[i] = 0;
 }
 /// The index of an entry where the form has one apart from block counts and bits.

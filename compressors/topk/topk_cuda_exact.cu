@@ -26,18 +26,32 @@ struct Source {
   __device__ float factor() const { return call.grad_factor != nullptr ? call.grad_factor[s] : 1.0f; }
   /// An element of a form with an estimate, before it is advanced.
   __device__ feedback::Estimated estimated(std::size_t i) const {
-    if (segment.residual == nullptr) {
+    if (!segment.residual) {
       return segment.average == nullptr ? estimated_at<Form::estimate>(call, segment, factor(), i)
                                         : estimated_at<Form::smoothed_estimate>(call, segment, factor(), i);
     }
     return segment.average == nullptr ? estimated_at<Form::control>(call, segment, factor(), i)
                                       : estimated_at<Form::smoothed_control>(call, segment, factor(), i);
   }
+  /// An element of error feedback whose residual is narrow, before it is advanced.
+  __device__ float fed_back(std::size_t i) const {
+    float residual = segment.residual[i], none = 0;
+    bool told = true;  // by the first pass
+    return step_element<Form::error_feedback>(load_element(call.grad, call.grad_dtype, segment.range.first + i) * factor(), call.rate,
+                                              residual, none, told);
+  }
+  /// Whether the pass has left the state as it was.
+  __device__ bool waits() const { return segment.estimate || call.narrow; }
   /// The state of such an element, if nothing is sent.
   __device__ void advance(std::size_t i) const {
     if (!is_live(segment.live, i)) return;
+    if (!segment.estimate) {
+      const float x = fed_back(i);
+      if (is_finite(x)) segment.residual.set(i, x);
+      return;
+    }
     const feedback::Estimated element = estimated(i);
-    if (segment.residual != nullptr) segment.residual[i] = element.residual;
+    if (segment.residual) segment.residual.set(i, element.residual);
     if (segment.average != nullptr) segment.average[i] = element.average;
   }
   /// 0 where nothing may be sent.
@@ -45,9 +59,12 @@ struct Source {
     if (complete) return call.scratch.candidate_value[segment.first_candidate + i];
     if (!is_live(segment.live, i)) return 0;
     float x;
-    if (segment.estimate != nullptr) {
+    if (segment.estimate) {
       x = estimated(i).x;
-    } else if (segment.residual != nullptr) {
+    } else if (call.narrow) {
+      x = fed_back(i);
+      if (!is_finite(x)) return 0;
+    } else if (segment.residual) {
       x = segment.residual[i];
     } else {
       feedback::news(load_element(call.grad, call.grad_dtype, segment.range.first + i) * factor(), x);
@@ -189,7 +206,7 @@ __global__ void __launch_bounds__(kThreads) cut_kernel(EncodeCall call) {
     const bool above = bits > cut.prefix, tie = bits == cut.prefix && bits != 0;
     const bool sent = above || (tie && (before >> kTies) < cut.wanted);
     std::size_t i = start + threadIdx.x * kEach + j;
-    if (!source.complete && segment.estimate != nullptr && i < source.count) source.advance(i);  // its message is known: nobody needs more
+    if (!source.complete && source.waits() && i < source.count) source.advance(i);  // its message is known: nobody needs more
     if (sent) {
       i = source.index(i);
       const std::uint32_t place = place_of(before);
@@ -211,7 +228,7 @@ __global__ void __launch_bounds__(kThreads) cut_kernel(EncodeCall call) {
 
 void launch_cut(const EncodeCall& call, Form form, Stream stream) {
   for (int digit = 0; digit < kDigits; ++digit) launch("topk digit", digit_kernel, call.shape.chunks, kThreads, stream, call, digit);
-  if (feedback::is_control(form) || feedback::is_smoothed(form))
+  if (feedback::is_control(form) || feedback::is_smoothed(form) || call.narrow)
     launch("topk advance", advance_kernel, call.shape.chunks, kThreads, stream, call);
   launch("topk cut", cut_kernel, call.shape.chunks, kThreads, stream, call);
 }

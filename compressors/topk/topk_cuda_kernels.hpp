@@ -77,11 +77,14 @@ struct EncodeCall {
   std::uint64_t step = 0;
   float rate = 0, floor = 0;
   float keep = 0, fresh = 1;  ///< smoothed forms: the shares of the average and of the gradient
+  bool grid = false;          ///< Recursion::grid
+  bool narrow = false;        ///< Recursion::narrow
   DType grad_dtype = DType::fp32, wire_dtype = DType::fp32;
   bool mask = true, exact = false;
 };
 
-/// sampled: 3 kernels; exact: 7, and one more where estimates have a residual or an average beside them. @throws Error{device}.
+/// sampled: 3 kernels; exact: 7, and one more where estimates have a residual or an average beside them or a
+/// residual is narrow. @throws Error{device}.
 void launch_encode(const EncodeCall& call, Form form, Stream stream);
 /// Its first two: a sample, and the thresholds from it; what the pass counts in and the payload are zero after them.
 void launch_thresholds(const EncodeCall& call, Form form, Stream stream);

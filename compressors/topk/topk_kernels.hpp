@@ -36,6 +36,8 @@ struct Block {
   /// false: emit x itself, unrounded, and leave the state as if nothing was sent; forms with an estimate write none of it (AdvanceKernel).
   bool clear = true;
   bool mask = true;                ///< momentum factor masking
+  bool narrow = false;             ///< control: the residual is rounded to bf16 before what is sent leaves it (Recursion::narrow)
+  bool grid = false;               ///< forms with an estimate: Recursion::grid; the wire is fp32
   std::uint16_t* index = nullptr;  ///< staging of min(room, count) + kStagingSlack entries
   float* value = nullptr;
   std::uint32_t* bitmap = nullptr;  ///< where the hits are noted as bits too; may be null

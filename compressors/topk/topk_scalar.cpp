@@ -18,7 +18,9 @@ feedback::Estimated estimated_at(const Block& b, std::size_t i) noexcept {
   float residual = 0, average = 0;
   if constexpr (feedback::has_residual(form)) residual = b.residual[i];
   if constexpr (feedback::is_smoothed(form)) average = b.average[i];
-  return feedback::estimated<form>(load_grad<dtype>(b.grad, i) * b.factor, b.rate, b.keep, b.fresh, b.estimate[i], residual, average);
+  auto out = feedback::estimated<form>(load_grad<dtype>(b.grad, i) * b.factor, b.rate, b.keep, b.fresh, b.estimate[i], residual, average);
+  if (feedback::is_control(form) && b.narrow) out.residual = wire_round(out.residual, DType::bf16);
+  return out;
 }
 
 /// Writes what an element of a form with an estimate keeps.
@@ -37,7 +39,8 @@ void estimate_range(const Block& b, std::uint32_t from, std::uint32_t to, Emitte
     if (magnitude(element.x) >= b.threshold) {
       ++emitted.hits;
       if (emitted.count < b.room) {
-        const float w = b.clear ? wire_round(element.x, b.wire) : element.x;
+        float w = element.x;
+        if (b.clear) w = b.grid ? feedback::to_grid(w, b.estimate[i]) : wire_round(w, b.wire);
         b.index[emitted.count] = std::uint16_t(i);
         b.value[emitted.count++] = w;
         if (b.clear) feedback::send(w, element.residual, b.estimate[i]);

@@ -41,7 +41,7 @@ struct Group {
           average[j] = g = feedback::average(factors.keep, factors.fresh, L::load(b.average + at), g);
         estimate[j] = L::load(b.estimate + at);
         feedback::estimate_message<form>(g, factors.rate, estimate[j], residual, x[j]);
-        kept[j] = residual;
+        kept[j] = feedback::is_control(form) && b.narrow ? L::round_bf16(residual) : residual;
       } else {
         feedback::message<form>(g, factors.rate, residual, u[j], x[j]);
         kept[j] = x[j];
@@ -113,6 +113,7 @@ void settle(const Block& b, const std::uint16_t* hits, std::uint32_t count, cons
       const auto x = L::load(value + j);
       L::store(value + j, b.wire == DType::bf16 ? L::round_bf16(x) : L::round_fp16(x));
     }
+    for (std::uint32_t j = 0; j < count && b.grid; ++j) value[j] = feedback::to_grid(value[j], b.estimate[hits[j]]);
     float none = 0;
     for (std::uint32_t j = 0; j < count; ++j)
       feedback::send(value[j], feedback::has_residual(form) ? residual[hits[j]] : none, b.estimate[hits[j]]);
@@ -203,7 +204,7 @@ void pack_as(const Block& b, Emitted& emitted) {
   const Factors<L> factors(b);
   const auto threshold = L::set(b.threshold);
   const auto clear = L::lanes(b.clear), clear_momentum = L::lanes(b.clear && b.mask);
-  std::uint32_t i = 0, count = 0;
+  std::uint32_t i = 0, count = emitted.count;
   bool usable = true;  // the bitmap: not where something was not finite
   for (; i + G::kElements <= b.count; i += G::kElements) {
     G group;
@@ -227,6 +228,8 @@ void pack_as(const Block& b, Emitted& emitted) {
       auto w = group.x[j];
       if constexpr (kind == Emit::bf16) w = L::round_bf16(w);
       if constexpr (kind == Emit::fp16) w = L::round_fp16(w);
+      if constexpr (kind == Emit::exact && feedback::has_estimate(form))
+        if (b.grid && b.clear) w = L::round_bf16(group.estimate[j] + w) - group.estimate[j];
       count += L::pack(group.hit[j], i + std::uint32_t(j) * L::kWidth, w, b.index + count, b.value + count);
       if constexpr (feedback::has_estimate(form)) {  // stored where something is sent, that is nowhere else than under `clear`
         group.kept[j] = L::choose(group.hit[j], group.kept[j] - w, group.kept[j]);
