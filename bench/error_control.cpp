@@ -11,6 +11,8 @@
 
 #include "bench/control_network.hpp"
 #include "compressors/core/error.hpp"
+#include "compressors/core/recursion.hpp"
+#include "compressors/core/registry.hpp"
 
 namespace thinwire::bench {
 namespace {
@@ -289,23 +291,48 @@ void network(Report& report) {
   report.expect(averaged < 3 * base && averaged < stale, "network: at 1 % a worker average repairs EControl");
 }
 
-/// What the wire's dtype costs, and how far H drifts from the mean of h.
-void wires(Report& report, std::size_t steps) {
+/// What dtypes cost, on the wire and of the state, and how far H drifts from the mean of h.
+void dtypes(Report& report, std::size_t steps) {
   std::printf(
-      "\nThe wire's dtype, 16 ranks, zeta = 10, no noise, %zu steps: mean ‖grad f‖² of the last quarter, and max |H − mean h|\n%-22s %12s "
-      "%12s\n",
-      steps, "wire", "level", "drift");
+      "\nDtypes, EControl auto, 16 ranks, zeta = 10, %zu steps: mean ‖grad f‖² of the last quarter without noise and with (deviation 10), "
+      "max "
+      "|H − mean h|, and bytes of state per parameter\n%-32s %10s %12s %12s %12s %6s\n",
+      steps, "wire and state", "expected", "no noise", "noise", "drift", "bytes");
   const LeastSquares problem(16, 20, 10);
-  const Descent descent{.gamma = 1 / (32 * problem.smoothness()), .stop = 0, .most = steps};
-  for (const char* wire : {"fp32", "bf16", "fp16"}) {
+  const Descent still{.gamma = 1 / (32 * problem.smoothness()), .stop = 0, .most = steps},
+      noisy{.gamma = still.gamma, .stop = 0, .sigma = 10, .most = steps};
+  const struct {
+    const char *codec, *feedback;
+    double expected;  // without noise; what reaches fp32's own floor: 0
+  } entries[] = {{"", "", 0},
+                 {",wire=bf16", "", 0},
+                 {",wire=fp16", "", 0},
+                 {"", ":residual=bf16", 0},
+                 {"", ":estimate=grid", 2.1e-6},
+                 {"", ":residual=bf16,estimate=grid", 2.1e-6}};
+  double wide = 0;
+  for (const auto& [codec, feedback, expected] : entries) {
+    const std::string name = codec[0] == '\0' && feedback[0] == '\0' ? "fp32" : std::string(codec) + feedback;
+    const std::string config =
+        std::string("codec=topk:density=0.1,select=exact") + codec + " exchange=gather min_numel=1 feedback=econtrol" + feedback;
     double drift = 0;
-    const Run engine = run_engine(
-        problem, std::string("codec=topk:density=0.1,select=exact,wire=") + wire + " exchange=gather min_numel=1 feedback=econtrol",
-        descent, &drift);
-    std::printf("%-22s %12.3g %12.3g\n", wire, engine.plateau, drift);
+    const Run quiet = run_engine(problem, config, still, &drift), loud = run_engine(problem, config, noisy);
+    if (wide == 0) wide = loud.plateau;
+    const Recursion recursion = make_recursion(Config::parse(config));
+    std::size_t bytes = 0;
+    for (std::size_t j = 0; j < state_names(recursion).size(); ++j) bytes += size_of(state_dtype(recursion, j));
+    std::printf("%-32s %10s %12.3g %12.4g %12.3g %6zu\n", name.substr(name[0] == 'f' ? 0 : 1).c_str(),
+                expected == 0 ? "< 1e-9" : number(expected).c_str(), quiet.plateau, loud.plateau, drift, bytes);
     // H and h are updated by the same rounded values: only fp32's own rounding is left, of numbers below 64.
-    report.expect(engine.plateau < 1e-9 && drift < 1e-4, std::string("wire=") + wire);
-    report.rows.push_back({{"section", "wire"}, {"wire", wire}, {"engine", engine.plateau}, {"drift", drift}});
+    report.expect((expected == 0 ? quiet.plateau < 1e-9 : quiet.plateau < 2 * expected) && drift < 1e-4, "dtypes: " + name);
+    report.expect(loud.plateau < 1.05 * wide && loud.plateau > wide / 1.05, "dtypes: " + name + " with noise");
+    report.rows.push_back({{"section", "dtypes"},
+                           {"method", name},
+                           {"expected", expected},
+                           {"engine", quiet.plateau},
+                           {"noise", loud.plateau},
+                           {"drift", drift},
+                           {"bytes", bytes}});
   }
 }
 
@@ -327,7 +354,7 @@ int run(int argc, char** argv) {
     signs(report);
     noise(report, 4, 20000, 1.5);
     noise(report, 16, 20000, 1.5);
-    wires(report, 4000);
+    dtypes(report, 4000);
     network(report);
   }
   if (!file.empty()) {

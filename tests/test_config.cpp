@@ -56,7 +56,7 @@ TEST(Config, DefaultIsDense) {
 TEST(Config, EveryDefaultIsPrinted) {
   EXPECT_EQ(Config::parse("codec=topk:density=0.01").str(),
             std::string(kTopkDefaults) + " feedback=none target=gradient exchange=auto policy=none " + kRest);
-  EXPECT_EQ(Config::parse("codec=topk:density=0.01 feedback=ef14").feedback().str(), "ef14:decay=1,lr_rescale=0");
+  EXPECT_EQ(Config::parse("codec=topk:density=0.01 feedback=ef14").feedback().str(), "ef14:decay=1,lr_rescale=0,residual=fp32");
   EXPECT_EQ("feedback=" + Config::parse("codec=topk:density=0.01 feedback=dgc").feedback().str(), kDgcDefaults);
   EXPECT_EQ(Config::parse("codec=topk:density=0.01 policy=warmup:steps=7").policy().str(),
             "warmup:densities=0.25/0.0625/0.015625/0.004,steps=7");
@@ -79,11 +79,14 @@ TEST(Config, EveryKeyTakesEveryValue) {
       {"codec=topk:density=.5,index=u16", "index=u16 "},
       {"codec=topk:density=.5,index=bitmap", "index=bitmap "},
       {"codec=topk:density=.5 feedback=none", "feedback=none "},
-      {"codec=topk:density=.5 feedback=ef14:decay=0.75", "feedback=ef14:decay=0.75,lr_rescale=0 "},
-      {"codec=topk:density=.5 feedback=ef14:lr_rescale=1", "lr_rescale=1 "},
-      {"codec=topk:density=.5 feedback=ef21:worker_ema=.5,init=zero", "feedback=ef21:worker_ema=0.5,init=zero "},
-      {"codec=topk:density=.5 feedback=ef21:init=compressed", "feedback=ef21:worker_ema=1,init=compressed "},
-      {"codec=sign feedback=econtrol", "feedback=econtrol:eta=auto,worker_ema=1,init=dense "},
+      {"codec=topk:density=.5 feedback=ef14:decay=0.75", "feedback=ef14:decay=0.75,lr_rescale=0,residual=fp32 "},
+      {"codec=topk:density=.5 feedback=ef14:lr_rescale=1", "lr_rescale=1,"},
+      {"codec=topk:density=.5 feedback=ef14:residual=bf16", "residual=bf16 "},
+      {"codec=topk:density=.5 feedback=ef21:worker_ema=.5,init=zero", "feedback=ef21:worker_ema=0.5,init=zero,estimate=fp32 "},
+      {"codec=topk:density=.5 feedback=ef21:init=compressed", "feedback=ef21:worker_ema=1,init=compressed,estimate=fp32 "},
+      {"codec=topk:density=.5 feedback=ef21:estimate=grid", "estimate=grid "},
+      {"codec=sign feedback=econtrol", "feedback=econtrol:eta=auto,worker_ema=1,init=dense,residual=fp32,estimate=fp32 "},
+      {"econtrol:residual=bf16,estimate=grid", "residual=bf16,estimate=grid "},
       {"codec=sign feedback=econtrol:eta=theory", "eta=theory,"},
       {"codec=sign feedback=econtrol:eta=paper", "eta=paper,"},
       {"codec=sign:scale=l2 feedback=econtrol:eta=.250", "eta=0.25,"},
@@ -183,6 +186,11 @@ TEST(Config, RefusalsSayWhatWhereAndWhatIsAllowed) {
       {"codec=lowrank:rank=4", {"codec=lowrank is unknown"}},
       {"feedback=ef22", {"feedback=ef22 is unknown", "did you mean 'ef21'", "allowed: none, ef14, ef21, econtrol, dgc"}},
       {"feedback=econtrol", {"feedback=econtrol needs a codec that leaves something out", "codec=none sends everything"}},
+      {"codec=sign feedback=econtrol:estimate=grid", {"feedback=econtrol:estimate=grid", "needs codec=topk:wire=fp32, not codec=sign;"}},
+      {"codec=topk:density=0.1,wire=bf16 feedback=ef21:estimate=grid",
+       {"feedback=ef21:estimate=grid", "needs codec=topk:wire=fp32, not codec=topk:wire=bf16; or choose estimate=fp32"}},
+      {"codec=topk:density=0.1 feedback=ef14:residual=fp16", {"ef14: residual=fp16 is not valid", "allowed: fp32, bf16"}},
+      {"codec=topk:density=0.1 feedback=ef21:residual=bf16", {"ef21: unknown key 'residual'", "worker_ema, init, estimate"}},
       {"codec=topk:density=0.1 feedback=econtrol:eta=-1", {"econtrol: eta=-1 is outside [0, inf)"}},
       {"codec=topk:density=0.1 feedback=econtrol:eta=nan",
        {"econtrol: eta=nan is not", "allowed: auto, theory, paper, or a number in [0, inf)"}},
@@ -211,7 +219,7 @@ TEST(Config, RefusalsSayWhatWhereAndWhatIsAllowed) {
       {"feedback=none:", {"feedback=none: '' is not key=value; it takes no keys"}},
       {"dgc:densty=0.1", {"dgc: unknown key 'densty'", "did you mean 'density'", "warmup_steps"}},
       {"codec=topk:density=0.1 feedback=ef14:lr_rescal=1",
-       {"ef14: unknown key 'lr_rescal'", "did you mean 'lr_rescale'", "its keys are decay, lr_rescale"}},
+       {"ef14: unknown key 'lr_rescal'", "did you mean 'lr_rescale'", "its keys are decay, lr_rescale, residual"}},
       {"codec=topk:density=0.1 policy=warmup", {"warmup: steps must be given", "[1, inf)"}},
       // numbers
       {"codec=topk:density=1.5", {"topk: density=1.5 is outside (0, 1]"}},

@@ -127,7 +127,12 @@ TEST_F(ReducerDevice, LossScalesNonfiniteStepsAndJoinedRanksAreTheHostsToo) {
         "codec=topk:density=0.1,wire=fp16 feedback=econtrol exchange=gather min_numel=100 start_step=4",
         "codec=topk:density=0.02,select=exact feedback=ef21:init=dense,worker_ema=0.5 min_numel=100",
         "codec=topk:density=0.1 feedback=econtrol:init=compressed min_numel=100",
-        "codec=sign:block=5000 feedback=econtrol:worker_ema=0.5,init=zero min_numel=100", "codec=sign feedback=ef21 min_numel=100"})
+        "codec=sign:block=5000 feedback=econtrol:worker_ema=0.5,init=zero min_numel=100", "codec=sign feedback=ef21 min_numel=100",
+        "codec=topk:density=0.1 feedback=econtrol:residual=bf16,estimate=grid min_numel=100 start_step=2",
+        "codec=topk:density=0.02,select=exact feedback=ef14:residual=bf16 min_numel=100",
+        "codec=topk:density=0.05,select=exact feedback=ef21:estimate=grid min_numel=100",
+        "codec=sign:block=5000 feedback=econtrol:residual=bf16 min_numel=100",
+        "codec=sign:block=tensor feedback=ef14:residual=bf16 target=momentum:freeze=2 min_numel=100"})
     for (const bool step_verdict : {false, true})
       for (const bool in_memory : {false, true}) {
         SCOPED_TRACE(std::string(config) + (step_verdict ? " step verdict" : "") + (in_memory ? " scale in memory" : ""));
