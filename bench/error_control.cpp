@@ -325,7 +325,8 @@ void dtypes(Report& report, std::size_t steps) {
                 expected == 0 ? "< 1e-9" : number(expected).c_str(), quiet.plateau, loud.plateau, drift, bytes);
     // H and h are updated by the same rounded values: only fp32's own rounding is left, of numbers below 64.
     report.expect((expected == 0 ? quiet.plateau < 1e-9 : quiet.plateau < 2 * expected) && drift < 1e-4, "dtypes: " + name);
-    report.expect(loud.plateau < 1.05 * wide && loud.plateau > wide / 1.05, "dtypes: " + name + " with noise");
+    // Levels of a thousand steps scatter by a tenth; an h in bf16 off the grid would double this one.
+    report.expect(loud.plateau < 1.25 * wide && loud.plateau > wide / 1.25, "dtypes: " + name + " with noise");
     report.rows.push_back({{"section", "dtypes"},
                            {"method", name},
                            {"expected", expected},

@@ -53,6 +53,7 @@ struct Stats {
   double wire_bytes = 0, dense_bytes = 0;  ///< dense_bytes: what a ring all-reduce of the same gradients in their own dtype would have sent
   double factor = 1;                       ///< dense_bytes / wire_bytes; 1 at world 1
   std::uint64_t nonfinite_steps = 0;
+  std::size_t state_bytes = 0;             ///< of all arrays that this rank keeps between steps
   bool frozen = false;                     ///< target=momentum: whether the next step's momentum is compressed
   std::vector<ParameterStats> parameters;  ///< in id order
 };

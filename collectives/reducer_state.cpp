@@ -149,6 +149,7 @@ Stats GradientReducer::Impl::stats() const {
   out.frozen = recursion_.averaged && step_ >= freeze_at_;
   out.factor = out.wire_bytes > 0 ? out.dense_bytes / out.wire_bytes : 1.0;
   out.nonfinite_steps = engine_->nonfinite_steps();
+  for (std::size_t j = 0; j < arena_.arrays(); ++j) out.state_bytes += arena_.count(j) * sizeof(float);
   std::vector<float> residual;
   for (std::size_t p = 0; p < slots_.size(); ++p) {
     const ParameterSlot& slot = slots_[p];

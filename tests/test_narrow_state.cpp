@@ -191,6 +191,13 @@ TEST(NarrowState, RecursionsSayHowTheirStateIsStored) {
   EXPECT_EQ(dtypes("econtrol:residual=bf16"), 10u);
   EXPECT_EQ(dtypes("econtrol:residual=bf16,estimate=grid"), 8u);
   EXPECT_EQ(dtypes("econtrol:residual=bf16,estimate=grid,worker_ema=0.1"), 12u);
+
+  // Every array of w and m begins at a cache line.
+  const auto kept = [](const Method& method) { return play(scenario_of(2, method, 2)).stats[0].state_bytes; };
+  const std::size_t wide = 4 * (528 + 288), half = 2 * (544 + 288);
+  EXPECT_EQ(kept(topk_method(true)), 3 * wide);
+  EXPECT_EQ(kept(with(topk_method(true), "residual=bf16")), 2 * wide + half);
+  EXPECT_EQ(kept(with(topk_method(true), "residual=bf16,estimate=grid")), wide + 2 * half);
 }
 
 }  // namespace

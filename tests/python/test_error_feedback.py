@@ -75,6 +75,41 @@ def test_replay_follows_the_equations(feedback: str, how: dict, world: int) -> N
             assert want.abs().max() > 100 * bound
 
 
+def stored(x: torch.Tensor, narrow: bool) -> torch.Tensor:
+    return x.bfloat16().float() if narrow else x
+
+
+@pytest.mark.parametrize("world", [1, 3, 4])
+@pytest.mark.parametrize(("residual", "estimate"), [("bf16", "fp32"), ("fp32", "grid"), ("bf16", "grid")])
+def test_state_in_two_bytes_is_what_torch_rounds_to_the_bit(residual: str, estimate: str, world: int) -> None:
+    grads = torch.randn(STEPS, world, *SHAPE, generator=torch.Generator().manual_seed(world))
+    config = thinwire.econtrol(codec="topk:density=0.1,select=exact", residual=residual, estimate=estimate, exchange="gather", min_numel=10)
+    run = thinwire.replay(config, {"w": grads})
+    narrow, grid, eta = residual == "bf16", estimate == "grid", torch.tensor(0.1)
+    messages = stored(grads[0].flatten(1), True)  # the dense start
+    h, e = messages.clone(), torch.zeros(world, K * 10)
+    if grid:
+        e = stored(grads[0].flatten(1) - h, narrow) * (0 if narrow else 1)
+    mean = torch.stack(list(messages)).cumsum(0)[-1] * torch.tensor(1 / world)
+    assert torch.equal(run.mean["w"][0].flatten(), mean)
+    for step in range(1, STEPS):
+        total = torch.zeros(K * 10)
+        for rank, g in enumerate(grads[step].flatten(1)):
+            news = g - h[rank]
+            x = top(eta * e[rank] + news)
+            sent = torch.where(x != 0, stored(h[rank] + x, True) - h[rank], x) if grid else x
+            e[rank] = stored(e[rank] + news, narrow)
+            e[rank] = torch.where(x != 0, stored(e[rank] - sent, narrow), e[rank])
+            h[rank] = stored(h[rank] + sent, grid)
+            total = total + sent
+        mean = mean + total * torch.tensor(1 / world)
+        assert torch.equal(run.mean["w"][step].flatten(), mean), step
+    for rank in range(world):
+        state = run.state[rank]["w"]
+        assert torch.equal(state["residual"].flatten(), e[rank]) and torch.equal(state["estimate"].flatten(), h[rank])
+        assert (h.mean(0) - state["mean_estimate"].flatten()).abs().max() < STEPS * 2**-20
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_owners_hold_what_the_mean_estimate_lacks(world: int) -> None:
     grads = torch.randn(STEPS, world, *SHAPE, generator=torch.Generator().manual_seed(3))

@@ -167,6 +167,7 @@ py::dict dict_of(const Stats& stats) {
   dict["dense_bytes"] = stats.dense_bytes;
   dict["factor"] = stats.factor;
   dict["nonfinite_steps"] = stats.nonfinite_steps;
+  dict["state_bytes"] = stats.state_bytes;
   dict["frozen"] = stats.frozen;
   dict["parameters"] = std::move(parameters);
   return dict;

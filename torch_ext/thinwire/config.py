@@ -68,15 +68,19 @@ def econtrol(
     eta: str | float = "auto",
     worker_ema: float = 1.0,
     init: str = "dense",
+    residual: str = "fp32",
+    estimate: str = "fp32",
     **slots: Any,
 ) -> Config:
     """EControl: every rank sends the change of an estimate of its gradient, and feeds back its residual by degrees.
 
     Use it with any optimizer: what comes back is dense. ``eta``: ``"auto"`` (the codec's contraction), ``"theory"``, ``"paper"`` or a number;
     ``worker_ema``: the new gradient's share in a rank's running average, 1 = off; ``init``: of the estimates, ``"dense"`` (by a dense first
-    step), ``"compressed"`` or ``"zero"``. ``slots``: any other slot.
+    step), ``"compressed"`` or ``"zero"``; ``residual="bf16"`` and ``estimate="grid"`` (top-k with fp32 values) take 2 bytes per parameter
+    instead of 4. ``slots``: any other slot.
     """
-    return Config(codec=codec, feedback=f"econtrol:eta={eta},worker_ema={worker_ema},init={init}", **slots)
+    keys = f"eta={eta},worker_ema={worker_ema},init={init},residual={residual},estimate={estimate}"
+    return Config(codec=codec, feedback=f"econtrol:{keys}", **slots)
 
 
 def error_feedback(kind: str = "ef14", *, codec: str, **keys_and_slots: Any) -> Config:

@@ -96,8 +96,8 @@ class HookState:
         """Counters since the start and what each parameter gets now; waits for the buckets on their way.
 
         ``step``; ``payload_bytes`` handed to the transport, each call's send buffer once; ``wire_bytes`` that left this rank;
-        ``dense_bytes`` that a ring all-reduce
-        of the same gradients would have sent; ``factor`` = dense_bytes / wire_bytes; ``nonfinite_steps``; ``parameters``: name -> ``numel,
+        ``dense_bytes`` that a ring all-reduce of the same gradients would have sent; ``factor`` = dense_bytes / wire_bytes;
+        ``nonfinite_steps``; ``state_bytes``, kept between steps; ``parameters``: name -> ``numel,
         compressed, reason`` (why
         not), ``density`` (configured now), ``kept`` (entries sent at the last step), ``residual_norm, grad_norm`` (this rank's;
         with ``codec=none`` the gradient's is taken at every 16th step), ``momentum_norm`` and ``masked`` (elements whose frozen variance is 0) where the target is the momentum; ``frozen``:
