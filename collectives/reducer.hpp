@@ -111,7 +111,9 @@ struct ReduceOptions {
   /// On a GPU: where the loss scale lies in its memory, in place of `loss_scale`. The bucket's kernels read it, in the stream's order; the
   /// host never does. One that is not a positive number makes a bad verdict, and a later call throws.
   const float* device_loss_scale = nullptr;
-  bool joined = false;  ///< this rank has run out of data: it sends an empty payload and its state stays as it is
+  /// This rank has run out of data: it sends an empty payload and its state stays as it is. Where the momentum is averaged it sends its
+  /// beta1·m and its residual, with a gradient of 0. What the bucket holds is not read.
+  bool joined = false;
   /// Called when the bucket is done, on the thread that finished it, with null or the error. Must not throw and not call back into the
   /// reducer.
   void (*done)(void* context, std::exception_ptr error) noexcept = nullptr;
