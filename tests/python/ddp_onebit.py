@@ -324,6 +324,72 @@ def onebit_adam_no_freeze_without_a_rank(rank: int, world: int) -> None:
     replicas_equal(ddp)
 
 
+class Same(nn.Module):
+    """Every element's gradient is 1."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.w = nn.Parameter(torch.randn(32, 32, dtype=dtype))
+
+    def forward(self) -> torch.Tensor:
+        return self.w.sum()
+
+
+@feature
+def onebit_adam_momentum_without_a_rank(rank: int, world: int) -> None:
+    """A rank without data goes on owing its beta1·m: the momentum decays to the mean of those that have data, with zeros of those that have
+    none."""
+    ddp, optimizer, state = pair(model=Same())
+    steps, m = 40, 0.0
+    with ddp.join():
+        for step in range(12 if rank == 0 else steps):
+            optimizer.zero_grad()
+            ddp().backward()
+            if state.stats()["frozen"]:
+                m = 0.9 * m + 0.1 * (1 if step < 12 else (world - 1) / world)
+                got = ddp.module.w.grad
+                assert torch.allclose(got, torch.full_like(got, m), rtol=1e-4), f"step {step}: {got.mean()}, not {m}"
+            optimizer.step()
+            m = 1 - 0.9 ** (step + 1) if step < 3 else m
+    assert state.step == steps
+    replicas_equal(ddp)
+
+
+class Mixed(nn.Module):
+    """fp64 weights, with or without fp32 ones beside them."""
+
+    def __init__(self, beside: bool) -> None:
+        super().__init__()
+        self.wide = mlp(dtype=torch.float64)
+        self.narrow = mlp(seed=2) if beside else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.wide(x.double())
+        return out if self.narrow is None else out + self.narrow(x)
+
+
+@feature
+def onebit_adam_leaves_fp64_to_adam(rank: int, world: int) -> None:
+    """What the hook passes through comes back as its mean gradient, before the freeze and after it."""
+    for beside in (False, True):
+        ddp, optimizer, state = pair(model=Mixed(beside))
+        reference = copy.deepcopy(ddp.module.wide)
+        adam = torch.optim.AdamW(reference.parameters(), lr=LR, weight_decay=0.1)
+        for step in range(8):
+            optimizer.zero_grad()
+            loss_of(ddp, batch(rank, step)).backward()
+            optimizer.step()
+            for p, q in zip(reference.parameters(), ddp.module.wide.parameters()):
+                p.grad = q.grad.clone()
+            adam.step()
+            assert all(torch.equal(p, q) for p, q in zip(reference.parameters(), ddp.module.wide.parameters())), f"step {step}"
+        stats = state.stats()
+        assert stats["frozen"] == optimizer.frozen == beside
+        assert stats["parameters"]["wide.0.weight"]["reason"] == "dtype Double"
+        replicas_equal(ddp)
+
+
 class Beside(nn.Module):
     """A layer that is used, and one that is not."""
 

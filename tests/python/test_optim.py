@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -106,6 +107,24 @@ def test_onebit_adam_refuses_what_it_would_ignore(name: str) -> None:
         OneBitAdam([p]).load_state_dict(saved)
     with pytest.raises(TypeError, match="unexpected keyword argument 'nesterov'"):
         OneBitAdam([p], nesterov=True)
+
+
+@pytest.mark.parametrize(
+    ("betas", "words"),
+    [((0.9, 1.0), "beta2=1.0 must be in"), ((1.5, 0.9), "beta1=1.5 must be in"), ((-0.1, 0.9), "beta1=-0.1"), ((0.9, float("nan")), "beta2=nan"), (0.9, "betas=0.9 must be two")],
+)
+def test_onebit_adam_checks_the_betas_of_every_group(betas: Any, words: str) -> None:
+    p, q = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    saved = OneBitAdam([p]).state_dict()
+    saved["param_groups"][0]["betas"] = betas
+    for make in (
+        lambda: OneBitAdam([p], betas=betas),
+        lambda: OneBitAdam([{"params": [p], "betas": betas}, {"params": [q]}]),
+        lambda: OneBitAdam([p]).add_param_group({"params": [q], "betas": betas}),
+        lambda: OneBitAdam([p]).load_state_dict(saved),
+    ):
+        with pytest.raises(thinwire.errors.ArgumentError, match=re.escape(words)):
+            make()
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])

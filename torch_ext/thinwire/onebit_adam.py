@@ -21,6 +21,7 @@ _FLOOR = 0.05  # of a tensor's mean root of the variance, below which no frozen 
 _UNUSUAL = 20.0  # |update / lr|; Adam's is about 1
 _LOOK_EVERY = 16  # steps between looks at the largest update
 _NEVER = 2**64 - 1
+_AVERAGED = (torch.float32, torch.bfloat16, torch.float16)  # gradients of other types come back as their mean, always
 _REFUSED = {
     "amsgrad": "the maximum of v goes on growing, a frozen v does not",
     "maximize": "the averaged momentum is of gradients to descend",
@@ -78,7 +79,7 @@ class OneBitAdam(AdamW):
         unknown = [name for name in adamw if name not in _REFUSED]
         if unknown:
             raise TypeError(f"OneBitAdam.__init__() got an unexpected keyword argument {unknown[0]!r}")
-        _check_group({"eps": eps, **adamw})
+        _check_group({"eps": eps, "betas": betas, **adamw})
         self.freeze = freeze
         self.not_before = not_before
         self.not_after = not_after
@@ -103,7 +104,7 @@ class OneBitAdam(AdamW):
         if self._hook is not None and self._hook is not hook:
             raise ArgumentError("this OneBitAdam belongs to another hook; make one optimizer per model, or close() the other hook first")
         mine = {p for group in self.param_groups for p in group["params"]}
-        averaged = {p: (i, name) for i, (name, p) in enumerate(named) if hook._engine.averages(i)}
+        averaged = {p: (i, name) for i, (name, p) in enumerate(named) if hook._engine.averages(i) and p.dtype in _AVERAGED}
         strange = [name for p, (_, name) in averaged.items() if p not in mine]
         if strange:
             raise ArgumentError(f"OneBitAdam does not have parameters whose momentum the hook averages: {names_of(strange)}")
@@ -325,6 +326,14 @@ def _check_group(group: Mapping[str, Any]) -> None:
             raise ArgumentError(f"OneBitAdam: {name}={group[name]} is not supported: {why}")
     if group.get("eps") == 0:
         raise ArgumentError("OneBitAdam: eps=0 divides 0 by 0 where the variance is 0")
+    if "betas" not in group:  # the defaults, which were checked
+        return
+    betas = group["betas"]
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise ArgumentError(f"OneBitAdam: betas={betas!r} must be two numbers, of the momentum and of the variance")
+    for name, beta in zip(("beta1", "beta2"), betas, strict=True):
+        if not 0 <= float(beta) < 1:
+            raise ArgumentError(f"OneBitAdam: {name}={beta} must be in [0, 1)")
 
 
 def _checked_freeze(freeze: Any) -> Mapping[str, Any]:
