@@ -73,9 +73,10 @@ struct ReducerState {
 /// Before which steps an optimizer may freeze its variance: there, until it has, the ranks compare whether all have, and with the same
 /// masks and beta1s. A small collective each time, for which a GPU's stream is waited for.
 struct FreezeSteps {
-  std::uint64_t from = 0;   ///< each from this one on
-  std::uint64_t every = 0;  ///< before it those divisible by this; 0: none
-  bool contains(std::uint64_t step) const noexcept { return step >= from || (every != 0 && step % every == 0); }
+  std::uint64_t from = 0;    ///< each from this one on
+  std::uint64_t every = 0;   ///< before it this one and its multiples; 0: none
+  std::uint64_t within = 1;  ///< each with those that follow, so many: an optimizer that steps only now and then steps before one of them
+  bool contains(std::uint64_t step) const noexcept { return step >= from || (every != 0 && step >= every && step % every < within); }
 };
 
 /// Where there is more than one rank an optimizer raises sqrt(v) to at least this times its mean over the tensor when it freezes v:

@@ -141,7 +141,7 @@ def test_a_copy_of_onebit_adam_goes_on(copied: Any) -> None:
 
 @pytest.mark.parametrize(
     "freeze",
-    [3, None, {}, {"frozen": 1, "seen": None}, {"frozen": {}}, {"frozen": {}, "seen": 5}, {"frozen": {}, "seen": (1.5, [])}, {"frozen": {}, "seen": (1, ["x"])}],
+    [3, None, {}, {"frozen": 1, "seen": None}, {"frozen": {}}, {"frozen": {}, "seen": 5}, {"frozen": {}, "seen": (1.5, 1, [])}, {"frozen": {}, "seen": (1, 1, ["x"])}, {"frozen": {}, "seen": None, "rates": 1}, {"frozen": {}, "seen": None, "since_rise": -1}],
 )
 def test_a_state_with_a_wrong_freeze_changes_nothing(freeze: Any) -> None:
     p, optimizer = stepped()
@@ -153,19 +153,40 @@ def test_a_state_with_a_wrong_freeze_changes_nothing(freeze: Any) -> None:
 
 def test_a_variance_is_stable_when_it_neither_grows_nor_shrinks() -> None:
     watch = VarianceWatch(every=10, not_before=0)
-    assert watch.look(10, [1.0, 2.0]) == (False, "")
-    assert watch.look(20, [1.03, 1.97])[0]
-    assert not watch.look(30, [1.03, 2.2])[0]
-    assert not watch.look(50, [1.03, 2.2])[0], "a look was left out"
-    assert watch.look(60, [1.03, 2.2])[0]
+    assert not watch.look(10, 10, [1.0, 2.0]) and watch.words == ""
+    assert watch.look(20, 20, [1.03, 1.97])
+    assert not watch.look(30, 30, [1.03, 2.2])
+    assert watch.look(50, 50, [1.03, 2.2]), "nothing changed over 20 steps"
+    assert "over 20 steps" in watch.words
 
 
 def test_a_variance_of_zero_is_not_stable() -> None:
     watch = VarianceWatch(every=10, not_before=0)
     for step in (10, 20, 30):
-        stable, words = watch.look(step, [0.0] * 2 + [1.0] * 8)
-        assert not stable
-    assert words.endswith("in 8 of 10 tensors by at most 4 %; 2 have had no gradient yet")
+        assert not watch.look(step, step, [0.0] * 2 + [1.0] * 8)
+    assert watch.words.endswith("in 8 of 10 tensors by at most 4 %; 2 have had no gradient yet")
+
+
+@pytest.mark.parametrize(
+    ("each", "skipped", "looks"),
+    [
+        (1, (), [20, 40, 60, 80]),
+        (1, (20, 40), [21, 41, 60, 80]),  # by a grad scaler: the next step looks
+        (2, (), [20, 60, 100, 140, 180]),  # 20 of the optimizer's steps are 40 synchronised ones
+        (3, (), [21, 81, 141, 201, 261]),  # none of whose multiples of 20 but every third is one of the optimizer's
+        (7, (), [21, 126, 245, 364]),
+    ],
+)
+def test_looks_fall_on_steps_of_the_optimizer(each: int, skipped: tuple[int, ...], looks: list[int]) -> None:
+    watch, taken, looked = VarianceWatch(every=20, not_before=0), 0, []
+    for step in range(each, looks[-1] + 1, each):
+        if step in skipped:
+            continue
+        taken += 1
+        if watch.due(step, taken):
+            looked.append(step)
+            watch.look(step, taken, [1.0])
+    assert looked == looks
 
 
 def test_a_variance_that_does_not_settle_is_told_of_once() -> None:
