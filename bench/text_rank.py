@@ -77,7 +77,8 @@ class Trainer:
         self.state = None
         if options.config:
             config = thinwire.Config.parse(with_timeout(options.config, options.timeout))
-            self.optimizer = thinwire.optim.OneBitAdam(self.model.parameters(), betas=BETAS, weight_decay=DECAY, not_before=WARM_UP)
+            not_before = WARM_UP if config.keys_of("target")["freeze"] == "auto" else 0
+            self.optimizer = thinwire.optim.OneBitAdam(self.model.parameters(), betas=BETAS, weight_decay=DECAY, not_before=not_before)
             self.state = thinwire.attach(self.ddp, config, self.optimizer)
         else:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=BETAS, weight_decay=DECAY)

@@ -127,6 +127,9 @@ struct BucketPlan {
     out.output.factor = scale;
     return out;
   }
+  /// Whether a rank without data takes part with a gradient of 0: of the shared momentum every rank owes beta1·m, which owners that take
+  /// back subtract in full.
+  bool speaks_without_data(bool joined) const noexcept { return joined && recursion.averaged; }
   std::size_t sent_bytes() const noexcept;  ///< owners: of the whole send buffer
   /// two_phase: the part that this rank owns, as it is encoded again: payloads of all parts are of one size.
   Plan own_part(std::uint64_t step) const noexcept {

@@ -33,10 +33,15 @@ std::shared_ptr<DevicePlan> DeviceEngine::plan_of(const std::shared_ptr<const Bu
   return plans_.emplace_back(std::move(plan));
 }
 
-void DeviceEngine::run(const std::shared_ptr<const BucketPlan>& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options,
+void DeviceEngine::run(const std::shared_ptr<const BucketPlan>& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& asked,
                        Stream stream) {
   check();
   const OnDevice on(device_);
+  ReduceOptions options = asked;
+  if (bucket->speaks_without_data(asked.joined)) {
+    device_clear(grad, stream);
+    options.joined = false;
+  }
   count_dense(grad.size, world());
   last_stream_ = stream;
   const std::shared_ptr<DevicePlan> shared = plan_of(bucket, stream);

@@ -40,9 +40,13 @@ void HostEngine::passed(std::size_t dense_bytes, bool finite) {
   step_finite_ &= finite;
 }
 
-void HostEngine::run(const std::shared_ptr<const BucketPlan>& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options,
-                     Stream) {
+void HostEngine::run(const std::shared_ptr<const BucketPlan>& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& asked, Stream) {
   count_dense(grad.size, communicator_.size());
+  ReduceOptions options = asked;
+  if (bucket->speaks_without_data(asked.joined)) {
+    std::memset(grad.data, 0, grad.size);
+    options.joined = false;
+  }
   for (const std::uint32_t id : bucket->ids) kept_[id] = 0;
 
   std::uint32_t flags = 0;

@@ -74,9 +74,10 @@ struct ReducerState {
 /// Before which steps an optimizer may freeze its variance: there, until it has, the ranks compare whether all have, and with the same
 /// masks and beta1s. A small collective each time, for which a GPU's stream is waited for.
 struct FreezeSteps {
-  std::uint64_t from = 0;   ///< each from this one on
-  std::uint64_t every = 0;  ///< before it those divisible by this; 0: none
-  bool contains(std::uint64_t step) const noexcept { return step >= from || (every != 0 && step % every == 0); }
+  std::uint64_t from = 0;    ///< each from this one on
+  std::uint64_t every = 0;   ///< before it this one and its multiples; 0: none
+  std::uint64_t within = 1;  ///< each with those that follow, so many: an optimizer that steps only now and then steps before one of them
+  bool contains(std::uint64_t step) const noexcept { return step >= from || (every != 0 && step >= every && step % every < within); }
 };
 
 /// Where there is more than one rank an optimizer raises sqrt(v) to at least this times its mean over the tensor when it freezes v:
@@ -112,7 +113,9 @@ struct ReduceOptions {
   /// On a GPU: where the loss scale lies in its memory, in place of `loss_scale`. The bucket's kernels read it, in the stream's order; the
   /// host never does. One that is not a positive number makes a bad verdict, and a later call throws.
   const float* device_loss_scale = nullptr;
-  bool joined = false;  ///< this rank has run out of data: it sends an empty payload and its state stays as it is
+  /// This rank has run out of data: it sends an empty payload and its state stays as it is. Where the momentum is averaged it sends its
+  /// beta1·m and its residual, with a gradient of 0. What the bucket holds is not read.
+  bool joined = false;
   /// Called when the bucket is done, on the thread that finished it, with null or the error. Must not throw and not call back into the
   /// reducer.
   void (*done)(void* context, std::exception_ptr error) noexcept = nullptr;

@@ -204,7 +204,7 @@ void GradientReducer::Impl::compare_handovers(Communicator& communicator) const 
 void GradientReducer::Impl::compare_cards(Communicator& communicator, const Standing& standing, const std::string& problem) const {
   struct Card {
     std::uint64_t parameters, count, step, step_verdict, config_hash, optimizer_hash, freeze_at, handovers, joined;
-    char config[472], optimizer[248], problem[1024];
+    char config[472], optimizer[760], problem[1024];
   };
   const int rank = communicator.rank(), world = communicator.size();
   std::vector<Card> cards(static_cast<std::size_t>(world));

@@ -51,7 +51,9 @@ void GradientReducer::Impl::freeze(std::span<const Handover> handover) {
   between_steps("freeze()");
   if (!recursion_.averaged) fail(Errc::invalid_argument, "freeze() belongs to target=momentum; this config's target is the gradient");
   if (freeze_steps_ && !is_frozen() && !freeze_steps_->contains(step_)) {
-    const std::string every = freeze_steps_->every == 0 ? "" : ", or at one divisible by " + std::to_string(freeze_steps_->every);
+    std::string every;
+    if (freeze_steps_->every != 0) every = ", or at one divisible by " + std::to_string(freeze_steps_->every);
+    if (freeze_steps_->within > 1) every += " or one of the " + std::to_string(freeze_steps_->within - 1) + " after that";
     fail(Errc::invalid_argument, "freeze() at step " + std::to_string(step_) + ": the ranks compare at step " +
                                      std::to_string(freeze_steps_->from) + " and later" + every + "; call it there");
   }

@@ -79,8 +79,9 @@ class Trainer:
             self.adam |= averaged and options.optimizer == "auto"
             # Momentum correction brings the momentum into the hook: an optimizer with its own would apply it twice.
             if averaged and self.adam:
-                betas = (float(config.keys_of("target")["beta1"]), options.beta2)
-                self.optimizer = thinwire.optim.OneBitAdam(self.model.parameters(), betas=betas, weight_decay=options.weight_decay, not_after=max(1, self.steps // 4))
+                target = config.keys_of("target")
+                betas, not_after = (float(target["beta1"]), options.beta2), max(1, self.steps // 4) if target["freeze"] == "auto" else None
+                self.optimizer = thinwire.optim.OneBitAdam(self.model.parameters(), betas=betas, weight_decay=options.weight_decay, not_after=not_after)
             elif config.feedback.startswith("dgc") and not self.adam:
                 self.optimizer = thinwire.optim.DGCSGD(self.model.parameters(), lr=0, momentum=options.momentum, weight_decay=options.weight_decay)
             else:

@@ -210,27 +210,46 @@ TEST(TargetMomentum, AFlushAfterTheFreezeSendsEverything) {
   }
 }
 
-TEST(TargetMomentum, ARankWithoutDataKeepsItsResidualAndItsOffice) {
-  Scenario s = scenario(3, 6);
-  s.options = [](int step, int rank) {
-    ReduceOptions options;
-    options.joined = rank == 2 && step >= 4;
-    return options;
-  };
-  s.grad = [grad = s.grad](int step, int rank, std::uint32_t p) {
-    return rank == 2 && step >= 4 ? Vec(kNumel[p], 0.0f) : grad(step, rank, p);
-  };
-  Vec kept, held;
-  s.before_step = [&](GradientReducer& reducer, int step, int rank) {
-    if (step != 4 || rank != 2) return;
-    kept = reducer.state().parameters.at("w").at("residual");
-    held = reducer.state().parameters.at("w").at("server_residual");
-  };
-  const Outcome out = play(s);
-  expect_replicas_agree(out);
-  EXPECT_TRUE(same_bits(out.array(2, "w", "residual"), kept));
-  EXPECT_FALSE(same_bits(out.array(2, "w", "server_residual"), held));  // it goes on owning its part
-  for (int r = 0; r < 3; ++r) EXPECT_TRUE(same_bits(out.array(r, "w", "momentum"), out.mean[5][0][0]));
+// Every rank owes beta1·m, with data or without: one that has run out of it is one whose gradients are 0, whatever lies in its bucket. So
+// the momentum stays the decaying mean of all ranks' gradients, nothing is lost, and a bad verdict takes back what was sent.
+TEST(TargetMomentum, ARankWithoutDataSpeaksWithAGradientOfZero) {
+  for (const char* config : {"onebit_adam:freeze=2,block=64 min_numel=1",
+                             "codec=sign:block=64 feedback=ef14 target=momentum:freeze=2 exchange=gather min_numel=1"}) {
+    for (const int world : {1, 3}) {
+      for (const bool verdict : {false, true}) {
+        Outcome outs[2];
+        for (const bool joined : {false, true}) {
+          Scenario s = scenario(world, 10, config);
+          s.reducer.step_verdict = verdict;
+          const auto without = [=](int step, int rank) { return rank == world - 1 && step >= 4; };
+          s.options = [=](int step, int rank) {
+            ReduceOptions options;
+            options.joined = joined && without(step, rank);
+            return options;
+          };
+          s.grad = [=, grad = s.grad](int step, int rank, std::uint32_t p) {
+            if (without(step, rank)) return Vec(kNumel[p], joined ? 7.0f : 0.0f);
+            Vec g = grad(step, rank, p);
+            if (step == 5 && rank == 0) g[3] = INFINITY;
+            return g;
+          };
+          s.before_step = [](GradientReducer& reducer, int step, int) {
+            if (step == 7) reducer.flush();
+          };
+          outs[joined] = play(s);
+        }
+        SCOPED_TRACE(std::string(config) + " world " + std::to_string(world) + (verdict ? " step verdict" : ""));
+        expect_replicas_agree(outs[1]);
+        for (std::size_t step = 0; step < 10; ++step)
+          for (std::uint32_t p = 0; p < 3; ++p)
+            ASSERT_TRUE(same_bits(outs[1].mean[step][0][p], outs[0].mean[step][0][p])) << "step " << step << " parameter " << p;
+        for (int r = 0; r < world; ++r)
+          for (const char* name : {"w", "v"})
+            for (const auto& [array, values] : outs[0].state[std::size_t(r)].parameters.at(name))
+              EXPECT_TRUE(same_bits(outs[1].array(r, name, array), values)) << "rank " << r << " " << name << "." << array;
+      }
+    }
+  }
 }
 
 TEST(TargetMomentum, ReplicasStayTheSameOverAThousandStepsSlow) {

@@ -12,12 +12,10 @@ Adam::Adam(std::vector<torch::Tensor> parameters, GradientReducer& reducer, cons
   }
   if (config.target().name != "momentum") return;
   beta1_ = config.target().number("beta1");
-  if (config.target().text("freeze") == "auto")
-    fail(Errc::invalid_config, "target=momentum: this trainer freezes the variance at a step; give freeze=STEP");
   freeze_at_ = config.target().integer("freeze");
 }
 
-void Adam::step(double lr) {
+bool Adam::step(double lr) {
   const torch::NoGradGuard no_grad;
   ++steps_;
   const double step_size = lr / (1 - std::pow(beta1_, steps_));
@@ -34,7 +32,9 @@ void Adam::step(double lr) {
     const torch::Tensor denominator = (v.sqrt() / std::pow(correction, 0.5)).add_(eps_);
     p.addcdiv_(averaged ? p.grad() : m, denominator, -step_size);
   }
-  if (frozen_steps_ == 0 && freeze_at_ && reducer_.step() >= *freeze_at_) freeze();
+  if (frozen_steps_ != 0 || !freeze_at_ || reducer_.step() < *freeze_at_) return false;
+  freeze();
+  return true;
 }
 
 void Adam::freeze() {

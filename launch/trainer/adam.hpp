@@ -16,12 +16,13 @@ namespace thinwire::launch {
 
 class Adam {
  public:
-  /// `parameters[i]` is the reducer's parameter i. @throws invalid_config on freeze=auto: this optimizer freezes at a step.
+  /// `parameters[i]` is the reducer's parameter i. Where the config's target is the momentum its freeze is a step.
   Adam(std::vector<torch::Tensor> parameters, GradientReducer& reducer, const Config& config, double beta2, double weight_decay);
 
   /// w ← w − lr·(weight_decay·w + m / (1 − beta1^t) / (sqrt(v / (1 − beta2^t)) + eps)); where the reducer compresses the momentum, m is the
   /// gradient that it left, and v and its correction are those of the freeze.
-  void step(double lr);
+  /// @returns whether the variance was frozen after it.
+  bool step(double lr);
 
  private:
   void freeze();

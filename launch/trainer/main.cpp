@@ -107,6 +107,7 @@ int main_of_rank(int argc, char** argv, int rank) {
   try {
     app.parse(argc, argv);
     const Config config = Config::parse(options.config);  // as it was given, so that the message speaks of nothing else
+    check_optimizer(options, config);
     for (const std::string& text : rank == 0 ? grammar::warnings(config) : std::vector<std::string>())
       std::fprintf(stderr, "thinwire_train: warning: %s\n", text.c_str());
   } catch (const CLI::ParseError& error) {

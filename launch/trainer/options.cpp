@@ -53,6 +53,9 @@ double learning_rate(const Options& options, const Config& config) {
 void check_optimizer(const Options& options, const Config& config) {
   if (config.target().name == "momentum" && options.optimizer == "sgd")
     fail(Errc::invalid_config, "target=momentum puts Adam's momentum into the gradients: --optimizer sgd does not go with it");
+  if (config.target().name == "momentum" && config.target().text("freeze") == "auto")
+    fail(Errc::invalid_config,
+         "target=momentum: this trainer freezes the variance at a step, freeze=auto is the Python optimizer's; give freeze=STEP");
   if (config.feedback().name == "dgc" && options.optimizer == "adam")
     fail(Errc::invalid_config, "feedback=dgc applies momentum in the reducer: --optimizer adam does not go with it");
 }

@@ -22,7 +22,7 @@ struct Options {
 bool uses_adam(const Options& options, const Config& config);
 /// Of the first step.
 double learning_rate(const Options& options, const Config& config);
-/// @throws Error{invalid_config} if the config needs another optimizer than was asked for.
+/// @throws Error{invalid_config} if the config needs another optimizer than was asked for, or leaves the freeze to one.
 void check_optimizer(const Options& options, const Config& config);
 
 void declare(CLI::App& app, Options& options);

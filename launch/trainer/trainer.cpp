@@ -58,12 +58,14 @@ Trainer::Trainer(const Options& options, std::shared_ptr<Communicator> gradients
       reducer_(std::move(gradients), config_, described(), on(device, uses_adam(options, config_), parameters_, options.bucket_kb)),
       buckets_(reducer_, parameters_, std::size_t(options.bucket_kb) * 1024),
       sgd_(parameters_, config_, options.momentum, options.weight_decay) {
-  check_optimizer(options, config_);
   if (uses_adam(options, config_)) adam_.emplace(parameters_, reducer_, config_, options.beta2, options.weight_decay);
   epoch_steps_ = train_.count() / (world_ * options.batch);
   THINWIRE_EXPECTS(epoch_steps_ > 0, std::to_string(train_.count()) + " images are too few for " + std::to_string(world_) +
                                          " ranks of batch " + std::to_string(options.batch));
   steps_ = epoch_steps_ * options.epochs;
+  if (rank_ == 0 && config_.target().name == "momentum" && config_.target().integer("freeze") >= std::uint64_t(steps_))
+    std::fprintf(stderr, "thinwire_train: warning: freeze=%s: all %lld steps of this run will be dense\n",
+                 config_.target().text("freeze").c_str(), static_cast<long long>(steps_));
 }
 
 nlohmann::json Trainer::epoch(std::int64_t epoch) {
@@ -118,7 +120,9 @@ torch::Tensor Trainer::step(const torch::Tensor& batch) {
   buckets_.finish();
   const double lr = learning_rate(options_, config_) * (1 - double(done_) / double(steps_));
   if (adam_) {
-    adam_->step(lr);
+    if (adam_->step(lr) && rank_ == 0)
+      std::printf("%svariance frozen at step %llu: freeze=%s\n", isatty(STDERR_FILENO) ? "\r\033[K" : "",
+                  static_cast<unsigned long long>(reducer_.step()), config_.target().text("freeze").c_str());
   } else {
     sgd_.step(lr);
   }

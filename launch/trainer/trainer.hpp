@@ -31,7 +31,7 @@ struct Samples {
 class Trainer {
  public:
   /// Collective. `gradients` carries them; it works in the memory of `device`. MPI_COMM_WORLD, of the same ranks, carries a few numbers per
-  /// epoch. @throws Error{invalid_argument} if there are too few images for one step.
+  /// epoch. The options have passed check_optimizer(). @throws Error{invalid_argument} if there are too few images for one step.
   Trainer(const Options& options, std::shared_ptr<Communicator> gradients, Dataset& data, torch::Device device);
 
   /// @returns a row of the results.

@@ -150,7 +150,7 @@ def join(rank: int, world: int) -> None:
 
 @feature
 def join_calls_the_hook_outside_of_a_backward_pass(rank: int, world: int) -> None:
-    """By this the hook on a GPU knows a rank that has run out of data, without looking at gradients."""
+    """By this the hook knows a rank that has run out of data."""
     for options in ({}, {"static_graph": True}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}):
         ddp = DistributedDataParallel(mlp(), bucket_cap_mb=0.002, **options)
         calls: list[tuple[bool, bool]] = []
@@ -166,6 +166,51 @@ def join_calls_the_hook_outside_of_a_backward_pass(rank: int, world: int) -> Non
             own = len(calls)
         assert own > 0 and set(calls[:own]) == {(False, False)}, (options, calls)
         assert (len(calls) > own) == (rank < world - 1) and set(calls[own:]) <= {(True, True)}, (options, calls)
+
+
+class Given(nn.Module):
+    """Its gradients are what it is given, times the loss scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.a, self.b = nn.Parameter(torch.randn(40, 16)), nn.Parameter(torch.randn(24, 16))
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (self.a * a).sum() + (self.b * b).sum()
+
+
+@feature
+def a_bucket_of_zeros_is_a_gradient(rank: int, world: int) -> None:
+    """In a backward pass a rank has data, whatever its gradients: what comes out does not depend on what shares a bucket with them."""
+    for zero_on in ([world - 1], range(world)):
+        for config in (
+            "codec=sign:block=64 feedback=ef14 min_numel=1",
+            "onebit_adam:freeze=2,block=64 min_numel=1",
+            "dgc:density=0.1,select=exact min_numel=1 exchange=gather",
+        ):
+            ends = []
+            for bucket_mb in (25, 0.001):
+                ddp = DistributedDataParallel(Given(), bucket_cap_mb=bucket_mb)
+                if config.startswith("onebit"):
+                    optimizer: torch.optim.Optimizer = thinwire.optim.OneBitAdam(ddp.parameters(), lr=0.01)
+                else:
+                    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.01)
+                state = thinwire.attach(ddp, config, optimizer)
+                said = []
+                for step in range(9):
+                    torch.manual_seed(50 * step + rank)
+                    # Small whole numbers: dense sums are exact in any order.
+                    a, b = torch.randint(-8, 9, (40, 16)).float(), torch.randint(-8, 9, (24, 16)).float()
+                    optimizer.zero_grad()
+                    ddp(a, torch.zeros_like(b) if step >= 5 and rank in zero_on else b).backward()
+                    said.append(ddp.module.b.grad.clone())
+                    optimizer.step()
+                ends.append((said, state.state_dict()["parameters"]["b"]))
+            for step, (one, other) in enumerate(zip(*(said for said, _ in ends))):
+                assert torch.equal(one, other), f"{config}: step {step} depends on the buckets"
+            for name, array in ends[0][1].items():
+                assert torch.equal(array, ends[1][1][name]), f"{config}: {name} depends on the buckets"
 
 
 class Words(nn.Module):

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from ddp_training import batch, everybody, feature, local_grads, loss_of, mlp, replicas_equal
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import thinwire
@@ -31,6 +32,15 @@ def pair(config: str = CONFIG, model: nn.Module | None = None, **keys: Any) -> t
     ddp = DistributedDataParallel(mlp() if model is None else model, bucket_cap_mb=0.002)
     optimizer = thinwire.optim.OneBitAdam(ddp.parameters(), lr=LR, weight_decay=0.1, **keys)
     return ddp, optimizer, thinwire.attach(ddp, config, optimizer)
+
+
+def once(rank: int, said: list[warnings.WarningMessage], *words: str) -> None:
+    """One rank speaks for all, once, and of the line that took the step."""
+    found = [w for w in said if words[0] in str(w.message)]
+    assert len(found) == (1 if rank == 0 else 0), [str(w.message) for w in said]
+    for w in found:
+        assert all(word in str(w.message) for word in words), f"{words} not all in {w.message}"
+        assert w.filename == __file__, f"{w.filename}:{w.lineno}"
 
 
 def compressed(state: thinwire.HookState) -> set[str]:
@@ -168,6 +178,31 @@ def onebit_adam_freezes_by_itself(rank: int, world: int) -> None:
 
 
 @feature
+def onebit_adam_freezes_by_itself_between_several_backward_passes(rank: int, world: int) -> None:
+    """Three synchronised passes to a step: no multiple of 20 but every third is a step of the optimizer, and v moves a third as fast."""
+    ddp = DistributedDataParallel(nn.Linear(10, 64, bias=False))
+    optimizer = thinwire.optim.OneBitAdam(ddp.parameters(), lr=1e-4, betas=(0.9, 0.95))
+    state = thinwire.attach(ddp, "onebit_adam:block=64 min_numel=1 timeout=60", optimizer)
+    for step in range(300):
+        optimizer.zero_grad()
+        for part in range(3):
+            torch.manual_seed(1000 * step + 10 * part + rank)
+            (ddp(torch.randn(64, 10)) * torch.randn(64, 64)).mean().backward()
+        optimizer.step()
+        if optimizer.frozen:
+            break
+    when = state.stats()["freeze"]
+    assert optimizer.frozen and when["step"] % 20 < 16 and when["step"] % 3 == 0, when
+    assert len(set(everybody(when["step"]))) == 1
+    assert any(f"over {steps} steps" in when["reason"] for steps in range(15, 26)), when["reason"]
+    optimizer.zero_grad()
+    ddp(torch.randn(64, 10)).mean().backward()
+    optimizer.step()
+    assert state.stats()["frozen"]
+    replicas_equal(ddp)
+
+
+@feature
 def onebit_adam_freezes_at_the_latest_and_warns_of_a_warm_up(rank: int, world: int) -> None:
     ddp, optimizer, state = pair("onebit_adam:block=64 min_numel=1 timeout=60", not_after=6)
     with warnings.catch_warnings(record=True) as said:
@@ -177,8 +212,30 @@ def onebit_adam_freezes_at_the_latest_and_warns_of_a_warm_up(rank: int, world: i
             run(ddp, optimizer, rank, range(step, step + 1))
             assert optimizer.frozen == (step >= 5)
     assert state.stats()["freeze"]["reason"] == "not_after=6"
-    words = [str(w.message) for w in said if "learning rate still rises" in str(w.message)]
-    assert len(words) == 1 and "frozen at step 6" in words[0] and "not_before" in words[0], words
+    once(rank, said, "the learning rate last rose 0 steps before", "frozen at step 6", "not_before")
+
+
+@feature
+def onebit_adam_warns_of_a_warm_up_that_v_remembers(rank: int, world: int) -> None:
+    """A rate that rises epoch by epoch, and a rise before a checkpoint: v at the freeze is of rates that are gone."""
+    for last_rise, resumed in ((8, False), (8, True), (4, False)):
+        ddp, optimizer, state = pair("onebit_adam:freeze=15,block=64 min_numel=1 timeout=60", betas=(0.9, 0.9))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for step in range(16):
+                if resumed and step == 11:
+                    hook, numbers, model = state.state_dict(), optimizer.state_dict(), ddp.module
+                    state.close()
+                    ddp, optimizer, state = pair("onebit_adam:freeze=15,block=64 min_numel=1 timeout=60", model, betas=(0.9, 0.9))
+                    state.load_state_dict(hook)
+                    optimizer.load_state_dict(numbers)
+                optimizer.param_groups[0]["lr"] = LR * (1 + (step >= last_rise))
+                run(ddp, optimizer, rank, range(step, step + 1))
+        assert state.stats()["freeze"]["step"] == 15
+        if last_rise == 8:
+            once(rank, said, "the learning rate last rose 6 steps before; v remembers 1/(1 - beta2) = 10 steps")
+        else:
+            assert not [w for w in said if "learning rate" in str(w.message)], [str(w.message) for w in said]
 
 
 @feature
@@ -302,7 +359,7 @@ def onebit_adam_ranks_load_different_states(rank: int, world: int) -> None:
     everywhere("different masks of parameter '2.weight': 3 and 0 of its elements", lambda: run(ddp, optimizer, rank, range(5, 6)))
 
     ddp, optimizer, state = pair(betas=(0.8 if rank == 1 else 0.9, 0.999))
-    everywhere("different beta1s of parameter '0.weight'", lambda: run(ddp, optimizer, rank, range(6)))
+    everywhere("rank 1 and rank 0 have different optimizers: ", lambda: run(ddp, optimizer, rank, range(6)))
 
 
 @feature
@@ -322,6 +379,72 @@ def onebit_adam_no_freeze_without_a_rank(rank: int, world: int) -> None:
         run(ddp, optimizer, rank, range(6 if rank == 0 else 9))
     assert state.stats()["frozen"] and state.step == 9
     replicas_equal(ddp)
+
+
+class Same(nn.Module):
+    """Every element's gradient is 1."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.w = nn.Parameter(torch.randn(32, 32, dtype=dtype))
+
+    def forward(self) -> torch.Tensor:
+        return self.w.sum()
+
+
+@feature
+def onebit_adam_momentum_without_a_rank(rank: int, world: int) -> None:
+    """A rank without data goes on owing its beta1·m: the momentum decays to the mean of those that have data, with zeros of those that have
+    none."""
+    ddp, optimizer, state = pair(model=Same())
+    steps, m = 40, 0.0
+    with ddp.join():
+        for step in range(12 if rank == 0 else steps):
+            optimizer.zero_grad()
+            ddp().backward()
+            if state.stats()["frozen"]:
+                m = 0.9 * m + 0.1 * (1 if step < 12 else (world - 1) / world)
+                got = ddp.module.w.grad
+                assert torch.allclose(got, torch.full_like(got, m), rtol=1e-4), f"step {step}: {got.mean()}, not {m}"
+            optimizer.step()
+            m = 1 - 0.9 ** (step + 1) if step < 3 else m
+    assert state.step == steps
+    replicas_equal(ddp)
+
+
+class Mixed(nn.Module):
+    """fp64 weights, with or without fp32 ones beside them."""
+
+    def __init__(self, beside: bool) -> None:
+        super().__init__()
+        self.wide = mlp(dtype=torch.float64)
+        self.narrow = mlp(seed=2) if beside else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.wide(x.double())
+        return out if self.narrow is None else out + self.narrow(x)
+
+
+@feature
+def onebit_adam_leaves_fp64_to_adam(rank: int, world: int) -> None:
+    """What the hook passes through comes back as its mean gradient, before the freeze and after it."""
+    for beside in (False, True):
+        ddp, optimizer, state = pair(model=Mixed(beside))
+        reference = copy.deepcopy(ddp.module.wide)
+        adam = torch.optim.AdamW(reference.parameters(), lr=LR, weight_decay=0.1)
+        for step in range(8):
+            optimizer.zero_grad()
+            loss_of(ddp, batch(rank, step)).backward()
+            optimizer.step()
+            for p, q in zip(reference.parameters(), ddp.module.wide.parameters()):
+                p.grad = q.grad.clone()
+            adam.step()
+            assert all(torch.equal(p, q) for p, q in zip(reference.parameters(), ddp.module.wide.parameters())), f"step {step}"
+        stats = state.stats()
+        assert stats["frozen"] == optimizer.frozen == beside
+        assert stats["parameters"]["wide.0.weight"]["reason"] == "dtype Double"
+        replicas_equal(ddp)
 
 
 class Beside(nn.Module):
@@ -348,8 +471,7 @@ def onebit_adam_freezes_beside_a_layer_without_gradients(rank: int, world: int) 
             optimizer.zero_grad()
             ddp(batch(rank, step), spare=step > 5).square().backward()
             optimizer.step()
-    words = [str(w.message) for w in said if "have had no gradient" in str(w.message)]
-    assert len(words) == 1 and "'spare.weight'" in words[0] and "never move again" in words[0], words
+    once(rank, said, "have had no gradient", "'spare.weight'", "never move again")
     stats = state.stats()
     assert stats["freeze"]["step"] == 3
     assert torch.equal(before, ddp.module.spare.weight)
@@ -393,8 +515,7 @@ def onebit_adam_says_that_it_stays_dense(rank: int, world: int) -> None:
             optimizer.zero_grad()
             (loss_of(ddp, batch(rank, step)) * 1.1**step).backward()
             optimizer.step()
-    words = [str(w.message) for w in said if "still dense" in str(w.message)]
-    assert len(words) == 1 and "after 70 steps" in words[0] and "over 10 steps" in words[0] and "not_after=STEPS" in words[0], words
+    once(rank, said, "still dense", "after 70 steps", "over 10 steps", "not_after=STEPS")
     assert not state.stats()["frozen"]
 
 
@@ -436,6 +557,17 @@ def onebit_adam_refusals(rank: int, world: int) -> None:
     for floor in (2, -1, None):
         refused(f"floor={floor} must be a number in [0, 1]", lambda floor=floor: thinwire.optim.OneBitAdam(ddp.parameters(), floor=floor))
     refused("not_after=3", lambda: thinwire.optim.OneBitAdam(ddp.parameters(), not_before=5, not_after=3))
+    bounds = (({"freeze": 3, "not_before": 50}, "freeze=3 and not_before=50"), ({"freeze": 9, "not_after": 8}, "freeze=9 and not_after=8"))
+    for keys, words in bounds:
+        refused(f"{words} exclude each other", lambda keys=keys: thinwire.optim.OneBitAdam(ddp.parameters(), **keys))
+    bounded = thinwire.optim.OneBitAdam(ddp.parameters(), not_before=2, not_after=4)
+    for freeze, bound in ((1, "not_before=2"), (10, "not_after=4")):
+        refused(f"the config's freeze={freeze} and {bound} exclude", lambda freeze=freeze: thinwire.attach(ddp, f"onebit_adam:freeze={freeze}", bounded))
+    zero = ZeroRedundancyOptimizer(ddp.parameters(), optimizer_class=thinwire.optim.OneBitAdam, lr=LR)
+    refused("does not support ZeroRedundancyOptimizer", lambda: thinwire.attach(ddp, CONFIG, zero))
+    words = nn.Embedding(50, 8, sparse=True)
+    words(torch.tensor([1, 2])).sum().backward()
+    refused("shape (50, 8) has a sparse gradient", thinwire.optim.OneBitAdam(words.parameters()).step)
     state = thinwire.attach(ddp, "onebit_adam:freeze=5 min_numel=1", one)
     run(ddp, one, rank, range(2))
     refused("belongs to another hook", lambda: thinwire.attach(DistributedDataParallel(mlp()), "onebit_adam:freeze=5", one))
@@ -453,7 +585,104 @@ def onebit_adam_says_unusual_updates(rank: int, world: int) -> None:
             optimizer.zero_grad()
             (loss_of(ddp, batch(rank, step)) * (1e-4 if step < 2 else 1.0)).backward()
             optimizer.step()
-    words = [str(w.message) for w in said if "times the learning rate" in str(w.message)]
-    assert len(words) == 1 and "frozen at step 2" in words[0], words
+    once(rank, said, "times the learning rate", "frozen at step 2")
     assert state.stats()["freeze"]["max_update"] > 20
     assert dist.get_rank() == rank
+
+
+@feature
+def onebit_adam_largest_update(rank: int, world: int) -> None:
+    """max_update is the largest of all steps since the freeze: one large gradient among others is seen."""
+    ddp, optimizer, state = pair("onebit_adam:freeze=18,block=64 min_numel=1 timeout=60")
+    largest = 0.0
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for step in range(40):
+            optimizer.zero_grad()
+            (loss_of(ddp, batch(rank, step)) * (2000 if step == 34 else 1)).backward()
+            optimizer.step()
+            for name in sorted(compressed(state)) if step >= 18 else ():
+                p = ddp.module.get_parameter(name)
+                v, t = optimizer.state[p]["exp_avg_sq"], step + 1
+                largest = max(largest, float((p.grad / ((v.sqrt() / (1 - 0.999**18) ** 0.5) + 1e-8)).abs().max()) / (1 - 0.9**t))
+            if step >= 18:
+                assert abs(state.stats()["freeze"]["max_update"] - largest) <= 1e-5 * largest, f"step {step}"
+    assert largest > 20
+    once(rank, said, "times the learning rate by step 35")
+
+
+@feature
+def onebit_adam_floor_of_a_state_of_one_rank(rank: int, world: int) -> None:
+    """Frozen where m was exact, loaded where it is ± a scale: the variances get their floor there, once."""
+    groups = [dist.new_group([r]) for r in range(world)]
+    torch.manual_seed(3)
+    rare = torch.rand(24, 10) < 0.1
+    alone = DistributedDataParallel(nn.Linear(10, 24, bias=False), process_group=groups[rank])
+
+    def train(ddp: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            torch.manual_seed(step)
+            noise = torch.randn(24, 10)
+            (ddp(torch.eye(10)) * torch.where(rare, noise * 1e-4, noise).T).sum().backward()
+            optimizer.step()
+
+    optimizer = thinwire.optim.OneBitAdam(alone.parameters(), lr=LR)
+    state = thinwire.attach(alone, CONFIG, optimizer)
+    train(alone, optimizer, range(4))
+    frozen, held = copy.deepcopy(optimizer.state_dict()), state.state_dict()
+    v = frozen["state"][0]["exp_avg_sq"]
+    least = (v.sqrt().double().mean() * 0.05).square().float()
+    assert int((v < least).sum()) > 0, "nothing is below the floor"
+    for before in (False, True):
+        ddp = DistributedDataParallel(copy.deepcopy(alone.module))
+        again = thinwire.optim.OneBitAdam(ddp.parameters(), lr=LR)
+        if before:
+            again.load_state_dict(frozen)
+        hook = thinwire.attach(ddp, CONFIG, again)
+        if not before:
+            again.load_state_dict(frozen)
+        hook.load_state_dict([held])
+        assert torch.equal(frozen["state"][0]["exp_avg_sq"], v), "the checkpoint itself was changed"
+        (p,) = again.state
+        assert torch.equal(again.state[p]["exp_avg_sq"], torch.maximum(v, least))
+        train(ddp, again, range(4, 6))
+        replicas_equal(ddp)
+        raised = copy.deepcopy(again.state_dict())
+        again.load_state_dict(raised)
+        assert torch.equal(again.state[p]["exp_avg_sq"], torch.maximum(v, least)), "raised twice"
+
+
+@feature
+def onebit_adam_ranks_set_differently(rank: int, world: int) -> None:
+    """What would part the replicas is found before the first step; the learning rate may change at every step and is not compared."""
+    for keys, words in (
+        ({"betas": (0.9, 0.999 - 0.1 * rank)}, "0.999"),
+        ({"eps": 1e-8 * (1 + rank)}, "eps=1e-08"),
+        ({"weight_decay": 0.1 * (1 + rank)}, "weight_decay=0.1"),
+    ):
+        ddp = DistributedDataParallel(mlp())
+        optimizer = thinwire.optim.OneBitAdam(ddp.parameters(), **{"lr": LR, **keys})
+        thinwire.attach(ddp, CONFIG, optimizer)
+        everywhere("rank 1 and rank 0 have different optimizers: ", lambda: run(ddp, optimizer, rank, range(1)))
+    ddp = DistributedDataParallel(mlp())
+    first = list(ddp.parameters())[:: 1 if rank == 1 else 2]
+    rest = [p for p in ddp.parameters() if all(p is not q for q in first)]
+    groups = [{"params": first, "weight_decay": 0.1}] + ([{"params": rest}] if rest else [])
+    optimizer = thinwire.optim.OneBitAdam(groups, lr=LR)
+    thinwire.attach(ddp, CONFIG, optimizer)
+    everywhere("weight_decay=0 for '0.bias', '2.bias', '4.bias' and 1 more", lambda: run(ddp, optimizer, rank, range(1)))
+
+
+@feature
+def onebit_adam_hook_without_an_optimizer_says_so(rank: int, world: int) -> None:
+    """Whoever registers the hook by torch's convention and keeps Adam would average the momentum twice."""
+    named = list(mlp().named_parameters())
+    for optimizer, warned in ((None, True), (thinwire.optim.OneBitAdam([p for _, p in named]), False)):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            thinwire.HookState(CONFIG, named_parameters=named, optimizer=optimizer).close()
+        if warned:
+            once(rank, said, "without a OneBitAdam", "from step 3 on", "optimizer=OneBitAdam(...)")
+        else:
+            assert not said, [str(w.message) for w in said]

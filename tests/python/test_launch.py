@@ -228,6 +228,7 @@ def test_trainers_agree_on_onebit_adam(digits: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     (row,) = json.loads((tmp_path / "cpp.json").read_text())["rows"]
     assert row["wire_bytes"] < row["dense_bytes"]
+    assert result.stdout.count("variance frozen at step 8: freeze=8") == 1 and "warning" not in result.stderr
     result = python("launch/quickstart.py", *options, "--json", tmp_path / "python.json", "--output", tmp_path)
     assert result.returncode == 0, result.stderr
     assert "variance frozen at step 8: freeze=8" in result.stdout
@@ -236,8 +237,9 @@ def test_trainers_agree_on_onebit_adam(digits: Path, tmp_path: Path) -> None:
     assert [one["fingerprint"] == row["fingerprint"] for one in rows["rows"]] == [False, True]
     mixed = python("launch/quickstart.py", "--config", "onebit_adam", "--config", "dgc")
     assert mixed.returncode == 2 and "target=momentum" in mixed.stderr
-    refused = trainer("--config", "onebit_adam", "--data", digits)
-    assert refused.returncode != 0 and "freeze=STEP" in refused.stderr
+    late = trainer("--config", "onebit_adam:freeze=1000", "--data", digits, "--epochs", 1, "--batch", 32)
+    assert late.returncode == 0 and late.stderr.count("freeze=1000: all ") == 1, late.stderr
+    assert "variance frozen" not in late.stdout
 
 
 @needs_mpi
@@ -255,6 +257,19 @@ def test_trainer_falls_back_to_digits_as_python_does(quickstart: tuple[dict, str
     (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert "scikit-learn's digits" in result.stdout and "scikit-learn's digits" in row["data"]
     assert row["fingerprint"] == next(other for other in quickstart[0]["rows"] if other["config"] == "codec=none")["fingerprint"]
+
+
+@needs_mpi
+def test_trainer_refuses_optimizers_that_do_not_fit(tmp_path: Path) -> None:
+    """Once for all ranks, with exit status 2, before any data is read."""
+    for arguments, words in (
+        (["--config", "onebit_adam"], "give freeze=STEP"),
+        (["--config", "onebit_adam:freeze=5", "--optimizer", "sgd"], "--optimizer sgd does not go with it"),
+        (["--config", "dgc", "--optimizer", "adam"], "--optimizer adam does not go with it"),
+    ):
+        result = trainer(*arguments, "--data", tmp_path / "nowhere", seconds=60)
+        assert result.returncode == 2 and result.stderr.count(words) == 1, result.stderr
+        assert "nowhere" not in result.stderr and "MPI_ABORT" not in result.stderr
 
 
 @needs_mpi

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -108,6 +109,24 @@ def test_onebit_adam_refuses_what_it_would_ignore(name: str) -> None:
         OneBitAdam([p], nesterov=True)
 
 
+@pytest.mark.parametrize(
+    ("betas", "words"),
+    [((0.9, 1.0), "beta2=1.0 must be in"), ((1.5, 0.9), "beta1=1.5 must be in"), ((-0.1, 0.9), "beta1=-0.1"), ((0.9, float("nan")), "beta2=nan"), (0.9, "betas=0.9 must be two")],
+)
+def test_onebit_adam_checks_the_betas_of_every_group(betas: Any, words: str) -> None:
+    p, q = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    saved = OneBitAdam([p]).state_dict()
+    saved["param_groups"][0]["betas"] = betas
+    for make in (
+        lambda: OneBitAdam([p], betas=betas),
+        lambda: OneBitAdam([{"params": [p], "betas": betas}, {"params": [q]}]),
+        lambda: OneBitAdam([p]).add_param_group({"params": [q], "betas": betas}),
+        lambda: OneBitAdam([p]).load_state_dict(saved),
+    ):
+        with pytest.raises(thinwire.errors.ArgumentError, match=re.escape(words)):
+            make()
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_a_copy_of_onebit_adam_goes_on(copied: Any) -> None:
     _, optimizer = stepped(betas=(0.8, 0.9), floor=0.2)
@@ -122,7 +141,7 @@ def test_a_copy_of_onebit_adam_goes_on(copied: Any) -> None:
 
 @pytest.mark.parametrize(
     "freeze",
-    [3, None, {}, {"frozen": 1, "seen": None}, {"frozen": {}}, {"frozen": {}, "seen": 5}, {"frozen": {}, "seen": (1.5, [])}, {"frozen": {}, "seen": (1, ["x"])}],
+    [3, None, {}, {"frozen": 1, "seen": None}, {"frozen": {}}, {"frozen": {}, "seen": 5}, {"frozen": {}, "seen": (1.5, 1, [])}, {"frozen": {}, "seen": (1, 1, ["x"])}, {"frozen": {}, "seen": None, "rates": 1}, {"frozen": {}, "seen": None, "since_rise": -1}],
 )
 def test_a_state_with_a_wrong_freeze_changes_nothing(freeze: Any) -> None:
     p, optimizer = stepped()
@@ -134,19 +153,40 @@ def test_a_state_with_a_wrong_freeze_changes_nothing(freeze: Any) -> None:
 
 def test_a_variance_is_stable_when_it_neither_grows_nor_shrinks() -> None:
     watch = VarianceWatch(every=10, not_before=0)
-    assert watch.look(10, [1.0, 2.0]) == (False, "")
-    assert watch.look(20, [1.03, 1.97])[0]
-    assert not watch.look(30, [1.03, 2.2])[0]
-    assert not watch.look(50, [1.03, 2.2])[0], "a look was left out"
-    assert watch.look(60, [1.03, 2.2])[0]
+    assert not watch.look(10, 10, [1.0, 2.0]) and watch.words == ""
+    assert watch.look(20, 20, [1.03, 1.97])
+    assert not watch.look(30, 30, [1.03, 2.2])
+    assert watch.look(50, 50, [1.03, 2.2]), "nothing changed over 20 steps"
+    assert "over 20 steps" in watch.words
 
 
 def test_a_variance_of_zero_is_not_stable() -> None:
     watch = VarianceWatch(every=10, not_before=0)
     for step in (10, 20, 30):
-        stable, words = watch.look(step, [0.0] * 2 + [1.0] * 8)
-        assert not stable
-    assert words.endswith("in 8 of 10 tensors by at most 4 %; 2 have had no gradient yet")
+        assert not watch.look(step, step, [0.0] * 2 + [1.0] * 8)
+    assert watch.words.endswith("in 8 of 10 tensors by at most 4 %; 2 have had no gradient yet")
+
+
+@pytest.mark.parametrize(
+    ("each", "skipped", "looks"),
+    [
+        (1, (), [20, 40, 60, 80]),
+        (1, (20, 40), [21, 41, 60, 80]),  # by a grad scaler: the next step looks
+        (2, (), [20, 60, 100, 140, 180]),  # 20 of the optimizer's steps are 40 synchronised ones
+        (3, (), [21, 81, 141, 201, 261]),  # none of whose multiples of 20 but every third is one of the optimizer's
+        (7, (), [21, 126, 245, 364]),
+    ],
+)
+def test_looks_fall_on_steps_of_the_optimizer(each: int, skipped: tuple[int, ...], looks: list[int]) -> None:
+    watch, taken, looked = VarianceWatch(every=20, not_before=0), 0, []
+    for step in range(each, looks[-1] + 1, each):
+        if step in skipped:
+            continue
+        taken += 1
+        if watch.due(step, taken):
+            looked.append(step)
+            watch.look(step, taken, [1.0])
+    assert looked == looks
 
 
 def test_a_variance_that_does_not_settle_is_told_of_once() -> None:

@@ -434,10 +434,10 @@ void bind_engine(py::module_& m) {
       .def("freeze", &freeze, py::arg("handover"))
       .def(
           "describe_optimizer",
-          [](const Engine& e, const std::string& words, std::uint64_t from, std::uint64_t every) {
-            changing(e, "describe_optimizer", [&](GradientReducer& r) { r.describe_optimizer(words, {from, every}); });
+          [](const Engine& e, const std::string& words, std::uint64_t from, std::uint64_t every, std::uint64_t within) {
+            changing(e, "describe_optimizer", [&](GradientReducer& r) { r.describe_optimizer(words, {from, every, within}); });
           },
-          py::arg("words"), py::arg("freeze_from"), py::arg("freeze_every"))
+          py::arg("words"), py::arg("freeze_from"), py::arg("freeze_every"), py::arg("freeze_within"))
       .def(
           "rescale_residuals",
           [](const Engine& e, const std::vector<float>& factors) {

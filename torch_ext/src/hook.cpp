@@ -27,8 +27,11 @@ std::optional<DType> dtype_of(at::ScalarType type) {
   }
 }
 
-/// Whether every element is +0 or −0. DDP.join gives ranks without data buckets of zeros; any other bucket is told from them by its first
-/// elements.
+/// DDP.join calls the hook of a rank that has run out of data, with zeros, from outside of any backward pass. Within one zeros are a
+/// gradient like any other.
+bool outside_of_backward() { return torch::autograd::get_current_graph_task_id() == -1; }
+
+/// Whether every element is +0 or −0.
 bool all_zero(ConstBytes data) {
   const std::uint64_t magnitudes = data.dtype == DType::fp32 ? 0x7fffffff7fffffffull : 0x7fff7fff7fff7fffull;
   std::size_t i = 0;
@@ -255,16 +258,14 @@ void Engine::start(std::unique_ptr<Pending> pending) {
     if (!buffer.is_contiguous()) fail(Errc::invalid_argument, "the bucket's buffer is not contiguous");
     Bytes grad{static_cast<std::byte*>(buffer.data_ptr()), buffer.nbytes(), *dtype, Place::host, 0};
     if (buffer.is_cuda()) return reduce_on_device(bucket, grad, options);
-    options.joined = all_zero(grad);
+    options.joined = outside_of_backward() && all_zero(grad);
     reducer_->reduce(bucket.ids, grad, Stream::host(), options);
   } catch (...) { finish(&bucket, std::current_exception()); }
 }
 
-/// DDP.join calls the hook of a rank that has run out of data with zeros, and not from within a backward pass. Only there are zeros looked
-/// for, because that waits for the GPU; such a rank has nothing else to do.
 void Engine::reduce_on_device(Pending& bucket, Bytes grad, ReduceOptions options) {
-  if (torch::autograd::get_current_graph_task_id() == -1) {
-    const at::NoGradGuard no_grad;
+  if (outside_of_backward()) {
+    const at::NoGradGuard no_grad;  // any() waits for the GPU; a rank without data has nothing else to do
     options.joined = !at::any(bucket.buffer).item<bool>();
   }
   grad.place = Place::cuda;

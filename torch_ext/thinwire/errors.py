@@ -1,6 +1,17 @@
-"""One exception with a code; subclasses only say which code in their type."""
+"""One exception with a code; subclasses only say which code in their type. And how a warning is given."""
 
 from __future__ import annotations
+
+import sys
+import warnings
+
+
+def warn(text: str) -> None:
+    """At the line of the program that led here: a scheduler, a GradScaler or torch's wrappers of ``step`` may lie between."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("thinwire", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)
 
 
 class Error(RuntimeError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ._extension import native
 from .config import Config
-from .errors import ArgumentError, ConfigError, Error, UnsupportedError
+from .errors import ArgumentError, ConfigError, Error, UnsupportedError, warn
 from .learning_rate import LearningRates, follow
 from .onebit_adam import OneBitAdam
 from .pairing import paired_config
@@ -70,7 +69,13 @@ class HookState:
         self._group = group = _group(process_group)
         self._optimizer = paired
         for text in native.config_warnings(self._config) if group.rank() == 0 else ():
-            warnings.warn(text, stacklevel=2)
+            warn(text)
+        if optimizer is None and self._config.target.startswith("momentum") and group.rank() == 0:
+            freeze = self._config.keys_of("target")["freeze"]
+            warn(
+                f"target=momentum without a OneBitAdam: from step {freeze} on p.grad is the averaged momentum, which an optimizer that keeps a momentum (Adam, "
+                "SGD(momentum=...)) averages once more. Give the optimizer: HookState(..., optimizer=OneBitAdam(...)), or attach(ddp, config, OneBitAdam(...))"
+            )
         store = group.get_group_store()
         # Numbers the hooks of this group: every rank counts its own, all in the same order. A refused call is not counted: whoever corrects
         # it meets the peers that wait for it.
@@ -106,7 +111,7 @@ class HookState:
         """
         stats = dict(self._live("stats").stats())
         if self._optimizer is not None:
-            stats["freeze"] = dict(self._optimizer._frozen)
+            stats["freeze"] = self._optimizer._freeze_stats()
         return stats
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import torch
-import torch.distributed as dist
 from torch.optim import AdamW
 
-from .errors import ArgumentError
-from .variance import VarianceWatch, bits, names_of, raise_to
+from .errors import ArgumentError, warn
+from .variance import WITHIN, VarianceWatch, bits, names_of, raised
 
 if TYPE_CHECKING:
     from .hook import HookState
 
 _FLOOR = 0.05  # of a tensor's mean root of the variance, below which no frozen one is
 _UNUSUAL = 20.0  # |update / lr|; Adam's is about 1
-_LOOK_EVERY = 16  # steps between looks at the largest update
+_LOOK_EVERY = 16  # steps between looks at the largest update on a GPU
 _NEVER = 2**64 - 1
+_AVERAGED = (torch.float32, torch.bfloat16, torch.float16)  # gradients of other types come back as their mean, always
 _REFUSED = {
     "amsgrad": "the maximum of v goes on growing, a frozen v does not",
     "maximize": "the averaged momentum is of gradients to descend",
@@ -46,7 +46,7 @@ class OneBitAdam(AdamW):
     ``freeze``: ``"auto"``: once the L1 norm of the variance has changed by at most 4 % over 1/(1 - beta2) steps, in sum and in 90 % of the
     tensors, at the earliest after twice as many steps and after ``not_before`` (finish a learning rate's warm-up first: v is still moving),
     at the latest after ``not_after`` steps, if it is given: a quarter of a short training, in which v never settles.
-    A number: after so many synchronised steps. None: what the config says; a number, in either, counts more than "auto". Gradient clipping belongs to the config's ``clip_norm``:
+    A number: after so many synchronised steps, which have to lie within these bounds. None: what the config says; a number, in either, counts more than "auto". Gradient clipping belongs to the config's ``clip_norm``:
     ``clip_grad_norm_`` would clip the momentum after the freeze.
 
     Pass it to ``attach(ddp, "onebit_adam", optimizer)``; without a hook it is AdamW. Save both ``state_dict()``s, the hook's on every rank.
@@ -73,23 +73,29 @@ class OneBitAdam(AdamW):
             raise ArgumentError(f"OneBitAdam: not_before={not_before!r} must be a number of steps, 0 or more")
         if not_after is not None and not _is_count(not_after, max(1, not_before)):
             raise ArgumentError(f"OneBitAdam: not_after={not_after!r} must be a number of steps, at least 1 and not_before={not_before}")
+        if _is_count(freeze, 1):
+            _check_within(f"freeze={freeze}", freeze, not_before, not_after)
         if not isinstance(floor, (int, float)) or not 0 <= floor <= 1:
             raise ArgumentError(f"OneBitAdam: floor={floor!r} must be a number in [0, 1]")
         unknown = [name for name in adamw if name not in _REFUSED]
         if unknown:
             raise TypeError(f"OneBitAdam.__init__() got an unexpected keyword argument {unknown[0]!r}")
-        _check_group({"eps": eps, **adamw})
+        _check_group({"eps": eps, "betas": betas, **adamw})
         self.freeze = freeze
         self.not_before = not_before
         self.not_after = not_after
         self.floor = floor
         self._hook: HookState | None = None
         self._averaged: dict[torch.Tensor, tuple[int, str]] = {}  # parameters that the hook compresses: their places among its parameters, and names
+        self._named: list[tuple[str, torch.Tensor]] = []  # the hook's parameters
         self._watch: VarianceWatch | None = None  # freeze=auto
         self._freeze_from = _NEVER
-        self._seen: tuple[int, list[float]] | None = None  # of a watch that is yet to be
-        self._frozen: dict[str, Any] = {}  # when, why, how large updates got
-        self._rates: tuple[list[float], bool] = ([], False)  # the last step's learning rates, and whether one of them had risen
+        self._seen: tuple[int, int, list[float]] | None = None  # of a watch that is yet to be
+        self._frozen: dict[str, Any] = {}  # when, why, how large updates got, whether the variances have their floor
+        self._largest: torch.Tensor | None = None  # update since that was last noted
+        self._unread = 0  # steps since then
+        self._rates: list[float] = []  # of the last step
+        self._since_rise: int | None = None  # steps since one of them rose; None: none ever did
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=foreach)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -103,26 +109,31 @@ class OneBitAdam(AdamW):
         if self._hook is not None and self._hook is not hook:
             raise ArgumentError("this OneBitAdam belongs to another hook; make one optimizer per model, or close() the other hook first")
         mine = {p for group in self.param_groups for p in group["params"]}
-        averaged = {p: (i, name) for i, (name, p) in enumerate(named) if hook._engine.averages(i)}
+        averaged = {p: (i, name) for i, (name, p) in enumerate(named) if hook._engine.averages(i) and p.dtype in _AVERAGED}
         strange = [name for p, (_, name) in averaged.items() if p not in mine]
         if strange:
             raise ArgumentError(f"OneBitAdam does not have parameters whose momentum the hook averages: {names_of(strange)}")
-        self._hook, self._averaged, self._count = hook, averaged, len(named)
+        self._hook, self._averaged, self._named = hook, averaged, list(named)
         freeze = hook.config.keys_of("target")["freeze"]
         self._watch = None
         self._freeze_from = _NEVER if self.not_after is None else self.not_after
         if freeze != "auto":
             self._freeze_from = int(freeze)
         else:
-            betas2 = [float(group["betas"][1]) for group in self.param_groups if any(p in averaged for p in group["params"])]
-            self._watch = VarianceWatch(max(1, round(1 / (1 - max(betas2, default=0.0)))), self.not_before)
+            self._watch = VarianceWatch(self._memory(), self.not_before)
             self._watch.seen, self._seen = self._seen, None
+        self._raise_variances()
         self._describe()
+
+    def _check_config(self, freeze: str) -> None:
+        """@raises ArgumentError where the config's step is not within this optimizer's bounds."""
+        if freeze != "auto":
+            _check_within(f"the config's freeze={freeze}", int(freeze), self.not_before, self.not_after)
 
     def _unpair(self, hook: HookState) -> None:
         """Called by the hook when it is closed: another may come."""
         if self._hook is hook:
-            self._hook, self._averaged = None, {}
+            self._hook, self._averaged, self._named = None, {}, []
             self._seen = None if self._watch is None else self._watch.seen
 
     @property
@@ -138,12 +149,27 @@ class OneBitAdam(AdamW):
         words = f"OneBitAdam(freeze={'auto' if self._watch else self._freeze_from}, not_before={self.not_before}, not_after={self.not_after}, floor={self.floor:g})"
         if self._watch is not None:
             words += f" that looks every {every} steps"
-        self._hook._engine.describe_optimizer(f"{words}, {'frozen' if self.frozen else 'not frozen'}", self._freeze_from, every)
+        words += f", {'frozen' if self.frozen else 'not frozen'}, with {self._settings()}"
+        self._hook._engine.describe_optimizer(words, self._freeze_from, every, WITHIN)
+
+    def _settings(self) -> str:
+        """What the groups apply to the hook's parameters, but for the learning rate, which may change at every step."""
+        of: dict[str, list[str]] = {}
+        settings = {p: group for group in self.param_groups for p in group["params"]}
+        for name, p in self._named:
+            if (group := settings.get(p)) is not None:
+                beta1, beta2 = (float(beta) for beta in group["betas"])
+                words = f"betas=({beta1:.9g}, {beta2:.9g}), eps={float(group['eps']):.9g}, weight_decay={float(group['weight_decay']):.9g}"
+                of.setdefault(words, []).append(name)
+        if len(of) == 1:
+            return next(iter(of))
+        # The number at the end stands for the names that are not shown.
+        return "; ".join(f"{words} for {names_of(names)} ({crc32(' '.join(names).encode()):08x})" for words, names in of.items())
 
     def _hand_over(self, *, momenta: bool) -> None:
         """Momenta (once), masks and beta1s to the hook."""
         assert self._hook is not None
-        given: list[tuple[torch.Tensor | None, torch.Tensor | None, float]] = [(None, None, 0.0)] * self._count
+        given: list[tuple[torch.Tensor | None, torch.Tensor | None, float]] = [(None, None, 0.0)] * len(self._named)
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p] if p in self.state else {}
@@ -170,10 +196,15 @@ class OneBitAdam(AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        rates = [float(group["lr"]) for group in self.param_groups]
-        self._rates = (rates, any(now > then for now, then in zip(rates, self._rates[0], strict=False)))
+        self._note_rates()
         frozen = self.frozen
         self._check_stage(frozen)
+        sparse = [p for group in self.param_groups for p in group["params"] if p.grad is not None and p.grad.is_sparse]
+        if sparse:
+            raise ArgumentError(
+                f"OneBitAdam: a parameter of shape {tuple(sparse[0].shape)} has a sparse gradient, of which AdamW's m and v cannot be made; "
+                "make it dense, such as with nn.Embedding(sparse=False), or give it an optimizer of its own, such as SparseAdam"
+            )
         if not frozen:
             super().step()
             self._freeze_if_time()
@@ -188,7 +219,21 @@ class OneBitAdam(AdamW):
                 p.grad = grad
         for group in self.param_groups:
             self._apply_momentum(group, {p: grads[p] for p in group["params"] if p in grads})
+        self._look_at_updates()
         return loss
+
+    def _note_rates(self) -> None:
+        rates = [float(group["lr"]) for group in self.param_groups]
+        if any(now > then for now, then in zip(rates, self._rates, strict=False)):
+            self._since_rise = 0
+        elif self._since_rise is not None:
+            self._since_rise += 1
+        self._rates = rates
+
+    def _memory(self) -> int:
+        """Steps that v remembers, 1 / (1 − beta2), where the hook averages the momentum."""
+        betas2 = [float(group["betas"][1]) for group in self.param_groups if any(p in self._averaged for p in group["params"])]
+        return max(1, round(1 / (1 - max(betas2, default=0.0))))
 
     def _check_stage(self, frozen: bool) -> None:
         """The optimizer and its hook are frozen both or neither: one that was loaded without the other would take gradients for momenta."""
@@ -210,22 +255,38 @@ class OneBitAdam(AdamW):
             state = self.state[p]
             state["step"] += 1
             t = float(state["step"])
-            denominator = (state["exp_avg_sq"].sqrt() / (1 - beta2 ** state["frozen_step"]) ** 0.5).add_(group["eps"])
-            if t == state["frozen_step"] + 1 or t % _LOOK_EVERY == 0:
-                self._look_at_update(float((m / denominator).abs().max()) / (1 - beta1**t) if m.numel() else 0.0, t)
+            denominator = state["exp_avg_sq"].sqrt().div_((1 - beta2 ** state["frozen_step"]) ** 0.5).add_(group["eps"])
             if decay != 0:
                 p.mul_(1 - lr * decay)
             p.addcdiv_(m, denominator, value=-lr / (1 - beta1**t))
+            if m.numel() == 0:
+                continue
+            largest = torch.div(m, denominator, out=denominator).abs_().max() / (1 - beta1**t)  # in memory that is at hand
+            self._largest = largest if self._largest is None else torch.fmax(self._largest, largest)
 
-    def _look_at_update(self, largest: float, t: float) -> None:
+    def _look_at_updates(self, *, wait: bool = False) -> None:
+        """Takes note of the largest update. Reading it from a GPU waits for the GPU, so that is left to every 16th step, or to `wait`."""
+        if self._largest is None:
+            return
+        self._unread += 1
+        if self._largest.is_cuda and not wait and self._unread < _LOOK_EVERY:
+            return
+        largest, self._largest, self._unread = float(self._largest), None, 0
         warned = self._frozen.get("max_update", 0.0) > _UNUSUAL
         self._frozen["max_update"] = max(self._frozen.get("max_update", 0.0), largest)
         if largest > _UNUSUAL and not warned:
-            warnings.warn(
-                f"OneBitAdam: an update of {largest:.3g} times the learning rate at step {int(t)}; Adam's are about 1. The variance was frozen at step "
-                f"{self._frozen.get('step', '?')}, probably before it was stable where gradients are rare: freeze later, or keep such tensors dense (min_numel)",
-                stacklevel=6,
+            self._warn(
+                f"an update of {largest:.3g} times the learning rate by step {self._taken()}; Adam's are about 1. The variance was frozen at step "
+                f"{self._frozen.get('step', '?')}, probably before it was stable where gradients are rare: freeze later, or keep such tensors dense (min_numel)"
             )
+
+    def _taken(self) -> int:
+        """Steps of this optimizer: those that a grad scaler skipped are not among them."""
+        return max((int(state["step"]) for p in self._averaged if (state := self.state.get(p))), default=0)
+
+    def _freeze_stats(self) -> dict[str, Any]:
+        self._look_at_updates(wait=True)
+        return {key: self._frozen[key] for key in ("step", "reason", "max_update") if key in self._frozen}
 
     # ---- the freeze ---------------------------------------------------------------------------------------------------------------------
 
@@ -234,19 +295,24 @@ class OneBitAdam(AdamW):
             return
         step = self._hook.step  # synchronised steps: a skipped one counts, as it does for the hook
         reason = ""
-        if self._watch is not None and step % self._watch.every == 0:
-            stable, words = self._watch.look(step, self._norms())
-            reason = words if stable else ""
+        if self._watch is not None:
+            taken = self._taken()
+            stable = self._watch.due(step, taken) and self._watch.look(step, taken, self._norms())
+            reason = self._watch.words if stable else ""
             if not stable and self.not_after is None and self._watch.impatient(step):
-                warnings.warn(
-                    f"OneBitAdam: after {step} steps everything is still dense: {words or 'steps were skipped'}. freeze=auto waits until v is stable, in this "
-                    "training perhaps for ever; OneBitAdam(..., not_after=STEPS) or freeze=STEP freezes at the latest then",
-                    stacklevel=5,
+                self._warn(
+                    f"after {step} steps everything is still dense: {self._watch.words or 'no two looks to compare'}. freeze=auto waits until v is stable, in this "
+                    "training perhaps for ever; OneBitAdam(..., not_after=STEPS) or freeze=STEP freezes at the latest then"
                 )
         if not reason and step >= self._freeze_from:
             reason = f"freeze={self._freeze_from}" if self._watch is None else f"not_after={self.not_after}"
         if reason:
             self._freeze(step, reason)
+
+    def _warn(self, text: str) -> None:
+        """Once for the group: m, v and the learning rates are equal on all ranks."""
+        if self._hook is None or self._hook._group.rank() == 0:
+            warn(f"OneBitAdam: {text}")
 
     def _norms(self) -> list[float]:
         """Of the bias-corrected variances; 0 where there was no gradient so far."""
@@ -260,37 +326,46 @@ class OneBitAdam(AdamW):
 
     def _freeze(self, step: int, reason: str) -> None:
         assert self._hook is not None
-        if self._rates[1]:
-            warnings.warn(
-                f"OneBitAdam: the variance is frozen at step {step} while the learning rate still rises; it is then that of a training that has hardly "
-                "begun. Freeze after the warm-up: OneBitAdam(..., not_before=STEPS), or a later freeze=STEP",
-                stacklevel=6,
+        if self._since_rise is not None and self._since_rise < self._memory():
+            self._warn(
+                f"the variance is frozen at step {step}, and the learning rate last rose {self._since_rise} steps before; v remembers 1/(1 - beta2) = "
+                f"{self._memory()} steps, so it is that of the warm-up. Freeze later: OneBitAdam(..., not_before=STEPS), or a later freeze=STEP"
             )
         for p in self._averaged:
             if not self.state[p]:  # no gradient so far: m and v are 0
                 self.state[p].update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         dead = [name for p, (_, name) in self._averaged.items() if not bool(self.state[p]["exp_avg_sq"].any())]
         if dead:
-            warnings.warn(
-                f"OneBitAdam: at the freeze, step {step}, these have had no gradient: {names_of(dead)}. Their v = 0 masks them: but for the weight decay "
-                "they never move again. Freeze later, or keep them dense (min_numel)",
-                stacklevel=6,
+            self._warn(
+                f"at the freeze, step {step}, these have had no gradient: {names_of(dead)}. Their v = 0 masks them: but for the weight decay "
+                "they never move again. Freeze later, or keep them dense (min_numel)"
             )
         self._hand_over(momenta=True)
         for p in self._averaged:
             state = self.state[p]
-            if self.floor > 0 and dist.get_world_size(self._hook._group) > 1:
-                raise_to(self.floor, state["exp_avg_sq"])
             state["frozen_step"] = max(1, int(state["step"]))
             del state["exp_avg"]  # the hook's from now on
         self._frozen = {"step": step, "reason": reason}
+        self._raise_variances()
         self._describe()
+
+    def _raise_variances(self) -> None:
+        """To their floor, once in a training's life, where m is ± a scale. With one rank m is exact, and a rare gradient's own."""
+        if self._hook is None or not self.frozen or self._frozen.get("raised") or self.floor == 0 or self._hook._group.size() == 1:
+            return
+        for p in self._averaged:
+            state = self.state.get(p, {})
+            if "frozen_step" in state:
+                state["exp_avg_sq"] = raised(self.floor, state["exp_avg_sq"])
+        self._frozen["raised"] = True
 
     # ---- state --------------------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
+        self._look_at_updates(wait=True)
         seen = self._seen if self._watch is None else self._watch.seen
-        return {**super().state_dict(), "freeze": {"frozen": dict(self._frozen), "seen": seen}}
+        freeze = {"frozen": dict(self._frozen), "seen": seen, "rates": list(self._rates), "since_rise": self._since_rise}
+        return {**super().state_dict(), "freeze": freeze}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         given = dict(state_dict)
@@ -303,20 +378,28 @@ class OneBitAdam(AdamW):
             self._seen = freeze["seen"]
         else:
             self._watch.seen = freeze["seen"]
+        self._rates, self._since_rise, self._largest = list(freeze.get("rates", [])), freeze.get("since_rise"), None
         if self._hook is not None and self.frozen and self._hook._engine.frozen():
             self._hand_over(momenta=False)
+        self._raise_variances()
         self._describe()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no hook: its numbers and state only."""
-        own = {name: getattr(self, name) for name in ("freeze", "not_before", "not_after", "floor", "_rates")}
+        own = {name: getattr(self, name) for name in ("freeze", "not_before", "not_after", "floor", "_rates", "_since_rise", "_largest", "_unread")}
         seen = self._seen if self._watch is None else self._watch.seen
-        alone = {"_hook": None, "_averaged": {}, "_watch": None, "_freeze_from": _NEVER, "_seen": seen, "_frozen": dict(self._frozen)}
+        alone = {"_hook": None, "_averaged": {}, "_named": [], "_watch": None, "_freeze_from": _NEVER, "_seen": seen, "_frozen": dict(self._frozen)}
         return {**super().__getstate__(), **own, **alone}
 
 
 def _is_count(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _check_within(what: str, step: int, not_before: int, not_after: int | None) -> None:
+    if step < not_before or (not_after is not None and step > not_after):
+        bounds = f"not_before={not_before}" if step < not_before else f"not_after={not_after}"
+        raise ArgumentError(f"OneBitAdam: {what} and {bounds} exclude each other; a number is the step of the freeze, and bounds are for freeze=auto: leave one out")
 
 
 def _check_group(group: Mapping[str, Any]) -> None:
@@ -325,6 +408,14 @@ def _check_group(group: Mapping[str, Any]) -> None:
             raise ArgumentError(f"OneBitAdam: {name}={group[name]} is not supported: {why}")
     if group.get("eps") == 0:
         raise ArgumentError("OneBitAdam: eps=0 divides 0 by 0 where the variance is 0")
+    if "betas" not in group:  # the defaults, which were checked
+        return
+    betas = group["betas"]
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise ArgumentError(f"OneBitAdam: betas={betas!r} must be two numbers, of the momentum and of the variance")
+    for name, beta in zip(("beta1", "beta2"), betas, strict=True):
+        if not 0 <= float(beta) < 1:
+            raise ArgumentError(f"OneBitAdam: {name}={beta} must be in [0, 1)")
 
 
 def _checked_freeze(freeze: Any) -> Mapping[str, Any]:
@@ -332,11 +423,16 @@ def _checked_freeze(freeze: Any) -> Mapping[str, Any]:
     wrong = "load_state_dict: freeze must be what OneBitAdam's state_dict() has under it"
     if not isinstance(freeze, Mapping) or not isinstance(freeze.get("frozen"), Mapping) or "seen" not in freeze:
         raise ArgumentError(f"{wrong}, not {freeze!r}")
+    rates, since_rise = freeze.get("rates", []), freeze.get("since_rise")
+    if not isinstance(rates, Sequence) or not all(isinstance(rate, float) for rate in rates):
+        raise ArgumentError(f"{wrong}; its rates={rates!r} are no learning rates")
+    if not (since_rise is None or _is_count(since_rise, 0)):
+        raise ArgumentError(f"{wrong}; its since_rise={since_rise!r} is no number of steps")
     seen = freeze["seen"]
     if seen is None:
         return freeze
-    if not isinstance(seen, Sequence) or len(seen) != 2 or not _is_count(seen[0], 0) or not isinstance(seen[1], Sequence):
-        raise ArgumentError(f"{wrong}; its seen={seen!r} is no step with norms")
-    if not all(isinstance(norm, float) and math.isfinite(norm) for norm in seen[1]):
-        raise ArgumentError(f"{wrong}; its norms {seen[1]!r} are not all finite numbers")
-    return {"frozen": freeze["frozen"], "seen": (seen[0], list(seen[1]))}
+    if not isinstance(seen, Sequence) or len(seen) != 3 or not (_is_count(seen[0], 0) and _is_count(seen[1], 0)) or not isinstance(seen[2], Sequence):
+        raise ArgumentError(f"{wrong}; its seen={seen!r} is not two steps and norms")
+    if not all(isinstance(norm, float) and math.isfinite(norm) for norm in seen[2]):
+        raise ArgumentError(f"{wrong}; its norms {seen[2]!r} are not all finite numbers")
+    return {**freeze, "seen": (seen[0], seen[1], list(seen[2]))}

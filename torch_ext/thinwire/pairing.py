@@ -33,12 +33,18 @@ def paired_config(config: Config, optimizer: Any) -> Config:
             )
         return config
     if not isinstance(optimizer, OneBitAdam):
+        if any(cls.__name__ == "ZeroRedundancyOptimizer" for cls in type(optimizer).__mro__):
+            raise ArgumentError(
+                "target=momentum does not support ZeroRedundancyOptimizer: at the freeze every rank hands over the momentum and the masks of all parameters, "
+                "of which each has only a part under ZeRO; use thinwire.optim.OneBitAdam itself"
+            )
         raise ArgumentError(
             f"target=momentum puts Adam's momentum into the gradients, which a {type(optimizer).__name__} would average once more: use thinwire.optim.OneBitAdam"
         )
     beta1s = sorted({float(group["betas"][0]) for group in optimizer.param_groups})
     if keys["beta1"] != _BETA1 and float(keys["beta1"]) not in beta1s:
         raise ConfigError(f"the config's beta1={keys['beta1']} is none of OneBitAdam's, {beta1s}, and the optimizer's count; leave it out of the config")
+    optimizer._check_config(keys["freeze"])
     if optimizer.freeze in (None, "auto") or str(optimizer.freeze) == keys["freeze"]:
         return config
     if keys["freeze"] != "auto":

@@ -9,42 +9,64 @@ import torch
 NEAR = 0.04  # stable: an L1 norm that changes by no more than this from one look to the next
 MOST = 0.9  # in this share of the tensors, and in their sum
 PATIENCE = 5  # looks in vain before a word is said
+WITHIN = 16  # synchronised steps in which an optimizer's step has to fall: more than one may take
 
 
 class VarianceWatch:
     """Looks at the bias-corrected L1 norms of v every 1 / (1 − beta2) steps. Two-sided: a rising variance is as little settled as a falling
-    one, and one that is all 0 has not begun."""
+    one, and one that is all 0 has not begun.
+
+    Two clocks: the ranks compare at synchronised steps, which all of them count alike, so a look falls on the first step in a window of WITHIN
+    of those, from each multiple of `every` on; v moves with the optimizer's steps, of which one may take several synchronised backward passes,
+    so windows are passed over until it has had its time."""
 
     def __init__(self, every: int, not_before: int) -> None:
         self.every = every
         self.earliest = max(2 * every, not_before)
-        self.seen: tuple[int, list[float]] | None = None  # step of the last look, and its norms
+        # The synchronised step that was the first in the last window; the optimizer's step at the last look, and its norms.
+        self.seen: tuple[int, int, list[float]] | None = None
+        self.words = ""  # what the last look saw; nothing where there was nothing to compare with
         self._warned = False
 
-    def look(self, step: int, norms: list[float]) -> tuple[bool, str]:
-        """@returns whether v is stable, and what was seen; nothing was seen where there is nothing to compare with."""
-        before, self.seen = self.seen, (step, norms)
-        if before is None or before[0] != step - self.every or step < self.earliest:
-            return False, ""
-        near = [then > 0 and abs(now - then) <= NEAR * then for now, then in zip(norms, before[1], strict=True)]
-        change = abs(sum(norms) - sum(before[1])) / max(sum(before[1]), 1e-300)
-        words = f"the variance changed by {100 * change:.2g} % over {self.every} steps, in {sum(near)} of {len(near)} tensors by at most {100 * NEAR:g} %"
+    def due(self, step: int, taken: int) -> bool:
+        """Whether to look now, at this synchronised step and after so many of the optimizer's."""
+        if step < self.every or step % self.every >= WITHIN:
+            return False
+        if self.seen is None:
+            return True
+        first, then, norms = self.seen
+        if step // self.every == first // self.every:
+            return False
+        self.seen = (step, then, norms)
+        return taken - then >= 0.75 * self.every  # a grad scaler may have skipped some
+
+    def look(self, step: int, taken: int, norms: list[float]) -> bool:
+        """@returns whether v is stable."""
+        before, self.seen = self.seen, (step, taken, norms)
+        if before is None or step < self.earliest:
+            return False
+        _, then, old = before
+        near = [a > 0 and abs(b - a) <= NEAR * a for b, a in zip(norms, old, strict=True)]
+        change = abs(sum(norms) - sum(old)) / max(sum(old), 1e-300)
+        self.words = (
+            f"the variance changed by {100 * change:.2g} % over {taken - then} steps, in {sum(near)} of {len(near)} tensors by at most {100 * NEAR:g} %"
+        )
         zero = sum(norm == 0 for norm in norms)
         if zero:
-            words += f"; {zero} have had no gradient yet"
-        return change <= NEAR and sum(near) >= MOST * len(near), words
+            self.words += f"; {zero} have had no gradient yet"
+        return change <= NEAR and sum(near) >= MOST * len(near)
 
     def impatient(self, step: int) -> bool:
-        """Once: whether all looks so far were in vain, and they were many."""
+        """Once: whether all looks so far were in vain, and there was time for many."""
         now = not self._warned and step >= self.earliest + PATIENCE * self.every
         self._warned |= now
         return now
 
 
-def raise_to(floor: float, v: torch.Tensor) -> None:
+def raised(floor: float, v: torch.Tensor) -> torch.Tensor:
     """sqrt(v) ≥ floor · its mean, but where v is 0: such elements are masked."""
     least = (v.sqrt().mean(dtype=torch.float64) * floor).square().to(v.dtype)
-    v.copy_(torch.where(v > 0, torch.maximum(v, least), v))
+    return torch.where(v > 0, torch.maximum(v, least), v)
 
 
 def bits(live: torch.Tensor) -> torch.Tensor | None:
