@@ -20,6 +20,19 @@ function(thinwire_library name)
   install(TARGETS thinwire_${name} EXPORT thinwire-targets)
 endfunction()
 
+# thinwire_shared_objects(<name> SOURCES …): the object library thinwire_<name>_objects, of files that a library and its emulated twin have in common; each takes it
+# as $<TARGET_OBJECTS:…>.
+function(thinwire_shared_objects name)
+  cmake_parse_arguments(ARG "" "" "SOURCES" ${ARGN})
+  add_library(thinwire_${name}_objects OBJECT EXCLUDE_FROM_ALL ${ARG_SOURCES})
+  set_target_properties(thinwire_${name}_objects PROPERTIES POSITION_INDEPENDENT_CODE ON)
+  if(NOT BUILD_SHARED_LIBS)
+    set_target_properties(thinwire_${name}_objects PROPERTIES CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)
+  endif()
+  target_include_directories(thinwire_${name}_objects PRIVATE ${PROJECT_SOURCE_DIR} ${PROJECT_BINARY_DIR}/include)
+  target_link_libraries(thinwire_${name}_objects PRIVATE thinwire_flags)
+endfunction()
+
 # thinwire_emulated_library(<name> SOURCES … [LINK …]): thinwire::emulated_<name>, for tests: kernels are compiled as C++ and run by tests/cuda_emulator.
 function(thinwire_emulated_library name)
   cmake_parse_arguments(ARG "" "" "SOURCES;LINK" ${ARGN})
