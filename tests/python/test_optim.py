@@ -191,4 +191,6 @@ def test_looks_fall_on_steps_of_the_optimizer(each: int, skipped: tuple[int, ...
 
 def test_a_variance_that_does_not_settle_is_told_of_once() -> None:
     watch = VarianceWatch(every=10, not_before=40)
-    assert [step for step in range(0, 300, 10) if watch.impatient(step)] == [90]
+    assert [step for step in range(0, 300, 10) if watch.impatient(step, step)] == [90]
+    watch = VarianceWatch(every=10, not_before=0)
+    assert [step for step in range(0, 600, 30) if watch.impatient(step, step // 3)] == [210], "by the optimizer's steps"

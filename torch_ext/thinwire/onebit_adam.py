@@ -299,7 +299,7 @@ class OneBitAdam(AdamW):
             taken = self._taken()
             stable = self._watch.due(step, taken) and self._watch.look(step, taken, self._norms())
             reason = self._watch.words if stable else ""
-            if not stable and self.not_after is None and self._watch.impatient(step):
+            if not stable and self.not_after is None and self._watch.impatient(step, taken):
                 self._warn(
                     f"after {step} steps everything is still dense: {self._watch.words or 'no two looks to compare'}. freeze=auto waits until v is stable, in this "
                     "training perhaps for ever; OneBitAdam(..., not_after=STEPS) or freeze=STEP freezes at the latest then"

@@ -56,9 +56,9 @@ class VarianceWatch:
             self.words += f"; {zero} have had no gradient yet"
         return change <= NEAR and sum(near) >= MOST * len(near)
 
-    def impatient(self, step: int) -> bool:
-        """Once: whether all looks so far were in vain, and there was time for many."""
-        now = not self._warned and step >= self.earliest + PATIENCE * self.every
+    def impatient(self, step: int, taken: int) -> bool:
+        """Once: whether all looks so far were in vain, and there was time for many, by both clocks."""
+        now = not self._warned and step >= self.earliest + PATIENCE * self.every and taken >= (2 + PATIENCE) * self.every
         self._warned |= now
         return now
 
