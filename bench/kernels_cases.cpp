@@ -24,23 +24,29 @@ Recursion recursion_named(const std::string& name) {
   return out;
 }
 
-SegmentState state_in(const Recursion& recursion, float* momentum, float* residual) noexcept {
+SegmentState state_in(const Recursion& recursion, float* momentum, float* residual, std::size_t first) noexcept {
   SegmentState out;
   std::size_t a = 0;
   for (const std::string_view name : state_names(recursion)) {
     float* const array = name == "mean_estimate" ? nullptr : name == "momentum" || name == "estimate" ? momentum : residual;
-    out.array[a++] = array;  // the mean of all ranks is the decode's
+    if (array != nullptr) {  // the mean of all ranks is the decode's
+      const bool narrow = state_dtype(recursion, a) != DType::fp32;
+      out.array[a] = (narrow ? StateArray(reinterpret_cast<std::uint16_t*>(array)) : StateArray(array)).from(first);
+    }
+    ++a;
   }
   return out;
 }
 
 double state_bytes(const Recursion& recursion, bool sends_all) noexcept {
-  if (recursion.kind == Recursion::Kind::estimate) return (recursion.control ? 8 : 0) + (sends_all ? 8 : 4);
+  const double residual = recursion.narrow ? 2 : 4, estimate = recursion.grid ? 2 : 4;
+  if (recursion.kind == Recursion::Kind::estimate) return (recursion.control ? 2 * residual : 0) + (sends_all ? 2 : 1) * estimate;
+  if (recursion.narrow) return 2 * residual + (recursion.averaged ? sizeof(float) : 0);
   return sizeof(float) * (2 * double(state_names(recursion).size()) - (recursion.averaged ? 1 : 0));
 }
 
 StreamKernel::StreamKernel(StreamCase what, Arrays& arrays) : case_(std::move(what)), arrays_(arrays) {
-  recursion_ = recursion_named(case_.recursion);
+  recursion_ = recursion_named(case_.recursion + (case_.keys.empty() ? "" : ":" + case_.keys));
   case_.topk.density = case_.density;
   codec_ = make_topk(case_.topk, case_.isa);
   const std::vector<std::size_t> whole = {arrays.numel()};
@@ -75,7 +81,7 @@ StreamKernel::StreamKernel(StreamCase what, Arrays& arrays) : case_(std::move(wh
   entry_bytes_ = double(bytes) / double(capacity);
   float* next = memory_.data();
   for (const Segment& segment : segments_) {
-    SegmentState& state = state_.emplace_back(state_in(recursion_, arrays.momentum() + segment.first, arrays.residual() + segment.first));
+    SegmentState& state = state_.emplace_back(state_in(recursion_, arrays.momentum(), arrays.residual(), segment.first));
     const std::size_t floats = codec_->memory(segment);
     state.memory = floats > 0 ? next : nullptr;
     next += floats;

@@ -17,7 +17,7 @@ namespace thinwire::bench {
 Recursion recursion_named(const std::string& name);
 
 /// Its arrays among these two, as state_names has them in order; an estimate takes the momentum's place.
-SegmentState state_in(const Recursion& recursion, float* momentum, float* residual) noexcept;
+SegmentState state_in(const Recursion& recursion, float* momentum, float* residual, std::size_t first = 0) noexcept;
 /// Bytes of state per element that a pass moves at least: each array read and written once; an averaged momentum is only read. An
 /// estimate is written where something is sent: everywhere (`sends_all`), or with the entries.
 double state_bytes(const Recursion& recursion, bool sends_all) noexcept;
@@ -25,6 +25,7 @@ double state_bytes(const Recursion& recursion, bool sends_all) noexcept;
 /// What a stream kernel is made of.
 struct StreamCase {
   std::string recursion = "dgc";
+  std::string keys;          ///< of the recursion, as a config has them
   std::string variant = {};  ///< appended to the name
   double density = 0.01;
   TopKOptions topk = {};

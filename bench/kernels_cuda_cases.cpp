@@ -84,7 +84,7 @@ class Streamed {
     std::size_t at = 0;
     float* next = reinterpret_cast<float*>(memory_.data());
     for (const Segment& segment : segments_) {
-      SegmentState& state = states_.emplace_back(state_in(pass_.recursion, arrays.momentum() + at, arrays.residual() + at));
+      SegmentState& state = states_.emplace_back(state_in(pass_.recursion, arrays.momentum(), arrays.residual(), at));
       const std::size_t floats = pass_.codec->memory(segment);
       state.memory = floats > 0 ? next : nullptr;
       next += floats;

@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdio>
@@ -27,6 +28,16 @@ constexpr std::size_t round_up(std::size_t x, std::size_t to) noexcept { return 
 
 THINWIRE_CLONES void narrow(const float* in, std::uint16_t* out, std::size_t count) {
   for (std::size_t i = 0; i < count; ++i) out[i] = float_to_bf16(in[i]);
+}
+
+/// The numbers of an array, as bf16 in its first half.
+void halve(float* array, std::size_t count) {
+  std::array<float, 4096> piece;
+  for (std::size_t i = 0; i < count; i += piece.size()) {
+    const std::size_t n = std::min(piece.size(), count - i);
+    std::copy_n(array + i, n, piece.begin());
+    narrow(piece.data(), reinterpret_cast<std::uint16_t*>(array) + i, n);
+  }
 }
 
 }  // namespace
@@ -90,11 +101,13 @@ void Arrays::settle(const Recursion& recursion, double density) {
   if (recursion.kind == Recursion::Kind::estimate) {  // thresholds come from the messages themselves, whatever these are
     fill_normal(momentum_, numel_, 0.5f, 4);
     fill_normal(residual_, numel_, 1.0f, 5);
-    return;
+  } else {
+    const Settled to = settled(recursion, density);
+    if (to.momentum > 0) fill_normal(momentum_, numel_, to.momentum, 4);
+    fill_uniform(residual_, numel_, to.residual, 5);
   }
-  const Settled to = settled(recursion, density);
-  if (to.momentum > 0) fill_normal(momentum_, numel_, to.momentum, 4);
-  fill_uniform(residual_, numel_, to.residual, 5);
+  if (recursion.narrow) halve(residual_, numel_);
+  if (recursion.grid) halve(momentum_, numel_);
 }
 
 std::string Arrays::offsets() const {

@@ -152,6 +152,12 @@ std::vector<Group> all_groups(Isa isa, std::size_t numel) {
     wire.variant = "bf16wire";
     groups.push_back(stream_group(wire));
   }
+  for (const auto& [recursion, keys] : {std::pair("ef14", "residual=bf16"), {"econtrol", "residual=bf16,estimate=grid"}}) {
+    StreamCase what = make(recursion, 0.01);
+    what.keys = keys;
+    what.variant = "narrow";
+    groups.push_back(stream_group(what));
+  }
   for (const double density : kDensities) groups.push_back(decode_group(density, DType::fp32, isa));
   groups.push_back(decode_group(0.01, DType::bf16, isa));
   for (const char* recursion : {"ef14", "averaged_ef14", "none"}) groups.push_back(sign_group({.recursion = recursion, .isa = isa}));

@@ -54,7 +54,7 @@ void store_state(const float* from, StateArray to, std::size_t count) noexcept;
 void clear_state(StateArray array, std::size_t count) noexcept;
 
 /// Elements of state arrays are taken so many at a time where floats are needed of narrow ones: what is needed of several fits into L1.
-inline constexpr std::size_t kStatePiece = 2048;
+inline constexpr std::size_t kStatePiece = 1024;
 
 /// Up to kStatePiece elements of a state array as floats, wherever they lie: where they are, or widened here and written back at the end.
 class StatePiece {

@@ -52,7 +52,7 @@ struct SegmentPass {
   std::size_t first;
   std::size_t normed = 0;
   std::uint32_t flags = 0;
-  alignas(64) std::array<float, kSumBlock> widened;  ///< the narrow residual of the piece under way
+  alignas(64) std::array<float, kSumBlock> widened{};  ///< the narrow residual of the piece under way
 
   /// Elements [from, from + count) of a chunk; its mask is the caller's where `from` is in the middle of a byte.
   Chunk part_of(Chunk chunk, std::size_t from, std::size_t count) const noexcept {

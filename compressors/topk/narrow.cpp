@@ -24,13 +24,15 @@ Block piece_of(const SegmentPass& pass, const Block& block, std::size_t from, st
   return piece;
 }
 
-/// Calls visit(piece, its first element within the block). `stores`: what it does to the narrow state counts.
+/// Calls visit(piece, its first element within the block). `stores`: what it does to a narrow residual counts; estimates change where
+/// something is sent alone, and the caller stores those.
 template <class Visit>
 void for_pieces(const SegmentPass& pass, std::size_t first, const Block& block, bool stores, Visit&& visit) {
   for (std::size_t i = 0; i < block.count; i += kStatePiece) {
     const std::size_t count = std::min<std::size_t>(kStatePiece, block.count - i);
     StatePiece residual(pass.residual.from(first + i), count), estimate(pass.estimate.from(first + i), count);
-    if (!stores) residual.drop(), estimate.drop();
+    estimate.drop();
+    if (!stores) residual.drop();
     visit(piece_of(pass, block, i, count, residual, estimate), std::uint32_t(i));
   }
 }
@@ -42,6 +44,9 @@ void stream_narrow(const SegmentPass& pass, std::size_t first, const Block& bloc
     const std::uint32_t before = emitted.count, noted = emitted.noted;
     emitted.noted = 0;
     kernel(piece, emitted);
+    const StateArray estimate = pass.estimate.from(first + from);
+    for (std::uint32_t j = before; j < emitted.count && estimate.narrow() && block.clear; ++j)
+      estimate.set(block.index[j], piece.estimate[block.index[j]]);
     for (std::uint32_t j = before; j < emitted.count; ++j) block.index[j] = std::uint16_t(block.index[j] + from);
     // Bits count up to the first piece that did not note them all.
     emitted.noted = noted == from ? from + emitted.noted : noted;
