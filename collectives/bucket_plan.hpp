@@ -27,6 +27,7 @@ struct ParameterSlot {
   std::size_t memory_count = 0;  ///< floats at state.memory
   Setting setting;               ///< at the current step
   bool dense_now = false;        ///< by exchange=auto's rule, as long as the setting stays
+  DType dtype = DType::fp32;     ///< of its gradient when that was decided
 
   Range owned{};                     ///< two_phase: the part of a compressible parameter that this rank owns
   float* server_residual = nullptr;  ///< of that part
@@ -128,8 +129,10 @@ struct BucketPlan {
     return out;
   }
   /// Whether a rank without data takes part with a gradient of 0: of the shared momentum every rank owes beta1·m, which owners that take
-  /// back subtract in full.
-  bool speaks_without_data(bool joined) const noexcept { return joined && recursion.averaged; }
+  /// back subtract in full; and an estimate that stayed what it is would go on being that rank's share of the mean.
+  bool speaks_without_data(bool joined) const noexcept {
+    return joined && (recursion.averaged || recursion.kind == Recursion::Kind::estimate);
+  }
   std::size_t sent_bytes() const noexcept;  ///< owners: of the whole send buffer
   /// two_phase: the part that this rank owns, as it is encoded again: payloads of all parts are of one size.
   Plan own_part(std::uint64_t step) const noexcept {

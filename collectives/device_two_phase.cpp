@@ -89,7 +89,7 @@ void DeviceEngine::settle(DevicePlan& plan, std::uint64_t step, const Sent& sent
   if (parts_.codec == nullptr) return;
   if (bucket.recursion.starting) {
     if (bucket.whole_dense) {
-      launch_start_estimates(plan.whole[0], sent.shared.as<float>(), 1.0f / float(world()), sent.joined, verdict, stream);
+      launch_start_estimates(plan.whole[0], sent.shared.as<float>(), 1.0f / float(world()), verdict, stream);
     } else {  // init=compressed: the first payload is the estimate, and nothing is kept back
       launch_settle_dense(plan.compressed, verdict, stream);
     }

@@ -35,7 +35,7 @@ void HostEngine::settle(const BucketPlan& bucket, std::uint64_t step, const Sent
 void HostEngine::start(const BucketPlan& bucket, std::uint64_t step, const Sent& sent, bool finite) {
   const Passengers& dense = bucket.passengers[0];
   if (bucket.whole_dense) {
-    start_estimates(bucket.recursion, dense.plan(step), {dense.states}, sent.shared.as<float>(), finite, sent.joined);
+    start_estimates(bucket.recursion, dense.plan(step), {dense.states}, sent.shared.as<float>(), finite);
   } else if (finite) {  // init=compressed: the first payload is the estimate, and nothing is kept back
     for (std::size_t s = 0; s < bucket.segments.size(); ++s)
       clear_state(residual_of(bucket.recursion, bucket.states[s]), bucket.segments[s].count);
@@ -45,7 +45,7 @@ void HostEngine::start(const BucketPlan& bucket, std::uint64_t step, const Sent&
 void HostEngine::take_back(const BucketPlan& bucket, std::uint64_t step, const Sent& sent) {
   if (bucket.recursion.starting) start(bucket, step, sent, false);
   if (bucket.recursion.kind == Recursion::Kind::estimate) {
-    if (!sent.joined) keep_news(bucket.recursion, bucket.plan(step), {bucket.states});
+    keep_news(bucket.recursion, bucket.plan(step), {bucket.states});
     return;
   }
   if (bucket.two_phase) {  // what the workers sent lies with the owners already

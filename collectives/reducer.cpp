@@ -123,9 +123,21 @@ void GradientReducer::Impl::begin_step_if_needed() {
   if (step_begun_) return;
   step_begun_ = true;
   bool changed = epoch_ == 0;
-  const bool dense = codec_ == nullptr || step_ < dense_steps_ || flush_next_ || !is_frozen();
-  const bool starting =
+  bool dense = codec_ == nullptr || step_ < dense_steps_ || flush_next_ || !is_frozen();
+  bool starting =
       (init_ == Init::dense && step_ < dense_steps_) || (init_ == Init::compressed && recursion_.control && step_ == dense_steps_);
+  for (std::size_t p = 0; p < slots_.size() && !dense; ++p) {
+    if (!slots_[p].compressible) continue;
+    const Setting setting = setting_at(step_, std::uint32_t(p));
+    changed |= setting != slots_[p].setting;
+    slots_[p].setting = setting;
+  }
+  // While a tensor was dense by rule its estimates stayed what they were: one more dense step sets them anew.
+  const auto comes_back = [this](const ParameterSlot& slot) {
+    return slot.compressible && slot.dense_now && !dense_by_rule(slot, slot.dtype);
+  };
+  if (!dense && recursion_.kind == Recursion::Kind::estimate && std::any_of(slots_.begin(), slots_.end(), comes_back))
+    dense = starting = true;
   changed |= starting != starting_step_;
   starting_step_ = starting;
   changed |= is_frozen() != was_frozen_;
@@ -133,12 +145,6 @@ void GradientReducer::Impl::begin_step_if_needed() {
   changed |= dense != dense_step_;
   dense_step_ = dense;
   flush_next_ = false;
-  for (std::size_t p = 0; p < slots_.size() && !dense; ++p) {
-    if (!slots_[p].compressible) continue;
-    const Setting setting = setting_at(step_, std::uint32_t(p));
-    changed |= setting != slots_[p].setting;
-    slots_[p].setting = setting;
-  }
   if (changed) ++epoch_;
 }
 
@@ -183,8 +189,11 @@ std::shared_ptr<const BucketPlan> GradientReducer::Impl::find_plan(std::span<con
       break;
     }
   }
-  for (const std::uint32_t id : ids)
-    if (slots_[id].compressible) slots_[id].dense_now = !dense_step_ && dense_by_rule(slots_[id], dtype);
+  for (const std::uint32_t id : ids) {
+    ParameterSlot& slot = slots_[id];
+    slot.dtype = dtype;
+    slot.dense_now = dense_step_ ? slot.dense_now && !starting_step_ : slot.compressible && dense_by_rule(slot, dtype);
+  }
   auto plan = std::make_shared<const BucketPlan>(make_bucket_plan(ids, dtype, dense_step_, slots_, codec_.get(), recursion_now(),
                                                                   communicator_->size(), communicator_->rank(), two_phase_));
   if (place == nullptr) {

@@ -11,8 +11,7 @@ namespace thinwire {
 
 namespace {
 
-constexpr std::string_view kServerResidual = "server_residual", kEstimate = "estimate", kMeanEstimate = "mean_estimate",
-                           kResidual = "residual";
+constexpr std::string_view kServerResidual = "server_residual", kEstimate = "estimate", kMeanEstimate = "mean_estimate";
 
 }  // namespace
 
@@ -179,13 +178,16 @@ Stats GradientReducer::Impl::stats() const {
     s.masked = slot.masked();
     if (!slot.compressible) continue;
     if (const StateArray at = estimate_of(recursion_, slot.state)) s.estimate_norm = norm(at);
-    if (recursion_.control) s.eta = slot.setting.eta;
     const Watch* const watch = engine_->watch();
+    if (recursion_.control) {
+      const float lowered = watch != nullptr ? watch->lowered(std::uint32_t(p)) : 0.0f;
+      s.eta = lowered > 0 ? std::min(lowered, slot.setting.eta) : slot.setting.eta;
+    }
     if (watch == nullptr || !watch->seen(std::uint32_t(p)).any) continue;
     const Seen& seen = watch->seen(std::uint32_t(p));
     s.measured_delta = seen.delta;
     if (recursion_.kind == Recursion::Kind::estimate) s.stale = seen.stale;
-    if (recursion_.control) s.eta = seen.eta, s.eta_cuts = seen.cuts;
+    if (recursion_.control) s.eta_cuts = seen.cuts;
   }
   return out;
 }
@@ -323,7 +325,7 @@ void GradientReducer::Impl::load_state(std::span<const ReducerState> states, con
   compare_cards(*parent_, {front.step, freeze_at, false, false}, "");
 
   std::array<Array, kNamedArrays> arrays;
-  std::vector<float> cut;  // what estimate=grid cuts off the mean of other ranks' estimates: their mean loses it too, residuals take it
+  std::vector<float> cut;  // what estimate=grid cuts off the mean of other ranks' estimates: H loses it too, so the next message has it
   for (std::uint32_t p = 0; p < slots_.size(); ++p) {
     const std::size_t n = arrays_of(p, arrays);
     cut.clear();
@@ -353,7 +355,6 @@ void GradientReducer::Impl::load_state(std::span<const ReducerState> states, con
         double sum = 0;
         for (const ReducerState& source : sources) sum += source.parameters.at(slots_[p].parameter.name).at(key)[i];
         mean[i] = float(sum / double(sources.size()));
-        if (arrays[a].name == kResidual && !cut.empty()) mean[i] += cut[i];
       }
       if (recursion_.grid && arrays[a].name == kEstimate) {
         cut = mean;

@@ -238,7 +238,8 @@ std::vector<std::string> warnings(const Config& config) {
   const Spec &codec = config.codec(), &feedback = config.feedback();
   const double density = is_sparse(codec) ? codec.number("density") : 1.0;
   const double contraction = is_sparse(codec) ? density : kSignDelta;
-  if (codec.name != "none" && feedback.name == "none" && config.target().name == "gradient" && density < 1) {
+  const bool leaves_out = is_sparse(codec) ? density < 1 : codec.name != "none";
+  if (leaves_out && feedback.name == "none" && config.target().name == "gradient") {
     out.push_back("feedback=none with codec=" + codec.name +
                   ": what is not sent is lost, and training may diverge where error feedback converges (three quadratics of Beznosikov et "
                   "al. 2020, ./bench/run error_control); choose feedback=ef14");

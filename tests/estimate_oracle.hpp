@@ -27,7 +27,8 @@ struct EstimateOracle {
     std::size_t block = 8;                              ///< of signs, l1
     bool two_phase = false;
     std::function<bool(int step, std::size_t parameter)> dense_now = nullptr;  ///< a tensor that stays dense in a compressed step
-    double eta = -1;  ///< negative: k / n of each parameter at each step, 1/2 for signs
+    std::function<bool(int step)> restart = nullptr;  ///< a dense step that sets the estimates, after tensors were dense for a time
+    double eta = -1;                                  ///< negative: k / n of each parameter at each step, 1/2 for signs
     bool step_verdict = false;
   };
   struct Step {
@@ -60,17 +61,20 @@ struct EstimateOracle {
   }
 
   /// Means of all parameters: NaN where the bucket's verdict is bad.
-  Arrays run(int step, const Step& s) {
+  Arrays run(int step, Step s) {
+    for (std::size_t r = 0; r < s.joined.size(); ++r)  // a rank without data has a gradient of 0
+      for (Values& g : s.grad[r])
+        if (s.joined[r]) std::fill(g.begin(), g.end(), 0.0);
     const int dense_steps = std::max(options.start_step, options.init == Init::dense ? 1 : 0);
-    const bool dense = step < dense_steps || s.flush;
-    const bool starting =
-        (options.init == Init::dense && step < dense_steps) || (options.init == Init::compressed && options.control && step == dense_steps);
-    const auto joined = [&](std::size_t r) { return !s.joined.empty() && s.joined[r]; };
+    const bool restart = options.restart != nullptr && options.restart(step);
+    const bool dense = step < dense_steps || s.flush || restart;
+    const bool starting = restart || (options.init == Init::dense && step < dense_steps) ||
+                          (options.init == Init::compressed && options.control && step == dense_steps);
     const auto is_bad = [&](const std::vector<std::uint32_t>& bucket) {
       for (const std::uint32_t p : bucket)
         for (std::size_t r = 0; r < world; ++r)
           for (const double g : s.grad[r][p])
-            if (!joined(r) && !std::isfinite(g)) return true;
+            if (!std::isfinite(g)) return true;
       return false;
     };
     const bool bad_step = std::any_of(s.buckets.begin(), s.buckets.end(), is_bad);
@@ -79,9 +83,9 @@ struct EstimateOracle {
       const bool bad = is_bad(bucket), lost = options.step_verdict ? bad_step : bad;
       for (const std::uint32_t p : bucket) {
         if (!compressed[p] || dense || (options.dense_now != nullptr && options.dense_now(step, p))) {
-          out[p] = dense_step(s, p, joined, starting && dense, lost);
+          out[p] = dense_step(s, p, starting && dense, lost);
         } else {
-          out[p] = compressed_step(step, s, p, joined, starting, lost);
+          out[p] = compressed_step(step, s, p, starting, lost);
         }
         for (const double x : out[p]) largest = std::fmax(largest, std::fabs(x));
         if (bad) std::fill(out[p].begin(), out[p].end(), std::numeric_limits<double>::quiet_NaN());
@@ -96,13 +100,12 @@ struct EstimateOracle {
   std::size_t part_length(std::size_t n) const { return (n + 8 * world - 1) / (8 * world) * 8; }
 
  private:
-  template <class Joined>
-  Values dense_step(const Step& s, std::uint32_t p, const Joined& joined, bool starting, bool lost) {
+  Values dense_step(const Step& s, std::uint32_t p, bool starting, bool lost) {
     const std::size_t n = numel[p];
     Values mean(n, 0.0);
     std::vector<Values> messages(world, Values(n, 0.0));
     for (std::size_t r = 0; r < world; ++r) {
-      for (std::size_t i = 0; i < n && !joined(r); ++i) {
+      for (std::size_t i = 0; i < n; ++i) {
         const double g = s.grad[r][p][i], held = compressed[p] && options.control ? residual[r][p][i] : 0;
         messages[r][i] = held + (std::isfinite(g) ? g : 0);
         mean[i] += messages[r][i] / double(world);
@@ -111,7 +114,7 @@ struct EstimateOracle {
     }
     if (!compressed[p]) return mean;
     for (std::size_t r = 0; r < world; ++r) {
-      if (!joined(r) && options.control) residual[r][p] = lost ? messages[r] : Values(n, 0.0);
+      if (options.control) residual[r][p] = lost ? messages[r] : Values(n, 0.0);
       if (!starting) continue;
       if (!lost) estimate[r][p] = average[r][p] = messages[r];
       if (lost && !options.control) std::fill(estimate[r][p].begin(), estimate[r][p].end(), 0.0);
@@ -127,15 +130,13 @@ struct EstimateOracle {
     return mean;
   }
 
-  template <class Joined>
-  Values compressed_step(int step, const Step& s, std::uint32_t p, const Joined& joined, bool starting, bool lost) {
+  Values compressed_step(int step, const Step& s, std::uint32_t p, bool starting, bool lost) {
     const std::size_t n = numel[p];
     const std::size_t k =
         options.density == nullptr ? 0 : std::max<std::size_t>(1, std::size_t(std::ceil(options.density(step) * double(n) - 1e-9)));
     const double eta = options.eta >= 0 ? options.eta : k != 0 ? double(k) / double(n) : 0.5;
     Values sum(n, 0.0);
     for (std::size_t r = 0; r < world; ++r) {
-      if (joined(r)) continue;
       Values &e = residual[r][p], &h = estimate[r][p], &v = average[r][p], x(n);
       for (std::size_t i = 0; i < n; ++i) {
         double g = s.grad[r][p][i];

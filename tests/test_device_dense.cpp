@@ -134,41 +134,40 @@ TEST(DeviceDense, EstimatesAreTheHosts) {
   if (device_count() == 0) GTEST_SKIP() << "there is no GPU";
   for (Recursion recursion : {ef21(), ef21(0.25f), econtrol(), econtrol(0.1f)}) {
     recursion.starting = true;
-    for (const std::uint32_t verdict : {0u, unsigned(kFlagJoined), unsigned(kFlagNonfinite)})
-      for (const bool joined : {false, true}) {
-        Rig rig(recursion);
-        Device& device = rig.device;
-        const Stream stream = device.stream.get();
-        const bool finite = verdict != kFlagNonfinite;
-        const std::uint32_t* const word = device.of(std::vector<std::uint32_t>{verdict});
-        std::vector<float> sums = gradients(rig.packed, 7, false), means(sums), packed;
-        sums[5000] = 3e38f;
-        for (std::size_t i = 0; i < sums.size(); ++i) means[i] = sums[i] * 0.3f;
-        float* const there = device.of(sums);
-        launch_start_estimates(rig.ranges, there, 0.3f, joined, word, stream);
-        launch_keep_news(recursion, rig.ranges, word, stream);
-        start_estimates(recursion, rig.plan(), {rig.states}, means.data(), finite, joined);
-        if (!finite) keep_news(recursion, rig.plan(), {rig.states});
-        const std::string where = describe(recursion) + " verdict " + std::to_string(verdict) + (joined ? " joined" : "");
-        rig.expect_same_state(where);
+    for (const std::uint32_t verdict : {0u, unsigned(kFlagJoined), unsigned(kFlagNonfinite)}) {
+      Rig rig(recursion);
+      Device& device = rig.device;
+      const Stream stream = device.stream.get();
+      const bool finite = verdict != kFlagNonfinite;
+      const std::uint32_t* const word = device.of(std::vector<std::uint32_t>{verdict});
+      std::vector<float> sums = gradients(rig.packed, 7, false), means(sums), packed;
+      sums[5000] = 3e38f;
+      for (std::size_t i = 0; i < sums.size(); ++i) means[i] = sums[i] * 0.3f;
+      float* const there = device.of(sums);
+      launch_start_estimates(rig.ranges, there, 0.3f, word, stream);
+      launch_keep_news(recursion, rig.ranges, word, stream);
+      start_estimates(recursion, rig.plan(), {rig.states}, means.data(), finite);
+      if (!finite) keep_news(recursion, rig.plan(), {rig.states});
+      const std::string where = describe(recursion) + " verdict " + std::to_string(verdict);
+      rig.expect_same_state(where);
 
-        launch_pack_estimates(rig.ranges, there, stream);
-        for (std::size_t s = 0; s < rig.segments.size(); ++s) {
-          const StateArray estimate = estimate_of(recursion, rig.states[s]);
-          for (std::size_t i = 0; i < rig.segments[s].count; ++i) packed.push_back(estimate ? estimate[i] : 0.0f);
-        }
-        expect_same_bits(device.back(there, rig.packed), packed, [&] { return where; });
-        launch_set_mean_estimates(rig.ranges, there, 1.5f, stream);
-        std::size_t at = 0;
-        for (std::size_t s = 0; s < rig.segments.size(); at += rig.segments[s++].count) {
-          float* const mean_estimate = mean_estimate_of(recursion, rig.states[s]);
-          if (mean_estimate == nullptr) continue;
-          std::fill_n(mean_estimate, rig.segments[s].count, 0.0f);
-          add_to_mean_estimate(&packed[at], 1.5f, mean_estimate, rig.segments[s].count);
-        }
-        rig.expect_same_state(where);
-        if (HasFatalFailure()) return;
+      launch_pack_estimates(rig.ranges, there, stream);
+      for (std::size_t s = 0; s < rig.segments.size(); ++s) {
+        const StateArray estimate = estimate_of(recursion, rig.states[s]);
+        for (std::size_t i = 0; i < rig.segments[s].count; ++i) packed.push_back(estimate ? estimate[i] : 0.0f);
       }
+      expect_same_bits(device.back(there, rig.packed), packed, [&] { return where; });
+      launch_set_mean_estimates(rig.ranges, there, 1.5f, stream);
+      std::size_t at = 0;
+      for (std::size_t s = 0; s < rig.segments.size(); at += rig.segments[s++].count) {
+        float* const mean_estimate = mean_estimate_of(recursion, rig.states[s]);
+        if (mean_estimate == nullptr) continue;
+        std::fill_n(mean_estimate, rig.segments[s].count, 0.0f);
+        add_to_mean_estimate(&packed[at], 1.5f, mean_estimate, rig.segments[s].count);
+      }
+      rig.expect_same_state(where);
+      if (HasFatalFailure()) return;
+    }
   }
 }
 

@@ -109,8 +109,7 @@ void launch_settle_dense(const DeviceRanges& ranges, const std::uint32_t* verdic
 /// keep_news where `verdict` is null or has kFlagNonfinite. Nothing is launched for EF21.
 void launch_keep_news(const Recursion& recursion, const DeviceRanges& ranges, const std::uint32_t* verdict, Stream stream);
 /// start_estimates by `verdict`, over DeviceDense; the means are factor × sums[packed + i].
-void launch_start_estimates(const DeviceRanges& ranges, const float* sums, float factor, bool joined, const std::uint32_t* verdict,
-                            Stream stream);
+void launch_start_estimates(const DeviceRanges& ranges, const float* sums, float factor, const std::uint32_t* verdict, Stream stream);
 /// out[packed + i] = h, 0 where there is none; and back: H = factor × sums[packed + i], cut at the largest float. Over DeviceDense.
 void launch_pack_estimates(const DeviceRanges& ranges, float* out, Stream stream);
 void launch_set_mean_estimates(const DeviceRanges& ranges, const float* sums, float factor, Stream stream);

@@ -128,10 +128,9 @@ void settle_dense(const Recursion& recursion, const Plan& plan, const StateView&
 void keep_news(const Recursion& recursion, const Plan& plan, const StateView& state) noexcept;
 
 /// estimate, a dense step that is `starting`, after its verdict and before settle_dense. A finite one: h ← the message, v ← h, and H
-/// becomes `means`, packed; `joined`: the message was 0. The message of EF21, which has no residual to lie in, lies in h: after a bad
+/// becomes `means`, packed. The message of EF21, which has no residual to lie in, lies in h: after a bad
 /// verdict h and H start from 0.
-void start_estimates(const Recursion& recursion, const Plan& plan, const StateView& state, const float* means, bool finite,
-                     bool joined) noexcept;
+void start_estimates(const Recursion& recursion, const Plan& plan, const StateView& state, const float* means, bool finite) noexcept;
 
 /// H ← H + factor · sum, and sum ← H. H stays finite: it is cut at the largest float.
 void add_to_mean_estimate(float* sum, float factor, float* mean_estimate, std::size_t count) noexcept;

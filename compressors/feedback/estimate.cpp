@@ -55,8 +55,7 @@ void keep_news(const Recursion& recursion, const Plan& plan, const StateView& st
   }
 }
 
-void start_estimates(const Recursion& recursion, const Plan& plan, const StateView& state, const float* means, bool finite,
-                     bool joined) noexcept {
+void start_estimates(const Recursion& recursion, const Plan& plan, const StateView& state, const float* means, bool finite) noexcept {
   for (std::size_t s = 0; s < plan.segments.size(); ++s) {
     const SegmentState& own = state.segments[s];
     const std::size_t count = plan.segments[s].count;
@@ -74,11 +73,7 @@ void start_estimates(const Recursion& recursion, const Plan& plan, const StateVi
     for (std::size_t i = 0; i < count; i += kStatePiece) {
       const std::size_t n = std::min(kStatePiece, count - i);
       StatePiece h(estimate.from(i), n), e(residual.from(i), n);
-      if (joined) {
-        std::fill_n(h.data(), n, 0.0f);
-      } else if (residual) {
-        start_from(e.data(), h.data(), recursion.grid, n);
-      }
+      if (residual) start_from(e.data(), h.data(), recursion.grid, n);
       if (average != nullptr) std::copy_n(h.data(), n, average + i);
     }
     std::copy_n(mean, count, mean_estimate);

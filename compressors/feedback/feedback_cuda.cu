@@ -172,15 +172,15 @@ __global__ void __launch_bounds__(kThreads) keep_news_kernel(DeviceRanges ranges
 }
 
 __global__ void __launch_bounds__(kThreads)
-    start_kernel(DeviceRanges ranges, const float* sums, float factor, bool joined, const std::uint32_t* verdict) {
+    start_kernel(DeviceRanges ranges, const float* sums, float factor, const std::uint32_t* verdict) {
   const bool finite = (*verdict & kFlagNonfinite) == 0;
   for_each(ranges, [&](const DeviceDense& dense, std::size_t i) {
     if (!dense.estimate) return;
     if (finite) {
-      const float message = joined ? 0.0f : dense.held[i];
+      const float message = dense.held[i];
       dense.estimate.set(i, message);
       const float estimate = dense.estimate[i];
-      if (dense.residual && !joined) dense.residual.set(i, message - estimate);
+      if (dense.residual) dense.residual.set(i, message - estimate);
       if (dense.average != nullptr) dense.average[i] = estimate;
       dense.mean_estimate[i] = sums[dense.packed + i] * factor;
     } else if (!dense.residual) {
@@ -284,9 +284,8 @@ void launch_keep_news(const Recursion& recursion, const DeviceRanges& ranges, co
   if (recursion.control) launch("keep news", keep_news_kernel, ranges.chunks, kThreads, stream, ranges, verdict);
 }
 
-void launch_start_estimates(const DeviceRanges& ranges, const float* sums, float factor, bool joined, const std::uint32_t* verdict,
-                            Stream stream) {
-  launch("start estimates", start_kernel, ranges.chunks, kThreads, stream, ranges, sums, factor, joined, verdict);
+void launch_start_estimates(const DeviceRanges& ranges, const float* sums, float factor, const std::uint32_t* verdict, Stream stream) {
+  launch("start estimates", start_kernel, ranges.chunks, kThreads, stream, ranges, sums, factor, verdict);
 }
 
 void launch_pack_estimates(const DeviceRanges& ranges, float* out, Stream stream) {

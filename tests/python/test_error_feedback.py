@@ -144,6 +144,8 @@ def test_presets_are_slots() -> None:
     ("config", "words"),
     [
         ("codec=topk:density=0.1 feedback=none", ["diverge", "ef14"]),
+        ("codec=sign feedback=none", ["diverge", "ef14"]),
+        ("codec=topk:density=1 feedback=none", []),
         ("econtrol:eta=0.3", ["eta=0.3", "0.2", "eta=auto is 0.1"]),
         ("econtrol:density=0.01", ["stale", "worker_ema=0.1"]),
         ("codec=sign feedback=econtrol:eta=1.5", ["eta=1.5", "codec=sign"]),
