@@ -11,6 +11,9 @@ constexpr std::uint64_t kEveryRisky = 4;       // the same where eta is above th
 constexpr double kGrowth = 10;                 // of ‖e‖²/‖g‖² within a window
 constexpr double kWindow = 10, kSettling = 2;  // steps × eta: a window, and what a residual that starts from nothing takes to settle
 
+/// Up to the contraction (rounding aside) eta is stable: a ratio that grows tenfold is then a step whose gradient is small.
+bool is_risky(float eta, double contraction) noexcept { return double(eta) > 1.01 * contraction; }
+
 }  // namespace
 
 Watch::Watch(const Codec* codec, const Recursion& recursion, std::size_t parameters)
@@ -24,7 +27,7 @@ float Watch::eta_of_segment(const Segment& segment) const {
 bool Watch::looks(std::span<const Segment> segments, std::uint64_t step) const {
   if (watched_.empty()) return false;
   return std::any_of(segments.begin(), segments.end(), [&](const Segment& segment) {
-    const bool risky = recursion_.control && eta_of_segment(segment) > codec_->nominal_delta(segment);
+    const bool risky = recursion_.control && is_risky(eta_of_segment(segment), codec_->nominal_delta(segment));
     return step % (risky ? kEveryRisky : kEvery) == 0 || !watched_[segment.parameter].seen.any;
   });
 }
@@ -56,7 +59,8 @@ void Watch::note(std::span<const Segment> segments, std::uint64_t step, std::spa
     watched.seen.delta = sum.message > 0 ? 1 - sum.left / sum.message : 1;
     watched.seen.stale = grad > 0 ? std::sqrt(sum.stale / grad) : 0;
     watched.seen.eta = eta_of_segment(segments[s]);
-    if (recursion_.control && grad > 0) watch(watched, segments[s], step, sum.residual / grad);
+    const double contraction = std::min(codec_->nominal_delta(segments[s]), watched.seen.delta);
+    if (recursion_.control && grad > 0 && is_risky(watched.seen.eta, contraction)) watch(watched, segments[s], step, sum.residual / grad);
   }
 }
 

@@ -231,6 +231,22 @@ TEST(EstimateVerdicts, TheLossScaleLeavesStateAsItIs) {
   }
 }
 
+// A small gradient at a step that is looked at is no residual that grows: eta=auto is stable. 9/10 is not, at a density of 1/10.
+TEST(EstimateVerdicts, TheWatchdogKnowsNoiseFromGrowth) {
+  for (const char* eta : {"auto", "0.9"}) {
+    Scenario s = scenario_of(2, topk_method(true), 140);
+    s.config = std::string("codec=topk:density=0.1,select=exact feedback=econtrol:eta=") + eta + " exchange=gather min_numel=20";
+    s.grad = [grad = s.grad](int step, int rank, std::uint32_t p) {
+      Vec g = grad(step, rank, p);
+      for (float& x : g) x *= step == 128 ? 0.05f : 1;
+      return g;
+    };
+    const Stats stats = play(s).stats[0];
+    for (const std::size_t p : {0u, 2u}) EXPECT_EQ(stats.parameters[p].eta_cuts > 0, eta[0] == '0') << eta;
+    EXPECT_EQ(stats.parameters[0].eta, eta[0] == '0' ? stats.parameters[0].eta : 53.0f / 525);
+  }
+}
+
 TEST(EstimateVerdicts, AResetStartsFromZero) {
   for (const Method& method : {topk_method(true, 0.5), sign_method(true, true)}) {
     Method zero = method;  // the first step after it is no dense one: that belongs to step 0
