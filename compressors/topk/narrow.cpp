@@ -24,8 +24,8 @@ Block piece_of(const SegmentPass& pass, const Block& block, std::size_t from, st
   return piece;
 }
 
-/// Calls visit(piece, its first element within the block). `stores`: what it does to a narrow residual counts; estimates change where
-/// something is sent alone, and the caller stores those.
+/// Calls visit(piece, its first element within the block). `stores`: what it does to a narrow residual counts; estimates change only where
+/// something is sent, and the caller stores those.
 template <class Visit>
 void for_pieces(const SegmentPass& pass, std::size_t first, const Block& block, bool stores, Visit&& visit) {
   for (std::size_t i = 0; i < block.count; i += kStatePiece) {
