@@ -163,4 +163,22 @@ inline Outcome follow(const Scenario& s, const EstimateOracle::Options& options,
   return out;
 }
 
+/// A run that is saved and loaded in its middle goes on with the same bits.
+inline void expect_checkpoints_go_on(const Method& method) {
+  for (const int cut : {1, 4}) {
+    SCOPED_TRACE(method.config + " cut at " + std::to_string(cut));
+    const Scenario whole = scenario_of(3, method, 8);
+    Scenario first = whole, second = whole;
+    first.steps = cut, second.steps = 8 - cut;
+    second.start = play(first).state;
+    second.grad = [grad = whole.grad, cut](int step, int rank, std::uint32_t p) { return grad(step + cut, rank, p); };
+    second.buckets = [buckets = whole.buckets, cut](int step) { return buckets(step + cut); };
+    const Outcome a = play(whole), b = play(second);
+    expect_same_state(a.state, b.state);
+    for (std::size_t t = std::size_t(cut); t < 8; ++t)
+      for (std::size_t p = 0; p < kModel.size(); ++p)
+        EXPECT_TRUE(same_bits(a.mean[t][0][p], b.mean[t - std::size_t(cut)][0][p])) << "step " << t;
+  }
+}
+
 }  // namespace thinwire::test

@@ -271,20 +271,7 @@ TEST(EstimateVerdicts, ACheckpointGoesOnToTheBit) {
   Method sampled = topk_method(true, 0.5, Init::compressed, 2);
   sampled.config.replace(sampled.config.find("exact"), 5, "sampled");
   for (const Method& method : {topk_method(false, 0.5), topk_method(true, 1, Init::dense, 3), sampled, sign_method(true, true)})
-    for (const int cut : {1, 4}) {
-      SCOPED_TRACE(method.config + " cut at " + std::to_string(cut));
-      const Scenario whole = scenario_of(3, method, 8);
-      Scenario first = whole, second = whole;
-      first.steps = cut, second.steps = 8 - cut;
-      second.start = play(first).state;
-      second.grad = [grad = whole.grad, cut](int step, int rank, std::uint32_t p) { return grad(step + cut, rank, p); };
-      second.buckets = [buckets = whole.buckets, cut](int step) { return buckets(step + cut); };
-      const Outcome a = play(whole), b = play(second);
-      expect_same_state(a.state, b.state);
-      for (std::size_t t = std::size_t(cut); t < 8; ++t)
-        for (std::size_t p = 0; p < kModel.size(); ++p)
-          EXPECT_TRUE(same_bits(a.mean[t][0][p], b.mean[t - std::size_t(cut)][0][p])) << "step " << t;
-    }
+    expect_checkpoints_go_on(method);
 }
 
 // Another world: the mean over the old ranks, H as all of them had it, owned parts cut anew; and H goes on being the mean of all h.

@@ -119,19 +119,7 @@ TEST(NarrowState, ACheckpointGoesOnToTheBit) {
   for (const Method& method : {ef14("topk:density=0.1"), ef14("sign:block=64", "two_phase"),
                                with(topk_method(true, 0.5, EstimateOracle::Init::dense, 3), "residual=bf16,estimate=grid"),
                                with(topk_method(false), "estimate=grid"), with(sign_method(true, true), "residual=bf16")})
-    for (const int cut : {1, 4}) {
-      SCOPED_TRACE(method.config + " cut at " + std::to_string(cut));
-      const Scenario whole = scenario_of(3, method, 8);
-      Scenario first = whole, second = whole;
-      first.steps = cut, second.steps = 8 - cut;
-      second.start = play(first).state;
-      second.grad = [grad = whole.grad, cut](int step, int rank, std::uint32_t p) { return grad(step + cut, rank, p); };
-      const Outcome a = play(whole), b = play(second);
-      expect_same_state(a.state, b.state);
-      for (std::size_t t = std::size_t(cut); t < 8; ++t)
-        for (std::size_t p = 0; p < kModel.size(); ++p)
-          EXPECT_TRUE(same_bits(a.mean[t][0][p], b.mean[t - std::size_t(cut)][0][p])) << "step " << t;
-    }
+    expect_checkpoints_go_on(method);
 }
 
 // Four ranks' estimates have a mean that bf16 does not hold: what it cuts off H loses too. So e + h is all that a rank has yet to deliver,
