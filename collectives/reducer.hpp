@@ -53,9 +53,19 @@ struct Stats {
   double wire_bytes = 0, dense_bytes = 0;  ///< dense_bytes: what a ring all-reduce of the same gradients in their own dtype would have sent
   double factor = 1;                       ///< dense_bytes / wire_bytes; 1 at world 1
   std::uint64_t nonfinite_steps = 0;
-  std::size_t state_bytes = 0;             ///< of all arrays that this rank keeps between steps
-  bool frozen = false;                     ///< target=momentum: whether the next step's momentum is compressed
+  std::size_t state_bytes = 0;         ///< of all arrays that this rank keeps between steps
+  bool frozen = false;                 ///< target=momentum: whether the next step's momentum is compressed
+  std::optional<double> resync_error;  ///< at the last resynchronize(): ‖H − its new value‖ / ‖its new value‖, over all parameters
   std::vector<ParameterStats> parameters;  ///< in id order
+};
+
+/// EControl's watchdog, of one parameter that it has looked at.
+struct WatchdogState {
+  float eta = 0;            ///< what it has lowered eta to; 0: nothing
+  std::uint64_t since = 0;  ///< 1 + the step at which its window began; 0: none has
+  double ratio = 0;         ///< ‖e‖²/‖g‖² then; 0: not taken yet
+  std::uint32_t cuts = 0;   ///< how often it has lowered eta
+  bool operator==(const WatchdogState&) const = default;
 };
 
 /// State of one rank by parameter and state name ("momentum", "accumulated", "residual", "threshold", …). Arrays are fp32, numel(parameter)
@@ -68,7 +78,8 @@ struct ReducerState {
   std::uint64_t nonfinite_steps = 0;
   std::optional<std::uint64_t> frozen;  ///< target=momentum: the first step whose momentum was compressed, once that is known
   std::map<std::string, std::map<std::string, std::vector<float>>> parameters;
-  std::map<std::string, float> eta;  ///< EControl: of parameters for which the watchdog has lowered it
+  std::map<std::string, WatchdogState> watchdog;  ///< of the parameters that it has looked at
+  bool flush = false;                             ///< flush() was called, and the dense step is yet to come
 };
 
 /// Before which steps an optimizer may freeze its variance: there, until it has, the ranks compare whether all have, and with the same
@@ -175,6 +186,11 @@ class GradientReducer {
 
   /// The next step is dense, so that it empties the residuals. Call it on all ranks, between steps.
   void flush();
+  /// Recursions with an estimate: H becomes the mean of the ranks' h again (less what an owner holds back, under two_phase), without what
+  /// fp32 rounding has moved it; nothing else changes. A choice for checkpoints of long runs. Collective, between steps, on all ranks at
+  /// the same step. Bytes moved: 8 · world per element of a compressed parameter. @throws invalid_argument where ranks are at different
+  /// steps; nothing changed then. @source Gao et al. 2024 keep H as this mean; drift: docs/error_control.md.
+  void resynchronize();
   /// target=momentum: from the next step on the momentum is compressed. `handover`: one per parameter, in id order, equal on all ranks, or
   /// empty: the reducer's own momentum, the config's beta1. Called again, it replaces masks and beta1s and, where given, momenta. Between
   /// steps, on all ranks: with momentum_elsewhere a rank that has not called it is an error on all ranks at that step. @throws

@@ -48,6 +48,7 @@ class GradientReducer::Impl {
   void flush();
   void freeze(std::span<const Handover> handover);
   void rescale_residuals(std::span<const float> factors);
+  void resynchronize();
   void describe_optimizer(std::string words, FreezeSteps steps);
   void reset();
   void close(std::chrono::milliseconds limit) noexcept;
@@ -64,6 +65,7 @@ class GradientReducer::Impl {
     std::uint64_t step, freeze_at;
     bool at_step;  ///< about to take this step: not loading a state, after which an optimizer may still load its own
     bool joined;
+    std::uint64_t loaded = 0;  ///< of a state that is being loaded: a hash of what all ranks of its checkpoint hold alike
   };
   /// What a rank is: all ranks compare theirs before anything of different sizes could travel. `problem`: why this rank refuses, or empty.
   void compare_cards(Communicator& communicator, const Standing& standing, const std::string& problem) const;
@@ -148,6 +150,7 @@ class GradientReducer::Impl {
   mutable std::mutex counters_;
   std::uint64_t steps_done_ = 0;
   Traffic traffic_, traffic_at_reset_;
+  std::optional<double> resync_error_;
 
   bool cards_compared_ = false, freeze_agreed_ = false;  ///< queue's thread, or between steps
   bool closed_ = false;

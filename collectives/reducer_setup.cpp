@@ -203,7 +203,7 @@ void GradientReducer::Impl::compare_handovers(Communicator& communicator) const 
 /// exchanges is who it is.
 void GradientReducer::Impl::compare_cards(Communicator& communicator, const Standing& standing, const std::string& problem) const {
   struct Card {
-    std::uint64_t parameters, count, step, step_verdict, config_hash, optimizer_hash, freeze_at, handovers, joined;
+    std::uint64_t parameters, count, step, step_verdict, config_hash, optimizer_hash, freeze_at, handovers, joined, loaded;
     char config[472], optimizer[760], problem[1024];
   };
   const int rank = communicator.rank(), world = communicator.size();
@@ -221,6 +221,7 @@ void GradientReducer::Impl::compare_cards(Communicator& communicator, const Stan
   own.config_hash = wire::hash_bytes(text.data(), text.size(), 0);  // for texts that do not fit
   put(text, own.config);
   own.freeze_at = standing.freeze_at;
+  own.loaded = standing.loaded;
   if (standing.at_step) {
     own.optimizer_hash = wire::hash_bytes(optimizer_.data(), optimizer_.size(), 0);
     put(optimizer_, own.optimizer);
@@ -261,6 +262,10 @@ void GradientReducer::Impl::compare_cards(Communicator& communicator, const Stan
                ". Load the same checkpoint on all ranks; a rank that has run out of data takes no step and so cannot "
                "freeze: freeze at a step that all ranks take");
     }
+    if (other.loaded != first.loaded)
+      fail(Errc::invalid_argument, who +
+                                       "have different mean estimates (H), or only one of them has a flush() ahead: all ranks of a "
+                                       "checkpoint hold the same; load states of one checkpoint");
     if (other.optimizer_hash != first.optimizer_hash)
       fail(Errc::invalid_argument, who + "have different optimizers: " + other.optimizer + " and " + first.optimizer);
     same_handovers &= other.handovers == first.handovers;

@@ -6,6 +6,7 @@
 
 #include "collectives/reducer_impl.hpp"
 #include "compressors/core/error.hpp"
+#include "compressors/core/wire.hpp"
 
 namespace thinwire {
 
@@ -122,6 +123,60 @@ void GradientReducer::Impl::rescale_residuals(std::span<const float> factors) {
   }
 }
 
+void GradientReducer::Impl::resynchronize() {
+  const std::lock_guard lock(submit_);
+  between_steps("resynchronize()");
+  queue_->drain();
+  engine_->wait();
+  engine_->check();
+  // On the caller's communicator, as load_state(): a peer that has gone on with its next step is at the reducer's own.
+  const Deadline deadline(*parent_, communicator_->timeout());
+  compare_cards(*parent_, {step_, freeze_at_, false, false}, "");
+
+  constexpr std::size_t kPiece = std::size_t(1) << 16;
+  const std::size_t world = std::size_t(parent_->size()), rank = std::size_t(parent_->rank());
+  std::vector<double> pieces(kPiece * world);
+  std::vector<float> mean, estimate, held_back;
+  double moved = 0, all = 0;
+  std::array<Array, kNamedArrays> arrays;
+  for (std::uint32_t p = 0; p < slots_.size(); ++p) {
+    const ParameterSlot& slot = slots_[p];
+    const std::span<const Array> kept = std::span(arrays).first(arrays_of(p, arrays));
+    const auto shared = std::find_if(kept.begin(), kept.end(), [](const Array& array) { return array.name == kMeanEstimate; });
+    if (shared == kept.end()) continue;
+    const auto read = [&](StateArray array, std::size_t count, std::vector<float>& into) {
+      into.resize(count);
+      arena_.read(array, into);
+    };
+    read(shared->data, slot.numel, mean);
+    read(estimate_of(recursion_, slot.state), slot.numel, estimate);
+    read(slot.server_residual, slot.server_residual != nullptr ? slot.owned.count : 0, held_back);
+    for (std::size_t first = 0; first < slot.numel; first += kPiece) {
+      const std::size_t count = std::min(kPiece, slot.numel - first);
+      double* const own = pieces.data() + rank * count;
+      for (std::size_t i = 0; i < count; ++i) own[i] = estimate[first + i];
+      for (std::size_t i = 0; i < held_back.size(); ++i) {  // H and what the owner holds back make the mean
+        const std::size_t at = slot.owned.first + i;
+        if (at >= first && at < first + count) own[at - first] -= double(world) * held_back[i];
+      }
+      const Bytes gathered{reinterpret_cast<std::byte*>(pieces.data()), world * count * sizeof(double), DType::u8, Place::host, 0};
+      parent_->all_gather(gathered.sub(rank * count * sizeof(double), count * sizeof(double)), gathered);
+      for (std::size_t i = 0; i < count; ++i) {
+        double sum = 0;
+        for (std::size_t r = 0; r < world; ++r) sum += pieces[r * count + i];
+        sum /= double(world);
+        moved += (sum - mean[first + i]) * (sum - mean[first + i]);
+        all += sum * sum;
+        mean[first + i] = float(sum);
+      }
+    }
+    arena_.write(mean, shared->data);
+  }
+  if (recursion_.kind != Recursion::Kind::estimate) return;
+  const std::lock_guard counters(counters_);
+  resync_error_ = all > 0 ? std::sqrt(moved / all) : 0.0;
+}
+
 void GradientReducer::Impl::reset() {
   const std::lock_guard lock(submit_);
   between_steps("reset()");
@@ -135,6 +190,7 @@ void GradientReducer::Impl::reset() {
   engine_->forget_bytes();
   const std::lock_guard counters(counters_);
   traffic_at_reset_ = traffic_;
+  resync_error_.reset();
 }
 
 Stats GradientReducer::Impl::stats() const {
@@ -150,6 +206,7 @@ Stats GradientReducer::Impl::stats() const {
   out.frozen = recursion_.averaged && step_ >= freeze_at_;
   out.factor = out.wire_bytes > 0 ? out.dense_bytes / out.wire_bytes : 1.0;
   out.nonfinite_steps = engine_->nonfinite_steps();
+  out.resync_error = resync_error_;
   for (std::size_t j = 0; j < arena_.arrays(); ++j) out.state_bytes += arena_.count(j) * sizeof(float);
   std::vector<float> residual;
   for (std::size_t p = 0; p < slots_.size(); ++p) {
@@ -180,14 +237,14 @@ Stats GradientReducer::Impl::stats() const {
     if (const StateArray at = estimate_of(recursion_, slot.state)) s.estimate_norm = norm(at);
     const Watch* const watch = engine_->watch();
     if (recursion_.control) {
-      const float lowered = watch != nullptr ? watch->lowered(std::uint32_t(p)) : 0.0f;
-      s.eta = lowered > 0 ? std::min(lowered, slot.setting.eta) : slot.setting.eta;
+      const WatchdogState* const watchdog = watch != nullptr ? watch->state(std::uint32_t(p)) : nullptr;
+      s.eta = watchdog != nullptr && watchdog->eta > 0 ? std::min(watchdog->eta, slot.setting.eta) : slot.setting.eta;
+      if (watchdog != nullptr) s.eta_cuts = watchdog->cuts;
     }
     if (watch == nullptr || !watch->seen(std::uint32_t(p)).any) continue;
     const Seen& seen = watch->seen(std::uint32_t(p));
     s.measured_delta = seen.delta;
     if (recursion_.kind == Recursion::Kind::estimate) s.stale = seen.stale;
-    if (recursion_.control) s.eta_cuts = seen.cuts;
   }
   return out;
 }
@@ -206,6 +263,7 @@ ReducerState GradientReducer::Impl::state() const {
   out.started = engine_->started();
   out.nonfinite_steps = engine_->nonfinite_steps();
   if (recursion_.averaged && freeze_at_ != UINT64_MAX) out.frozen = freeze_at_;
+  out.flush = flush_next_;
   std::array<Array, kNamedArrays> arrays;
   for (std::uint32_t p = 0; p < slots_.size(); ++p) {
     auto& named = out.parameters[slots_[p].parameter.name];
@@ -214,8 +272,9 @@ ReducerState GradientReducer::Impl::state() const {
       values.resize(arrays[a].count);
       arena_.read(arrays[a].data, values);
     }
-    const Watch* const watch = engine_->watch();
-    if (watch != nullptr && watch->lowered(p) > 0) out.eta[slots_[p].parameter.name] = watch->lowered(p);
+    const Watch* const watch = recursion_.control ? engine_->watch() : nullptr;
+    const WatchdogState* const watchdog = watch != nullptr ? watch->state(p) : nullptr;
+    if (watchdog != nullptr) out.watchdog[slots_[p].parameter.name] = *watchdog;
   }
   return out;
 }
@@ -322,7 +381,13 @@ void GradientReducer::Impl::load_state(std::span<const ReducerState> states, con
   const bool undecided = options_.momentum_elsewhere && front.frozen.value_or(UINT64_MAX) > front.step;
   std::uint64_t freeze_at = UINT64_MAX;
   if (recursion_.averaged && !undecided) freeze_at = front.frozen ? *front.frozen : config_.target().integer("freeze");
-  compare_cards(*parent_, {front.step, freeze_at, false, false}, "");
+  std::uint64_t loaded = front.flush ? 1 : 0;
+  for (const ParameterSlot& slot : slots_) {
+    const auto& kept = front.parameters.at(slot.parameter.name);
+    if (const auto shared = kept.find(std::string(kMeanEstimate)); shared != kept.end())
+      loaded = wire::hash_bytes(shared->second.data(), shared->second.size() * sizeof(float), loaded);
+  }
+  compare_cards(*parent_, {front.step, freeze_at, false, false, loaded}, "");
 
   std::array<Array, kNamedArrays> arrays;
   std::vector<float> cut;  // what estimate=grid cuts off the mean of other ranks' estimates: H loses it too, so the next message has it
@@ -364,10 +429,11 @@ void GradientReducer::Impl::load_state(std::span<const ReducerState> states, con
     }
   }
   for (std::uint32_t p = 0; p < slots_.size() && engine_->watch() != nullptr; ++p) {
-    const auto lowered = front.eta.find(slots_[p].parameter.name);
-    engine_->watch()->set_lowered(p, lowered != front.eta.end() ? lowered->second : 0.0f);
+    const auto watchdog = front.watchdog.find(slots_[p].parameter.name);
+    engine_->watch()->set_state(p, watchdog != front.watchdog.end() ? &watchdog->second : nullptr);
   }
   step_ = front.step;
+  flush_next_ = front.flush;
   if (recursion_.averaged) {
     freeze_at_ = freeze_at;
     if (was_frozen_ != is_frozen()) ++epoch_;

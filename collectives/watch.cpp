@@ -20,16 +20,18 @@ Watch::Watch(const Codec* codec, const Recursion& recursion, std::size_t paramet
     : codec_(codec), recursion_(recursion), watched_(codec != nullptr && can_probe(recursion) ? parameters : 0) {}
 
 float Watch::eta_of_segment(const Segment& segment) const {
-  const float lowered = watched_[segment.parameter].lowered;
+  const float lowered = watched_[segment.parameter].state.eta;
   return lowered > 0 ? std::min(lowered, segment.setting.eta) : segment.setting.eta;
+}
+
+bool Watch::is_due(const Segment& segment, std::uint64_t step) const {
+  const bool risky = recursion_.control && is_risky(eta_of_segment(segment), codec_->nominal_delta(segment));
+  return step % (risky ? kEveryRisky : kEvery) == 0 || !watched_[segment.parameter].looked;
 }
 
 bool Watch::looks(std::span<const Segment> segments, std::uint64_t step) const {
   if (watched_.empty()) return false;
-  return std::any_of(segments.begin(), segments.end(), [&](const Segment& segment) {
-    const bool risky = recursion_.control && is_risky(eta_of_segment(segment), codec_->nominal_delta(segment));
-    return step % (risky ? kEveryRisky : kEvery) == 0 || !watched_[segment.parameter].seen.any;
-  });
+  return std::any_of(segments.begin(), segments.end(), [&](const Segment& segment) { return is_due(segment, step); });
 }
 
 std::span<const Segment> Watch::adjusted(std::span<const Segment> segments) {
@@ -44,7 +46,8 @@ void Watch::note(std::span<const Segment> segments, std::uint64_t step, std::spa
     const std::uint32_t parameter = segments[s].parameter;
     if (std::any_of(segments.begin(), segments.begin() + std::ptrdiff_t(s),
                     [&](const Segment& other) { return other.parameter == parameter; }))
-      continue;  // its other parts were added up with the first
+      continue;                                // its other parts were added up with the first
+    if (!is_due(segments[s], step)) continue;  // the look was for another one, which may be in another bucket tomorrow
     Probe sum;
     const double grad = grads[s];
     for (std::size_t part = s; part < segments.size(); ++part) {
@@ -55,39 +58,42 @@ void Watch::note(std::span<const Segment> segments, std::uint64_t step, std::spa
       sum.residual += probes[part].residual;
     }
     Watched& watched = watched_[parameter];
-    watched.seen.any = true;
+    watched.seen.any = watched.looked = true;
     watched.seen.delta = sum.message > 0 ? 1 - sum.left / sum.message : 1;
     watched.seen.stale = grad > 0 ? std::sqrt(sum.stale / grad) : 0;
-    watched.seen.eta = eta_of_segment(segments[s]);
     const double contraction = std::min(codec_->nominal_delta(segments[s]), watched.seen.delta);
-    if (recursion_.control && grad > 0 && is_risky(watched.seen.eta, contraction)) watch(watched, segments[s], step, sum.residual / grad);
+    if (recursion_.control && grad > 0 && is_risky(eta_of_segment(segments[s]), contraction))
+      watch(watched.state, segments[s], step, sum.residual / grad);
   }
 }
 
-void Watch::set_lowered(std::uint32_t parameter, float eta) {
+void Watch::set_state(std::uint32_t parameter, const WatchdogState* state) {
   watched_[parameter] = {};
-  watched_[parameter].lowered = eta;
-  lowered_any_ |= eta > 0;
+  if (state == nullptr) return;
+  watched_[parameter].looked = true;
+  watched_[parameter].state = *state;
+  lowered_any_ |= state->eta > 0;
 }
 
-void Watch::watch(Watched& watched, const Segment& segment, std::uint64_t step, double ratio) {
+void Watch::forget() { watched_.assign(watched_.size(), {}); }
+
+void Watch::watch(WatchdogState& state, const Segment& segment, std::uint64_t step, double ratio) {
   const double eta = eta_of_segment(segment);
-  const auto age = [&] { return double(step + 1 - watched.since) * eta; };
-  if (watched.since == 0) watched.since = step + 1;
-  if (watched.ratio == 0) {
+  const auto age = [&] { return double(step + 1 - state.since) * eta; };
+  if (state.since == 0) state.since = step + 1;
+  if (state.ratio == 0) {
     if (age() < kSettling) return;
-  } else if (ratio > kGrowth * watched.ratio) {
+  } else if (ratio > kGrowth * state.ratio) {
     Recursion proven = recursion_;
     proven.eta = Recursion::Eta::theory;
-    watched.lowered = std::min(float(eta), std::max(float(eta / 2), eta_of(proven, codec_->nominal_delta(segment))));
-    watched.seen.eta = watched.lowered;
-    ++watched.seen.cuts;
+    state.eta = std::min(float(eta), std::max(float(eta / 2), eta_of(proven, codec_->nominal_delta(segment))));
+    ++state.cuts;
     lowered_any_ = true;
   } else if (age() < kWindow) {
     return;
   }
-  watched.ratio = ratio;
-  watched.since = step + 1;
+  state.ratio = ratio;
+  state.since = step + 1;
 }
 
 }  // namespace thinwire

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "collectives/reducer.hpp"
 #include "compressors/core/codec.hpp"
 #include "compressors/core/probe.hpp"
 #include "compressors/core/recursion.hpp"
@@ -16,10 +17,8 @@ namespace thinwire {
 /// Of one parameter, at the last step that was looked at.
 struct Seen {
   bool any = false;
-  double delta = 0;        ///< 1 − ‖x − C(x)‖²/‖x‖²
-  double stale = 0;        ///< ‖g − h‖/‖g‖
-  float eta = 0;           ///< in use
-  std::uint32_t cuts = 0;  ///< how often the watchdog has lowered it
+  double delta = 0;  ///< 1 − ‖x − C(x)‖²/‖x‖²
+  double stale = 0;  ///< ‖g − h‖/‖g‖
 };
 
 /// Each rank watches its own messages, and may have an eta of its own: H is the mean of estimates, however they came about. Deterministic:
@@ -38,20 +37,21 @@ class Watch {
 
   bool watches() const noexcept { return !watched_.empty(); }
   const Seen& seen(std::uint32_t parameter) const { return watched_[parameter].seen; }
-  /// What the watchdog has made of eta, for checkpoints: 0 where it has done nothing.
-  float lowered(std::uint32_t parameter) const { return watched_[parameter].lowered; }
-  void set_lowered(std::uint32_t parameter, float eta);
-  void forget() { watched_.assign(watched_.size(), {}); }
+  /// For checkpoints and statistics; null: not looked at yet.
+  const WatchdogState* state(std::uint32_t parameter) const { return watched_[parameter].looked ? &watched_[parameter].state : nullptr; }
+  /// null: as at the start.
+  void set_state(std::uint32_t parameter, const WatchdogState* state);
+  void forget();
 
  private:
   struct Watched {
     Seen seen;
-    float lowered = 0;
-    std::uint64_t since = 0;  ///< 1 + the step at which a window began; 0: none has
-    double ratio = 0;         ///< ‖e‖²/‖g‖² then; 0: not taken yet
+    bool looked = false;  ///< in this run or in the one that it goes on from
+    WatchdogState state;
   };
+  bool is_due(const Segment& segment, std::uint64_t step) const;
   float eta_of_segment(const Segment& segment) const;
-  void watch(Watched& watched, const Segment& segment, std::uint64_t step, double ratio);
+  void watch(WatchdogState& state, const Segment& segment, std::uint64_t step, double ratio);
 
   const Codec* codec_;
   Recursion recursion_;

@@ -249,6 +249,11 @@ std::vector<std::string> warnings(const Config& config) {
     out.push_back("econtrol: eta=" + feedback.text("eta") + " is above twice the contraction of codec=" + codec.name + ", " +
                   brief(2 * contraction) + ", where the residual grows without bound; eta=auto is " + brief(contraction));
   }
+  if (estimates && codec.name == "sign" && codec.text("scale") == "l2") {
+    out.push_back("feedback=" + feedback.name +
+                  " with codec=sign:scale=l2: that is no contraction where a few entries are large, and the estimates may diverge; choose "
+                  "scale=l1, or watch measured_delta in stats");
+  }
   if (estimates && is_sparse(codec) && density < 0.05 && feedback.number("worker_ema") == 1) {
     out.push_back("feedback=" + feedback.name + " at density " + brief(density) +
                   ": with small noisy minibatches its estimates are stale and feedback=ef14 is better; or choose worker_ema=0.1");

@@ -2,7 +2,7 @@
 // AdamW and, with a config whose target is the momentum, the optimizer's half of 1-bit Adam: operation for operation that of
 // torch_ext/thinwire/onebit_adam.py, so that both trainers reach the same bits.
 
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <cmath>
 #include <cstdint>

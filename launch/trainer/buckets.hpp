@@ -1,7 +1,7 @@
 #pragma once
 // Gradients in buckets that are reduced while the backward pass still computes earlier layers.
 
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <cstdint>
 #include <memory>

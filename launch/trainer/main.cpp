@@ -1,9 +1,11 @@
 // thinwire_train: data-parallel training in C++, LibTorch over Open MPI, no Python; on GPUs MPI starts the ranks and NCCL carries the
 // gradients. Same data, network, options and arithmetic as launch/train_rank.py.
 
+#include <ATen/Parallel.h>
 #include <c10/core/DeviceGuard.h>
 #include <mpi.h>
-#include <torch/torch.h>
+#include <torch/types.h>
+#include <torch/version.h>
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
@@ -119,7 +121,7 @@ int main_of_rank(int argc, char** argv, int rank) {
   }
   const std::optional<torch::Device> device = pick_device(options, rank);
   if (!device) return 2;
-  torch::set_num_threads(1);  // ranks share the machine's cores
+  at::set_num_threads(1);  // ranks share the machine's cores
   std::string command = "thinwire_train";
   for (int i = 1; i < argc; ++i) command += std::string(" ") + argv[i];
   run(options, *device, rank, command);

@@ -1,7 +1,9 @@
 #pragma once
 // The network of both trainers; launch/model.py is the Python side: same layers, same names, same initial bits for a seed.
 
-#include <torch/torch.h>
+#include <torch/nn/module.h>
+#include <torch/nn/modules/conv.h>
+#include <torch/nn/modules/linear.h>
 #include <zlib.h>
 
 #include <cstdio>

@@ -1,7 +1,7 @@
 #pragma once
 // SGD of the trainer, as it is and for DGC, operation for operation those of Python, so that both trainers reach the same bits.
 
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <vector>
 

@@ -2,6 +2,7 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <mpi.h>
+#include <torch/nn/functional/loss.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -9,6 +10,7 @@
 #include <cstdio>
 
 #include "compressors/core/error.hpp"
+#include "launch/trainer/model.hpp"
 
 namespace thinwire::launch {
 
@@ -20,10 +22,10 @@ double sum_over_ranks(double value) {
 }
 
 /// Initial bits are the CPU's generator's, wherever the training goes on.
-Net seeded(std::uint64_t seed, torch::Device device) {
+std::unique_ptr<Net> seeded(std::uint64_t seed, torch::Device device) {
   torch::manual_seed(seed);
-  Net net;
-  net.to(device);
+  auto net = std::make_unique<Net>();
+  net->to(device);
   return net;
 }
 
@@ -54,7 +56,7 @@ Trainer::Trainer(const Options& options, std::shared_ptr<Communicator> gradients
       test_(data.test, options.subset > 0 ? std::max<std::int64_t>(1, options.subset / 5) : std::int64_t(data.test.count), device),
       config_(with_timeout(options.config, options.timeout)),
       net_(seeded(options.seed, device)),
-      parameters_(net_.parameters()),
+      parameters_(net_->parameters()),
       reducer_(std::move(gradients), config_, described(), on(device, uses_adam(options, config_), parameters_, options.bucket_kb)),
       buckets_(reducer_, parameters_, std::size_t(options.bucket_kb) * 1024),
       sgd_(parameters_, config_, options.momentum, options.weight_decay) {
@@ -102,9 +104,11 @@ nlohmann::json Trainer::epoch(std::int64_t epoch) {
           {"fingerprint", common_fingerprint()}};
 }
 
+Trainer::~Trainer() = default;
+
 std::vector<Parameter> Trainer::described() const {
   std::vector<Parameter> parameters;
-  for (const auto& item : net_.named_parameters()) {
+  for (const auto& item : net_->named_parameters()) {
     const auto sizes = item.value().sizes();
     parameters.push_back({item.key(), {sizes.begin(), sizes.end()}});
   }
@@ -115,7 +119,7 @@ torch::Tensor Trainer::step(const torch::Tensor& batch) {
   buckets_.zero();
   const torch::Tensor images = pixels(train_.images.index_select(0, batch));
   const torch::Tensor loss =
-      torch::nn::functional::cross_entropy(net_.forward(images), train_.labels.index_select(0, batch).to(torch::kLong));
+      torch::nn::functional::cross_entropy(net_->forward(images), train_.labels.index_select(0, batch).to(torch::kLong));
   loss.backward();
   buckets_.finish();
   const double lr = learning_rate(options_, config_) * (1 - double(done_) / double(steps_));
@@ -136,14 +140,14 @@ double Trainer::accuracy() {
   double right = 0;
   for (std::int64_t first = rank_; first < test_.count(); first += stride) {
     const std::int64_t last = std::min(test_.count(), first + stride);
-    const torch::Tensor answers = net_.forward(pixels(test_.images.slice(0, first, last, world_))).argmax(1);
+    const torch::Tensor answers = net_->forward(pixels(test_.images.slice(0, first, last, world_))).argmax(1);
     right += (answers == test_.labels.slice(0, first, last, world_)).sum().item<double>();
   }
   return sum_over_ranks(right) / double(test_.count());
 }
 
 std::string Trainer::common_fingerprint() const {
-  const std::string own = fingerprint(net_);
+  const std::string own = fingerprint(*net_);
   std::string all(own.size() * std::size_t(world_), '?');
   MPI_Allgather(own.data(), int(own.size()), MPI_CHAR, all.data(), int(own.size()), MPI_CHAR, MPI_COMM_WORLD);
   for (std::size_t r = 0; r < std::size_t(world_); ++r) {

@@ -1,7 +1,7 @@
 #pragma once
 // One rank of the training: data, network, optimizer, and the reducer between them.
 
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <cstdint>
 #include <memory>
@@ -14,11 +14,12 @@
 #include "launch/trainer/adam.hpp"
 #include "launch/trainer/buckets.hpp"
 #include "launch/trainer/idx.hpp"
-#include "launch/trainer/model.hpp"
 #include "launch/trainer/options.hpp"
 #include "launch/trainer/sgd.hpp"
 
 namespace thinwire::launch {
+
+struct Net;
 
 /// The first images and labels of a set as tensors; on the CPU they share the vectors' memory, on a GPU they lie there whole.
 struct Samples {
@@ -33,6 +34,7 @@ class Trainer {
   /// Collective. `gradients` carries them; it works in the memory of `device`. MPI_COMM_WORLD, of the same ranks, carries a few numbers per
   /// epoch. The options have passed check_optimizer(). @throws Error{invalid_argument} if there are too few images for one step.
   Trainer(const Options& options, std::shared_ptr<Communicator> gradients, Dataset& data, torch::Device device);
+  ~Trainer();
 
   /// @returns a row of the results.
   nlohmann::json epoch(std::int64_t epoch);
@@ -55,7 +57,7 @@ class Trainer {
   const torch::Device device_;
   Samples train_, test_;
   Config config_;
-  Net net_;
+  std::unique_ptr<Net> net_;
   std::vector<torch::Tensor> parameters_;
   GradientReducer reducer_;
   Buckets buckets_;

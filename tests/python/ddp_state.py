@@ -204,6 +204,45 @@ def resume_with_other_buckets(rank: int, world: int) -> None:
 
 
 @feature
+def estimates_resume(rank: int, world: int) -> None:
+    """EControl with an eta that is watched: H made anew, a flush that is ahead and what the watchdog waits for go through a file. A dense step
+    is Gloo's sum, whose order is that of the buckets: with three ranks there is none."""
+    def run(cap: float, steps: range, model: nn.Module, saved: bytes | None, cut: int = -1) -> tuple[nn.Module, bytes]:
+        ddp = DistributedDataParallel(model, bucket_cap_mb=cap)
+        state = thinwire.attach(ddp, "codec=topk:density=0.1 feedback=econtrol:eta=0.9,init=compressed min_numel=0 exchange=gather timeout=60")
+        if saved is not None:
+            state.load_state_dict(torch.load(io.BytesIO(saved), weights_only=True))
+        for step in steps:
+            if step == cut:
+                state.resynchronize()
+                assert state.stats()["resync_error"] < 1e-5
+                if world == 2:
+                    state.flush()
+            ddp.zero_grad()
+            loss_of(ddp, batch(rank, step)).backward()
+            with torch.no_grad():
+                for p in ddp.parameters():
+                    p.sub_(p.grad, alpha=0.01)
+        if steps.stop == cut:
+            state.resynchronize()
+            if world == 2:
+                state.flush()
+        file = io.BytesIO()
+        torch.save(state.state_dict(), file)
+        return ddp.module, file.getvalue()
+
+    straight, last = run(0.002, range(60), mlp(), None, cut=30)
+    half, saved = run(0.002, range(30), mlp(), None, cut=30)
+    resumed, other_last = run(25, range(30, 60), half, saved)
+    for a, b in zip(straight.parameters(), resumed.parameters()):
+        assert torch.equal(a, b), "the checkpoint left a trace"
+    at, a, b = (torch.load(io.BytesIO(x), weights_only=True) for x in (saved, last, other_last))
+    assert at.get("flush", False) == (world == 2) and "flush" not in a and a["watchdog"] == b["watchdog"]
+    assert any(was["since"] > 0 for was in at["watchdog"].values()), "no window was under way"
+    assert all(torch.equal(a["parameters"][n][k], b["parameters"][n][k]) for n in a["parameters"] for k in a["parameters"][n])
+
+
+@feature
 def bad_checkpoints(rank: int, world: int) -> None:
     oracle = Oracle(world)
     ddp = DistributedDataParallel(mlp())
@@ -220,6 +259,9 @@ def bad_checkpoints(rank: int, world: int) -> None:
         ("format", None), ("step", "x"), ("step", -1), ("step", 2**64), ("step", True), ("step", 1.5), ("step", None), ("world", "2"),
         ("world", 0), ("world", 2**31), ("rank", -1), ("rank", None), ("config", None), ("config", b"dgc"), ("started", 1),
         ("started", None), ("nonfinite_steps", "x"), ("nonfinite_steps", -1), ("parameters", None), ("parameters", []),
+        ("flush", 1), ("lr", 0.1), ("lr", {"2.weight": "x"}), ("lr", {"2.weight": 0.0}), ("watchdog", []), ("watchdog", {"2.weight": 0.1}),
+        ("watchdog", {"2.weight": {"eta": "x", "since": 0, "ratio": 0.0, "cuts": 0}}),
+        ("watchdog", {"2.weight": {"eta": 0.1, "since": 0.5, "ratio": 0.0, "cuts": 0}}),
     ]  # fmt: skip
     cases = [
         (broken(lambda s: s["parameters"].pop("2.weight")), "2.weight"),

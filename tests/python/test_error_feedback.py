@@ -138,6 +138,8 @@ def test_presets_are_slots() -> None:
     for text, word in (("econtrol:eta=-1", "outside"), ("econtrol:eta=x", "a number"), ("codec=sign:scale=l2 feedback=econtrol", "contraction")):
         with pytest.raises(thinwire.ConfigError, match=word):
             thinwire.Config.parse(text)
+    with pytest.raises(thinwire.ConfigError, match="error_feedback"):
+        thinwire.econtrol(feedback="ef14")
 
 
 @pytest.mark.parametrize(
@@ -149,6 +151,8 @@ def test_presets_are_slots() -> None:
         ("econtrol:eta=0.3", ["eta=0.3", "0.2", "eta=auto is 0.1"]),
         ("econtrol:density=0.01", ["stale", "worker_ema=0.1"]),
         ("codec=sign feedback=econtrol:eta=1.5", ["eta=1.5", "codec=sign"]),
+        ("codec=sign:scale=l2 feedback=econtrol:eta=0.1", ["no contraction", "scale=l1"]),
+        ("codec=sign:scale=l2 feedback=ef21", ["no contraction", "scale=l1"]),
         ("econtrol", []),
         ("econtrol:density=0.01,worker_ema=0.1", []),
         ("onebit_adam", []),

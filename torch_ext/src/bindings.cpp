@@ -111,7 +111,14 @@ py::dict dict_of(const ReducerState& state) {
   dict["started"] = state.started;
   dict["nonfinite_steps"] = state.nonfinite_steps;
   if (state.frozen) dict["frozen"] = *state.frozen;
-  if (!state.eta.empty()) dict["eta"] = state.eta;
+  if (state.flush) dict["flush"] = true;
+  if (!state.watchdog.empty()) {
+    using namespace py::literals;
+    py::dict watchdog;
+    for (const auto& [name, w] : state.watchdog)
+      watchdog[py::str(name)] = py::dict("eta"_a = w.eta, "since"_a = w.since, "ratio"_a = w.ratio, "cuts"_a = w.cuts);
+    dict["watchdog"] = std::move(watchdog);
+  }
   dict["parameters"] = std::move(parameters);
   return dict;
 }
@@ -125,7 +132,12 @@ ReducerState state_of(const py::dict& dict) {
   state.started = dict["started"].cast<bool>();
   state.nonfinite_steps = dict["nonfinite_steps"].cast<std::uint64_t>();
   if (dict.contains("frozen")) state.frozen = dict["frozen"].cast<std::uint64_t>();
-  if (dict.contains("eta")) state.eta = dict["eta"].cast<std::map<std::string, float>>();
+  if (dict.contains("flush")) state.flush = dict["flush"].cast<bool>();
+  if (dict.contains("watchdog")) {
+    for (const auto& [name, one] : dict["watchdog"].cast<py::dict>())
+      state.watchdog[name.cast<std::string>()] = {one["eta"].cast<float>(), one["since"].cast<std::uint64_t>(), one["ratio"].cast<double>(),
+                                                  one["cuts"].cast<std::uint32_t>()};
+  }
   for (const auto& [name, arrays] : dict["parameters"].cast<py::dict>()) {
     auto& parameter = state.parameters[name.cast<std::string>()];
     for (const auto& [key, value] : arrays.cast<py::dict>()) {
@@ -169,6 +181,7 @@ py::dict dict_of(const Stats& stats) {
   dict["nonfinite_steps"] = stats.nonfinite_steps;
   dict["state_bytes"] = stats.state_bytes;
   dict["frozen"] = stats.frozen;
+  if (stats.resync_error) dict["resync_error"] = *stats.resync_error;
   dict["parameters"] = std::move(parameters);
   return dict;
 }
@@ -445,6 +458,7 @@ void bind_engine(py::module_& m) {
           },
           py::arg("factors"))
       .def("flush", [](const Engine& e) { changing(e, "flush", [](GradientReducer& r) { r.flush(); }); })
+      .def("resynchronize", [](const Engine& e) { changing(e, "resynchronize", [](GradientReducer& r) { r.resynchronize(); }); })
       .def("reset", [](const Engine& e) { changing(e, "reset", [](GradientReducer& r) { r.reset(); }); })
       .def(
           "close", [](Engine& e, std::int64_t limit_ms) { e.close(std::chrono::milliseconds(limit_ms)); }, py::arg("limit_ms") = 0,

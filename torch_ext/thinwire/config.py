@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ._extension import native
+from .errors import ConfigError
 
 Config = native.Config
 
@@ -79,6 +80,8 @@ def econtrol(
     step), ``"compressed"`` or ``"zero"``; ``residual="bf16"`` and ``estimate="grid"`` (top-k with fp32 values) take 2 bytes per parameter
     instead of 4. ``slots``: any other slot.
     """
+    if "feedback" in slots:
+        raise ConfigError(f"econtrol is feedback=econtrol; feedback={slots['feedback']!r} is another one: error_feedback(kind, codec=...)")
     keys = f"eta={eta},worker_ema={worker_ema},init={init},residual={residual},estimate={estimate}"
     return Config(codec=codec, feedback=f"econtrol:{keys}", **slots)
 

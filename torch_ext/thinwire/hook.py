@@ -21,6 +21,7 @@ from .pairing import paired_config
 from .replay import shaped
 
 _FORMAT = 1
+_WATCHDOG: dict[str, float] = {"eta": 1e30, "since": 2**63, "ratio": math.inf, "cuts": 2**31}  # what a state has of it, and up to what
 _CLOSE_MS = 5000  # how long the end of a model or of the process waits for a bucket on its way
 
 
@@ -102,7 +103,7 @@ class HookState:
 
         ``step``; ``payload_bytes`` handed to the transport, each call's send buffer once; ``wire_bytes`` that left this rank;
         ``dense_bytes`` that a ring all-reduce of the same gradients would have sent; ``factor`` = dense_bytes / wire_bytes;
-        ``nonfinite_steps``; ``state_bytes``, kept between steps; ``parameters``: name -> ``numel,
+        ``nonfinite_steps``; ``state_bytes``, kept between steps; ``resync_error`` once ``resynchronize()`` was called; ``parameters``: name -> ``numel,
         compressed, reason`` (why
         not), ``density`` (configured now), ``kept`` (entries sent at the last step), ``residual_norm, grad_norm`` (this rank's;
         with ``codec=none`` the gradient's is taken at every 16th step), ``momentum_norm`` and ``masked`` (elements whose frozen variance is 0) where the target is the momentum; ``frozen``:
@@ -173,6 +174,12 @@ class HookState:
     def flush(self) -> None:
         """Makes the next synchronised step dense, so that it empties the residuals. Call it on all ranks."""
         self._live("flush").flush()
+
+    def resynchronize(self) -> None:
+        """EF21 and EControl: makes the mean estimate H the mean of the ranks' estimates again, without what fp32 rounding has moved it by; of
+        other configs nothing changes. Before a checkpoint of a long run. Collective: between steps, on all ranks at the same step.
+        ``stats()["resync_error"]`` is the distance that H has moved, relative to its norm."""
+        self._live("resynchronize").resynchronize()
 
     def reset(self) -> None:
         """Empties all state and counters, not the step. Between steps, on all ranks."""
@@ -383,9 +390,18 @@ def _check_state(state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> 
             raise ArgumentError(f"load_state_dict: {key}={value!r} is not a whole number from {least} to {most}")
     if "frozen" in state and not (isinstance(state["frozen"], int) and not isinstance(state["frozen"], bool) and 0 <= state["frozen"] < 2**63):
         raise ArgumentError(f"load_state_dict: frozen={state['frozen']!r} is not a step, from 0 to 2^63 - 1")
-    for key, kind in (("config", str), ("started", bool), ("parameters", Mapping)):
-        if not isinstance(state[key], kind):
+    for key, kind in (("config", str), ("started", bool), ("parameters", Mapping), ("flush", bool), ("watchdog", Mapping), ("lr", Mapping)):
+        if key in state and not isinstance(state[key], kind):
             raise ArgumentError(f"load_state_dict: {key} must be a {kind.__name__}, not a {type(state[key]).__name__}")
+    for name, rate in state.get("lr", {}).items():
+        if not (_is_number(rate) and 0 < rate < math.inf):
+            raise ArgumentError(f"load_state_dict: lr[{name!r}]={rate!r} is not a learning rate above 0")
+    for name, one in state.get("watchdog", {}).items():
+        if not isinstance(one, Mapping) or one.keys() != _WATCHDOG.keys():
+            raise ArgumentError(f"load_state_dict: watchdog[{name!r}] must have {', '.join(_WATCHDOG)}, not {one!r}")
+        for key, most in _WATCHDOG.items():
+            if not (_is_number(one[key]) and 0 <= one[key] < most and (key in ("eta", "ratio") or isinstance(one[key], int))):
+                raise ArgumentError(f"load_state_dict: watchdog[{name!r}][{key!r}]={one[key]!r} is not a number from 0 to {most:g}")
     for name, arrays in state["parameters"].items():
         if not isinstance(name, str) or not isinstance(arrays, Mapping):
             raise ArgumentError(f"load_state_dict: parameters[{name!r}] must be a Mapping under a name, not a {type(arrays).__name__}")
@@ -397,6 +413,10 @@ def _check_state(state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> 
                 raise ArgumentError(f"load_state_dict: {name}.{key} is {what}; dense floating-point numbers are needed")
             if name in shapes and value.dim() > 0 and shaped({key: value.reshape(-1)}, shapes[name])[key].shape != value.shape:
                 raise ArgumentError(f"load_state_dict: {name}.{key} has shape {tuple(value.shape)}, the parameter {tuple(shapes[name])}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
