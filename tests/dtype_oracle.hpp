@@ -15,7 +15,7 @@ namespace oracle {
 using thinwire::DType;
 
 /// The value of 16 bits by the definition of the format: sign, exponent, mantissa.
-inline double half_value(std::uint16_t bits, DType dtype) {
+inline double defined_value(std::uint16_t bits, DType dtype) {
   const int mantissa_bits = dtype == DType::bf16 ? 7 : 10, bias = dtype == DType::bf16 ? 127 : 15,
             exponents = dtype == DType::bf16 ? 255 : 31;
   const int exponent = (bits >> mantissa_bits) & exponents;
@@ -26,23 +26,34 @@ inline double half_value(std::uint16_t bits, DType dtype) {
   return sign * std::ldexp(1 + mantissa / one, exponent - bias);
 }
 
-/// Magnitudes of the finite values in rising order; index = bits, since the formats sort like integers.
-inline const std::vector<double>& magnitudes(DType dtype) {
-  static const auto make = [](DType d) {
-    std::vector<double> table;
-    for (std::uint32_t bits = 0; std::isfinite(half_value(std::uint16_t(bits), d)); ++bits)
-      table.push_back(half_value(std::uint16_t(bits), d));
-    return table;
-  };
-  static const std::vector<double> bf16 = make(DType::bf16), fp16 = make(DType::fp16);
+struct HalfTable {
+  std::vector<double> values;      ///< by bits
+  std::vector<double> magnitudes;  ///< the finite ones in rising order; index = bits, since the formats sort like integers
+  explicit HalfTable(DType dtype) {
+    for (std::uint32_t bits = 0; bits < 65536; ++bits) values.push_back(defined_value(std::uint16_t(bits), dtype));
+    for (std::uint32_t bits = 0; std::isfinite(values[bits]); ++bits) magnitudes.push_back(values[bits]);
+  }
+};
+inline const HalfTable& half_table(DType dtype) {
+  static const HalfTable bf16(DType::bf16), fp16(DType::fp16);
   return dtype == DType::bf16 ? bf16 : fp16;
 }
+inline double half_value(std::uint16_t bits, DType dtype) { return half_table(dtype).values[bits]; }
 
 /// Bits of the nearest value, ties to the even pattern; what rounds past the largest gives infinity, or the largest where `saturate`.
 inline std::uint16_t nearest_bits(double x, DType dtype, bool saturate) {
-  const auto& table = magnitudes(dtype);
+  const auto& table = half_table(dtype).magnitudes;
   const double a = std::fabs(x);
-  std::size_t up = std::size_t(std::lower_bound(table.begin(), table.end(), a) - table.begin());
+  // Where a bf16 number lies is a guess away, which counts where the table agrees.
+  const float near = float(a);
+  std::uint32_t pattern;
+  std::memcpy(&pattern, &near, 4);
+  std::size_t up = pattern >> 16;
+  if (dtype == DType::bf16 && up + 1 < table.size() && table[up] <= a && a <= table[up + 1]) {
+    if (table[up] != a) ++up;
+  } else {
+    up = std::size_t(std::lower_bound(table.begin(), table.end(), a) - table.begin());
+  }
   std::size_t bits;
   if (up == table.size()) {
     const double step = table[up - 1] - table[up - 2];

@@ -91,6 +91,7 @@ TYPED_TEST(SignWire, DecodeSumsPairsOfRanksFirst) {
   for (const std::size_t world : {1, 2, 3, 4, 7, 8, 70}) {
     for (const std::size_t block : {24, 1024, 5000, 0}) {
       for (const bool masked : {false, true}) {
+        if (world > 8 && block != 1024) continue;
         SignRig rig(TypeParam::kBackend, with(world % 2 != 0 ? Scale::l2 : Scale::l1, block), no_feedback(), {1, 33, 9000, 64, 0, 1025});
         if (masked) rig.mask(unsigned(world));
         decodes<TypeParam>(rig, world, 1.0f / float(world));

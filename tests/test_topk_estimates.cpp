@@ -302,7 +302,7 @@ TYPED_TEST(TopKEstimates, HIsTheMeanOfEstimatesOnANarrowWire) {
       for (std::size_t r = 0; r < world; ++r) ranks.emplace_back(TypeParam::kBackend, with(true, wire), recursion, std::vector{n}, 0.1);
       std::vector<float> means(ranks[0].numel, 0.0f);
       std::vector<double> unrounded(n, 0.0), touched(n, 0.0), largest(n, 0.0);
-      for (std::uint64_t step = 0; step < 200; ++step) {
+      for (std::uint64_t step = 0; step < 80; ++step) {
         std::vector<std::vector<std::byte>> payloads;
         for (std::size_t r = 0; r < world; ++r) {
           TopKRig& rig = ranks[r];

@@ -84,11 +84,14 @@ TYPED_TEST(TopKWire, DgcVectors) {
 }
 
 TYPED_TEST(TopKWire, LayoutIsTheDocumentedOne) {
+  std::size_t turn = 0;
   for (const auto index : {Index::automatic, Index::u32, Index::u16, Index::bitmap}) {
     for (const DType wire : kWires) {
       for (const bool exact : {false, true}) {
-        const std::vector<std::size_t> counts = {0, 1, 31, 32, 33, 65535, 65536, 65537, 200001};
+        const std::vector<std::size_t> counts = {0, 1, 31, 32, 33, 65535, 65536, 131073};
+        ++turn;  // a form of index at every density, with some wire and selection
         for (const double density : {0.0001, 0.01, 0.1, 0.5}) {
+          if (turn++ % 2 != 0) continue;
           TopKRig rig(TypeParam::kBackend, with(exact, wire, index), no_feedback(), counts, density);
           std::size_t bytes = 64 + 4 * counts.size();
           for (const auto n : counts) {
@@ -283,7 +286,7 @@ TYPED_TEST(TopKWire, MutatedPayloadsNeverFault) {
     for (const DType wire : kWires) {
       TopKRig rig(TypeParam::kBackend, with(false, wire, index), no_feedback(), {5, 3000, 66000}, 0.02);
       rig.stream(gradients(rig.numel, 1, false));
-      for (int round = 0; round < 60; ++round) {
+      for (int round = 0; round < 40; ++round) {
         auto bad = rig.payload;
         const unsigned changes = random() % 4 + 1;
         for (unsigned c = 0; c < changes; ++c) {
@@ -329,7 +332,7 @@ TYPED_TEST(TopKWire, RefusedCallsChangeNothing) {
 // Every 16-bit pattern and every tie between two of them, through the codec's own rounding on this ISA.
 TYPED_TEST(TopKWire, HalfPrecisionIsNearestEvenEverywhere) {
   for (const DType wire : {DType::bf16, DType::fp16}) {
-    const auto& table = oracle::magnitudes(wire);
+    const auto& table = oracle::half_table(wire).magnitudes;
     std::vector<float> values;
     for (std::size_t i = 1; i < table.size(); ++i) {
       const auto middle = float((table[i] + table[i - 1]) / 2);

@@ -94,12 +94,42 @@ struct Warp {
   }
 };
 
+/// Stacks of a block, which the next launch takes over with the pages that were touched.
+class Stacks {
+ public:
+  explicit Stacks(std::size_t bytes) {
+    const std::lock_guard lock(mutex_);
+    std::vector<std::unique_ptr<std::byte[]>>& free = free_[bytes_ = bytes];
+    if (free.empty()) {
+      data_.reset(new std::byte[bytes]);
+    } else {
+      data_ = std::move(free.back());
+      free.pop_back();
+    }
+  }
+  ~Stacks() {
+    const std::lock_guard lock(mutex_);
+    free_[bytes_].push_back(std::move(data_));
+  }
+  Stacks(const Stacks&) = delete;
+  Stacks& operator=(const Stacks&) = delete;
+  std::byte& operator[](std::size_t i) { return data_[i]; }
+
+ private:
+  std::size_t bytes_;
+  std::unique_ptr<std::byte[]> data_;
+  static std::mutex mutex_;
+  static std::map<std::size_t, std::vector<std::unique_ptr<std::byte[]>>> free_;
+};
+
+std::mutex Stacks::mutex_;
+std::map<std::size_t, std::vector<std::unique_ptr<std::byte[]>>> Stacks::free_;
+
 class Block {
  public:
   static thread_local Block* current;
 
-  explicit Block(unsigned threads)
-      : threads_(threads), fibers_(threads), stacks_(new std::byte[threads * kStack]), warps_((threads + 31) / 32) {}
+  explicit Block(unsigned threads) : threads_(threads), fibers_(threads), stacks_(threads * kStack), warps_((threads + 31) / 32) {}
 
   void run(unsigned index, void (*thread_main)(void*), void* context) {
     main_ = thread_main;
@@ -191,7 +221,7 @@ class Block {
 
   unsigned threads_, running_ = 0, live_ = 0, arrived_ = 0, generation_ = 0;
   std::vector<Fiber> fibers_;
-  std::unique_ptr<std::byte[]> stacks_;
+  Stacks stacks_;
   std::vector<Warp> warps_;
   Context scheduler_ = nullptr;
   void (*main_)(void*) = nullptr;
