@@ -25,7 +25,7 @@ double state_bytes(const Recursion& recursion, bool sends_all) noexcept;
 /// What a stream kernel is made of.
 struct StreamCase {
   std::string recursion = "dgc";
-  std::string keys;          ///< of the recursion, as a config has them
+  std::string keys = "";     ///< of the recursion, as a config has them
   std::string variant = {};  ///< appended to the name
   double density = 0.01;
   TopKOptions topk = {};

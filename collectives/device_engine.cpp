@@ -135,7 +135,7 @@ DeviceEngine::Sent DeviceEngine::run_whole_dense(DevicePlan& plan, Bytes grad, s
   if (recursion.kind != Recursion::Kind::estimate) return {};
   const Bytes sums = all.sub(0, count * sizeof(float));
   if (recursion.starting) return {{}, sums, false};
-  remake_mean_estimates(plan, sums, stream);
+  if (!recursion.blank) remake_mean_estimates(plan, sums, stream);
   return {};
 }
 

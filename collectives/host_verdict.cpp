@@ -12,15 +12,6 @@
 #include "compressors/core/rounding.hpp"
 
 namespace thinwire {
-namespace {
-
-float element(ConstBytes x, std::size_t i) noexcept {
-  return x.dtype == DType::fp32   ? x.as<float>()[i]
-         : x.dtype == DType::bf16 ? bf16_to_float(x.as<std::uint16_t>()[i])
-                                  : fp16_to_float(x.as<std::uint16_t>()[i]);
-}
-
-}  // namespace
 
 void HostEngine::settle(const BucketPlan& bucket, std::uint64_t step, const Sent& sent, bool finite) {
   if (codec_ == nullptr) return;
@@ -87,7 +78,7 @@ void HostEngine::note_dense_momentum(const BucketPlan& bucket, Bytes grad, float
       if (!dense_messages_.empty()) sum_in_rank_order(dense_messages_, shared.message + first, 1.0f / float(communicator_.size()), mean);
       for (std::size_t i = 0; i < n; ++i) {
         const std::size_t at = shared.first + first + i;
-        if (dense_messages_.empty()) mean[i] = element(grad, at) * unscale;
+        if (dense_messages_.empty()) mean[i] = load_element(grad.data, grad.dtype, at) * unscale;
         if (!averaging || is_live(shared.live, first + i)) continue;
         std::memset(grad.data + at * size_of(grad.dtype), 0, size_of(grad.dtype));
         mean[i] = 0;
@@ -112,6 +103,7 @@ void HostEngine::note_dense_means(const BucketPlan& bucket, Bytes sums) {
     sent_.shared = memory;
     return;
   }
+  if (bucket.recursion.blank) return;
   float* at = sums.as<float>();
   for (std::size_t s = 0; s < dense.segments.size(); at += dense.segments[s++].count) {
     if (const StateArray estimate = estimate_of(bucket.recursion, dense.states[s])) {

@@ -120,25 +120,42 @@ void GradientReducer::Impl::mark(std::span<const std::uint32_t> ids) {
   seen_count_ += ids.size();
 }
 
+std::uint64_t GradientReducer::Impl::start_goes_on_until() const {
+  if (!starting_step_ || !dense_step_ || step_ + 1 < dense_steps_) return start_until_;
+  queue_->drain();
+  engine_->wait();
+  return engine_->nonfinite_steps() != bad_before_ ? std::max(start_until_, step_ + 2) : start_until_;
+}
+
 void GradientReducer::Impl::begin_step_if_needed() {
   if (step_begun_) return;
+  if (const std::uint64_t until = start_goes_on_until(); until != start_until_) {
+    start_until_ = until;
+    bad_before_ = engine_->nonfinite_steps();
+  }
   step_begun_ = true;
   bool changed = epoch_ == 0;
-  bool dense = codec_ == nullptr || step_ < dense_steps_ || flush_next_ || !is_frozen();
-  bool starting =
-      (init_ == Init::dense && step_ < dense_steps_) || (init_ == Init::compressed && recursion_.control && step_ == dense_steps_);
+  bool dense = codec_ == nullptr || step_ < std::max(dense_steps_, start_until_) || flush_next_ || !is_frozen();
+  bool starting = (init_ == Init::dense && step_ < dense_steps_) || step_ < start_until_ ||
+                  (init_ == Init::compressed && recursion_.control && step_ == dense_steps_);
   for (std::size_t p = 0; p < slots_.size() && !dense; ++p) {
     if (!slots_[p].compressible) continue;
     const Setting setting = setting_at(step_, std::uint32_t(p));
     changed |= setting != slots_[p].setting;
     slots_[p].setting = setting;
   }
-  // While a tensor was dense by rule its estimates stayed what they were: one more dense step sets them anew.
+  // While a tensor was dense by rule its estimates stayed what they were: dense steps set them anew, two, because other tensors have
+  // residuals, which the first sends and so has in the estimates.
   const auto comes_back = [this](const ParameterSlot& slot) {
     return slot.compressible && slot.dense_now && !dense_by_rule(slot, slot.dtype);
   };
-  if (!dense && recursion_.kind == Recursion::Kind::estimate && std::any_of(slots_.begin(), slots_.end(), comes_back))
+  if (!dense && recursion_.kind == Recursion::Kind::estimate && std::any_of(slots_.begin(), slots_.end(), comes_back)) {
     dense = starting = true;
+    start_until_ = step_ + 2;
+    queue_->drain();
+    engine_->wait();
+    bad_before_ = engine_->nonfinite_steps();
+  }
   changed |= starting != starting_step_;
   starting_step_ = starting;
   changed |= is_frozen() != was_frozen_;
@@ -161,6 +178,7 @@ Recursion GradientReducer::Impl::recursion_now() const noexcept {
   if (!is_frozen()) return before_freeze_;
   Recursion recursion = recursion_;
   recursion.starting = starting_step_;
+  recursion.blank = blank_ && dense_step_ && step_ < dense_steps_;
   return recursion;
 }
 

@@ -41,7 +41,8 @@ struct ParameterStats {
   /// Error feedback on the host, at the last step that was looked at, every 64th: 1 − ‖x − C(x)‖²/‖x‖² of the message x, whatever the codec
   /// promises.
   std::optional<double> measured_delta;
-  std::optional<double> stale;            ///< estimate, at the same step: ‖g − h‖/‖g‖; above 1 for long, h lags behind
+  /// estimate, at the same step: ‖g − h‖/‖g‖, under worker_ema of the average; above 1 for long, h lags behind
+  std::optional<double> stale;
   std::optional<double> eta;              ///< EControl: in use
   std::optional<std::uint32_t> eta_cuts;  ///< how often the watchdog has lowered it, because the residual grew
   std::size_t masked = 0;                 ///< target=momentum: elements whose frozen variance is 0
@@ -63,7 +64,7 @@ struct Stats {
 struct WatchdogState {
   float eta = 0;            ///< what it has lowered eta to; 0: nothing
   std::uint64_t since = 0;  ///< 1 + the step at which its window began; 0: none has
-  double ratio = 0;         ///< ‖e‖²/‖g‖² then; 0: not taken yet
+  double ratio = 0;         ///< the smallest ‖e‖²/‖g‖² since eta is what it is; 0: not taken yet
   std::uint32_t cuts = 0;   ///< how often it has lowered eta
   bool operator==(const WatchdogState&) const = default;
 };
@@ -79,7 +80,9 @@ struct ReducerState {
   std::optional<std::uint64_t> frozen;  ///< target=momentum: the first step whose momentum was compressed, once that is known
   std::map<std::string, std::map<std::string, std::vector<float>>> parameters;
   std::map<std::string, WatchdogState> watchdog;  ///< of the parameters that it has looked at
-  bool flush = false;                             ///< flush() was called, and the dense step is yet to come
+  std::uint64_t start_until = 0;                  ///< EF21, EControl: steps before this one set the estimates, densely
+  std::map<std::string, DType> dense;  ///< the same: tensors that exchange=auto had dense, whose estimates are old, and their dtypes
+  bool flush = false;                  ///< flush() was called, and the dense step is yet to come
 };
 
 /// Before which steps an optimizer may freeze its variance: there, until it has, the ranks compare whether all have, and with the same

@@ -81,6 +81,10 @@ class GradientReducer::Impl {
   Recursion recursion_now() const noexcept;
   bool is_frozen() const noexcept { return !recursion_.averaged || step_ >= freeze_at_; }
   void begin_step_if_needed();
+  /// A dense step that sets the estimates and meets a gradient that is not finite is followed by two more: one that sends what waited, and
+  /// one in which the message is the gradient alone. The host waits to know, from the last such step of a start on.
+  /// @returns start_until_ as it should be.
+  std::uint64_t start_goes_on_until() const;
   /// Marks the ids as reduced in this step. @throws invalid_argument, nothing changed.
   void mark(std::span<const std::uint32_t> ids);
   bool complete_step_if_all_seen();
@@ -101,6 +105,8 @@ class GradientReducer::Impl {
     StateArray data;
     std::size_t count;
   };
+  template <class Call>
+  void with_all_ranks(const char* call, Call&& body) const;
   /// The state that this rank takes from, after everything about it was checked. @throws invalid_argument, nothing changed.
   std::span<const ReducerState> check_states(std::span<const ReducerState> states) const;
   /// Whether what the array would take, `values` of one checkpoint, is no bf16 number where the array's place in the recursion needs one.
@@ -132,7 +138,10 @@ class GradientReducer::Impl {
   std::size_t seen_count_ = 0;
   bool step_begun_ = false;
   bool dense_step_ = false;
-  bool starting_step_ = false;  ///< init=dense: a dense step that sets the estimates
+  bool starting_step_ = false;     ///< init=dense: a dense step that sets the estimates
+  std::uint64_t start_until_ = 0;  ///< steps before this one are such steps, after a bad verdict, a reset, or for tensors that come back
+  bool blank_ = true;              ///< no state was loaded: before the start estimates are 0
+  std::uint64_t bad_before_ = 0;   ///< non-finite steps that are accounted for in start_until_
   bool flush_next_ = false;
   bool was_frozen_ = true;
   std::uint64_t freeze_at_ = UINT64_MAX;     ///< target=momentum: the first step that is compressed

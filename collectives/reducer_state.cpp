@@ -131,7 +131,7 @@ void GradientReducer::Impl::resynchronize() {
   engine_->check();
   // On the caller's communicator, as load_state(): a peer that has gone on with its next step is at the reducer's own.
   const Deadline deadline(*parent_, communicator_->timeout());
-  compare_cards(*parent_, {step_, freeze_at_, false, false}, "");
+  with_all_ranks("resynchronize()", [&] { compare_cards(*parent_, {step_, freeze_at_, false, false}, ""); });
 
   constexpr std::size_t kPiece = std::size_t(1) << 16;
   const std::size_t world = std::size_t(parent_->size()), rank = std::size_t(parent_->rank());
@@ -188,6 +188,12 @@ void GradientReducer::Impl::reset() {
   engine_->set_started(!options_.step_verdict);
   engine_->set_nonfinite_steps(0);
   engine_->forget_bytes();
+  starting_step_ = false;
+  bad_before_ = 0;
+  blank_ = true;
+  start_until_ = init_ == Init::dense ? step_ + 1 : 0;
+  for (ParameterSlot& slot : slots_) slot.dense_now = false;
+  ++epoch_;
   const std::lock_guard counters(counters_);
   traffic_at_reset_ = traffic_;
   resync_error_.reset();
@@ -264,6 +270,11 @@ ReducerState GradientReducer::Impl::state() const {
   out.nonfinite_steps = engine_->nonfinite_steps();
   if (recursion_.averaged && freeze_at_ != UINT64_MAX) out.frozen = freeze_at_;
   out.flush = flush_next_;
+  if (recursion_.kind == Recursion::Kind::estimate) {
+    if (const std::uint64_t until = start_goes_on_until(); until > step_) out.start_until = until;
+    for (const ParameterSlot& slot : slots_)
+      if (slot.dense_now) out.dense[slot.parameter.name] = slot.dtype;
+  }
   std::array<Array, kNamedArrays> arrays;
   for (std::uint32_t p = 0; p < slots_.size(); ++p) {
     auto& named = out.parameters[slots_[p].parameter.name];
@@ -321,6 +332,7 @@ std::span<const ReducerState> GradientReducer::Impl::check_states(std::span<cons
   std::set<std::string_view> mine;
   for (const ParameterSlot& slot : slots_) mine.insert(slot.parameter.name);
   std::array<Array, kNamedArrays> arrays;
+  std::vector<const std::vector<float>*> first_shared(slots_.size(), nullptr);  // the first state's mean estimates
   for (const ReducerState& source : sources) {
     for (std::uint32_t p = 0; p < slots_.size(); ++p) {
       const std::string& name = slots_[p].parameter.name;
@@ -332,6 +344,11 @@ std::span<const ReducerState> GradientReducer::Impl::check_states(std::span<cons
       const std::size_t n = arrays_of(p, arrays);
       for (std::size_t a = 0; a < n; ++a) {
         const auto values = found->second.find(std::string(arrays[a].name));
+        const std::vector<float>* first_mean_estimate = nullptr;
+        if (arrays[a].name == kMeanEstimate && values != found->second.end()) {
+          if (&source == &sources.front()) first_shared[p] = &values->second;
+          first_mean_estimate = first_shared[p];
+        }
         if (values == found->second.end()) {
           problems += "; '" + name + "' has no '" + std::string(arrays[a].name) + "'";
         } else if (const std::size_t length = length_in(arrays[a], p, source); values->second.size() != length) {
@@ -339,6 +356,9 @@ std::span<const ReducerState> GradientReducer::Impl::check_states(std::span<cons
                       " elements instead of " + std::to_string(length);
         } else if (!std::all_of(values->second.begin(), values->second.end(), [](float x) { return is_finite(x); })) {
           problems += "; '" + name + "' '" + std::string(arrays[a].name) + "' holds a value that is not finite";
+        } else if (first_mean_estimate != nullptr && values->second != *first_mean_estimate) {
+          problems += "; '" + name + "' 'mean_estimate' is not the same on rank " + std::to_string(source.rank) + " and on rank " +
+                      std::to_string(sources.front().rank) + ", as it is on all ranks of a checkpoint";
         } else if (sources.size() == 1 && off_grid(arrays[a], values->second)) {
           problems += "; '" + name +
                       "' 'estimate' holds values that are no bf16 numbers, which estimate=grid needs: it was saved with estimate=fp32";
@@ -349,9 +369,25 @@ std::span<const ReducerState> GradientReducer::Impl::check_states(std::span<cons
     }
     for (const auto& [name, ignored] : source.parameters)
       if (!mine.contains(name)) problems += "; '" + name + "' is not a parameter here";
+    for (const auto& [name, ignored] : source.watchdog)
+      if (!mine.contains(name)) problems += "; '" + name + "' in 'watchdog' is not a parameter here";
+    for (const auto& [name, ignored] : source.dense)
+      if (!mine.contains(name)) problems += "; '" + name + "' in 'dense' is not a parameter here";
   }
   if (!problems.empty()) fail(Errc::invalid_argument, "load_state: the state does not fit config '" + config_.str() + "'" + problems);
   return sources;
+}
+
+/// An error of the transport in a call that all ranks make: a rank that has not is the likeliest reason.
+template <class Call>
+void GradientReducer::Impl::with_all_ranks(const char* call, Call&& body) const {
+  try {
+    body();
+  } catch (const Error& error) {
+    if (error.code() != Errc::transport && error.code() != Errc::timeout && error.code() != Errc::peer_lost) throw;
+    fail(error.code(), std::string(call) + " at step " + std::to_string(step_) + " on rank " + std::to_string(parent_->rank()) +
+                           ", which all ranks have to call: " + error.what());
+  }
 }
 
 void GradientReducer::Impl::load_state(std::span<const ReducerState> states, const std::string& refused) {
@@ -387,7 +423,7 @@ void GradientReducer::Impl::load_state(std::span<const ReducerState> states, con
     if (const auto shared = kept.find(std::string(kMeanEstimate)); shared != kept.end())
       loaded = wire::hash_bytes(shared->second.data(), shared->second.size() * sizeof(float), loaded);
   }
-  compare_cards(*parent_, {front.step, freeze_at, false, false, loaded}, "");
+  with_all_ranks("load_state()", [&] { compare_cards(*parent_, {front.step, freeze_at, false, false, loaded}, ""); });
 
   std::array<Array, kNamedArrays> arrays;
   std::vector<float> cut;  // what estimate=grid cuts off the mean of other ranks' estimates: H loses it too, so the next message has it
@@ -434,6 +470,16 @@ void GradientReducer::Impl::load_state(std::span<const ReducerState> states, con
   }
   step_ = front.step;
   flush_next_ = front.flush;
+  start_until_ = front.start_until;
+  blank_ = false;
+  starting_step_ = false;
+  bad_before_ = step_ + 1 < dense_steps_ ? 0 : front.nonfinite_steps;
+  for (ParameterSlot& slot : slots_) {
+    const auto dense = front.dense.find(slot.parameter.name);
+    slot.dense_now = slot.compressible && dense != front.dense.end();
+    if (slot.dense_now) slot.dtype = dense->second;
+  }
+  ++epoch_;
   if (recursion_.averaged) {
     freeze_at_ = freeze_at;
     if (was_frozen_ != is_frozen()) ++epoch_;

@@ -55,12 +55,13 @@ void Watch::note(std::span<const Segment> segments, std::uint64_t step, std::spa
       sum.message += probes[part].message;
       sum.left += probes[part].left;
       sum.stale += probes[part].stale;
+      sum.followed += probes[part].followed;
       sum.residual += probes[part].residual;
     }
     Watched& watched = watched_[parameter];
     watched.seen.any = watched.looked = true;
     watched.seen.delta = sum.message > 0 ? 1 - sum.left / sum.message : 1;
-    watched.seen.stale = grad > 0 ? std::sqrt(sum.stale / grad) : 0;
+    watched.seen.stale = sum.followed > 0 ? std::sqrt(sum.stale / sum.followed) : 0;
     const double contraction = std::min(codec_->nominal_delta(segments[s]), watched.seen.delta);
     if (recursion_.control && grad > 0 && is_risky(eta_of_segment(segments[s]), contraction))
       watch(watched.state, segments[s], step, sum.residual / grad);
@@ -91,6 +92,8 @@ void Watch::watch(WatchdogState& state, const Segment& segment, std::uint64_t st
     lowered_any_ = true;
   } else if (age() < kWindow) {
     return;
+  } else {
+    ratio = std::min(ratio, state.ratio);  // slow growth adds up from window to window
   }
   state.ratio = ratio;
   state.since = step + 1;

@@ -18,7 +18,7 @@ namespace thinwire {
 struct Seen {
   bool any = false;
   double delta = 0;  ///< 1 − ‖x − C(x)‖²/‖x‖²
-  double stale = 0;  ///< ‖g − h‖/‖g‖
+  double stale = 0;  ///< ‖g − h‖/‖g‖, of the average where there is one
 };
 
 /// Each rank watches its own messages, and may have an eta of its own: H is the mean of estimates, however they came about. Deterministic:

@@ -27,8 +27,9 @@ struct EstimateOracle {
     std::size_t block = 8;                              ///< of signs, l1
     bool two_phase = false;
     std::function<bool(int step, std::size_t parameter)> dense_now = nullptr;  ///< a tensor that stays dense in a compressed step
-    std::function<bool(int step)> restart = nullptr;  ///< a dense step that sets the estimates, after tensors were dense for a time
-    double eta = -1;                                  ///< negative: k / n of each parameter at each step, 1/2 for signs
+    std::function<bool(int step)> restart =
+        nullptr;      ///< a dense step that sets the estimates, after tensors were dense for a time, and the one after it
+    double eta = -1;  ///< negative: k / n of each parameter at each step, 1/2 for signs
     bool step_verdict = false;
   };
   struct Step {
@@ -66,9 +67,11 @@ struct EstimateOracle {
       for (Values& g : s.grad[r])
         if (s.joined[r]) std::fill(g.begin(), g.end(), 0.0);
     const int dense_steps = std::max(options.start_step, options.init == Init::dense ? 1 : 0);
-    const bool restart = options.restart != nullptr && options.restart(step);
-    const bool dense = step < dense_steps || s.flush || restart;
-    const bool starting = restart || (options.init == Init::dense && step < dense_steps) ||
+    // A start that was bad is made again, twice: the first sends what was kept back, so that only the second has h = g.
+    if (was_dense_start_ && step + 1 >= dense_steps && bad_steps != bad_before_) start_until_ = step + 2, bad_before_ = bad_steps;
+    if (options.restart != nullptr && options.restart(step)) start_until_ = step + 2, bad_before_ = bad_steps;
+    const bool dense = step < std::max(dense_steps, start_until_) || s.flush;
+    const bool starting = step < start_until_ || (options.init == Init::dense && step < dense_steps) ||
                           (options.init == Init::compressed && options.control && step == dense_steps);
     const auto is_bad = [&](const std::vector<std::uint32_t>& bucket) {
       for (const std::uint32_t p : bucket)
@@ -91,6 +94,7 @@ struct EstimateOracle {
         if (bad) std::fill(out[p].begin(), out[p].end(), std::numeric_limits<double>::quiet_NaN());
       }
     }
+    was_dense_start_ = dense && starting;
     bad_steps += bad_step ? 1 : 0;
     started_ = started_ || !bad_step;
     if (options.step_verdict && !started_) clear();
@@ -191,7 +195,8 @@ struct EstimateOracle {
     return out;
   }
 
-  bool started_ = false;
+  bool started_ = false, was_dense_start_ = false;
+  int start_until_ = 0, bad_before_ = 0;
 };
 
 }  // namespace thinwire::test

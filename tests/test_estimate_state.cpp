@@ -9,21 +9,24 @@ namespace {
 
 using Init = EstimateOracle::Init;
 
-TEST(EstimateState, AResetStartsFromZero) {
-  for (const Method& method : {topk_method(true, 0.5), sign_method(true, true)}) {
-    Method zero = method;  // the first step after it is no dense one: that belongs to step 0
-    Scenario s = scenario_of(2, method, 6);
+// A reset is a start: the same as a fresh run from there on, with its dense step.
+TEST(EstimateState, AResetStartsAnew) {
+  for (const Method& method :
+       {topk_method(true, 0.5), topk_method(false, 1, Init::zero), topk_method(true, 1, Init::dense, 2), sign_method(true, true)}) {
+    SCOPED_TRACE(method.config);
+    Scenario s = scenario_of(2, method, 8);
     s.before_step = [](GradientReducer& reducer, int step, int) {
-      if (step != 3) return;
+      if (step != 4) return;
       reducer.reset();
       for (const auto& [name, arrays] : reducer.state().parameters)
         for (const auto& [array, values] : arrays)
           for (const float x : values) ASSERT_EQ(x, 0) << name << "." << array;
     };
     const Outcome reset = play(s);
-    zero.config.replace(zero.config.find("init=dense"), 10, "init=zero");
-    Scenario fresh = scenario_of(2, zero, 3);
-    fresh.grad = [grad = s.grad](int step, int rank, std::uint32_t p) { return grad(step + 3, rank, p); };
+    Method once = method;  // start_step counts from the beginning of a run
+    once.config.replace(once.config.find("start_step="), std::string::npos, "start_step=0");
+    Scenario fresh = scenario_of(2, once, 4);
+    fresh.grad = [grad = s.grad](int step, int rank, std::uint32_t p) { return grad(step + 4, rank, p); };
     expect_same_state(reset.state, play(fresh).state);
   }
 }
@@ -74,6 +77,65 @@ Scenario rest_of(const Scenario& whole, int cut, std::vector<ReducerState> state
   rest.start = std::move(states);
   rest.grad = [grad = whole.grad, cut](int step, int rank, std::uint32_t p) { return grad(step + cut, rank, p); };
   return rest;
+}
+
+void expect_goes_on_from(const Scenario& whole, const std::vector<int>& cuts) {
+  const Outcome a = play(whole);
+  for (const int cut : cuts) {
+    SCOPED_TRACE(whole.config + " cut at " + std::to_string(cut));
+    Scenario begin = whole;
+    begin.steps = cut;
+    const Outcome b = play(rest_of(whole, cut, play(begin).state));
+    expect_same_state(a.state, b.state);
+    for (std::size_t t = std::size_t(cut); t < a.mean.size(); ++t)
+      for (std::size_t p = 0; p < kModel.size(); ++p)
+        EXPECT_TRUE(same_bits(a.mean[t][0][p], b.mean[t - std::size_t(cut)][0][p])) << "step " << t;
+  }
+}
+
+// A start whose gradients were not finite is made again until one is good, wherever the run is cut.
+TEST(EstimateState, ABadStartIsMadeAgainAfterACheckpointToo) {
+  for (const int start_step : {0, 3})
+    for (const int bad : {0, 1, 2}) {
+      Method method = topk_method(true, 0.5, Init::dense, start_step);
+      Scenario s = scenario_of(2, method, 8);
+      s.grad = [grad = s.grad, bad](int step, int rank, std::uint32_t p) {
+        Vec g = grad(step, rank, p);
+        if (step == bad && rank == 1 && p == 0) g[3] = std::numeric_limits<float>::infinity();
+        return g;
+      };
+      std::array<bool, 8> compressed{};
+      s.after_step = [&](GradientReducer& reducer, int step, int rank) {
+        if (rank == 0) compressed[std::size_t(step)] = reducer.stats().parameters[0].compressed;
+      };
+      const Outcome out = play(s);
+      const int dense = std::max(start_step, 1), last = bad < dense ? std::max(dense, std::max(bad + 1, dense - 1) + 2) : dense;
+      for (int step = 0; step < 8; ++step) EXPECT_EQ(compressed[std::size_t(step)], step >= last) << "bad " << bad << " step " << step;
+      s.after_step = nullptr;
+      expect_goes_on_from(s, {1, 2, 3, 4, 5});
+    }
+}
+
+// Tensors that are dense by the rule for a time: their estimates are old, which the checkpoint knows. So does another world.
+TEST(EstimateState, TensorsThatWereDenseStartAnewAfterACheckpointToo) {
+  Method method = topk_method(true, 0.5, Init::dense, 1);
+  method.config.replace(method.config.find("gather"), 6, "auto");
+  method.config += " policy=warmup:densities=0.25/0.5/0.25,steps=2";
+  expect_goes_on_from(scenario_of(4, method, 9), {3, 4, 5, 6, 7});
+
+  method = topk_method(true);
+  method.config.replace(method.config.find("gather"), 6, "auto");
+  method.config.replace(method.config.find("0.1"), 3, "0.5");
+  Scenario s = scenario_of(2, method, 3);
+  s.start = play(scenario_of(4, method, 4)).state;  // always dense among four
+  ASSERT_TRUE(s.start[0].dense.contains("w"));
+  std::array<bool, 3> compressed{};
+  s.after_step = [&](GradientReducer& reducer, int step, int rank) {
+    if (rank == 0) compressed[std::size_t(step)] = reducer.stats().parameters[0].compressed;
+  };
+  const Outcome out = play(s);
+  EXPECT_EQ(compressed, (std::array{false, false, true}));
+  expect_mean_of_estimates(out, false, 3 * 8 * 0x1p-24 * 64);
 }
 
 // What the watchdog is waiting for is in the checkpoint, so it acts at the same steps; and it does not matter who shares a bucket with
@@ -165,6 +227,24 @@ TEST(EstimateState, ResynchronizeMakesHTheMeanAgain) {
       EXPECT_LT(*plain.stats[0].resync_error, bound);
       EXPECT_NEAR(*back.stats[0].resync_error, std::sqrt(moved_by / norm), 0.01 * std::sqrt(moved_by / norm));
     }
+}
+
+// A sequence of old ranks' states must agree on H as well.
+TEST(EstimateState, ASequenceOfStatesWithDifferentMeanEstimatesIsRefused) {
+  const Method method = topk_method(true);
+  std::vector<ReducerState> states = play(scenario_of(3, method, 2)).state;
+  states[2].parameters.at("m").at("mean_estimate")[7] += 1;
+  states[1].watchdog["nobody"] = {};
+  run_ranks(2, [&](std::shared_ptr<Communicator> communicator) {
+    GradientReducer reducer(communicator, Config::parse(method.config), kModel);
+    try {
+      reducer.load_state(states);
+      ADD_FAILURE() << "it was loaded";
+    } catch (const Error& error) {
+      for (const char* words : {"'m' 'mean_estimate' is not the same on rank 2 and on rank 0", "'nobody' in 'watchdog'"})
+        EXPECT_NE(std::string(error.what()).find(words), std::string::npos) << error.what();
+    }
+  });
 }
 
 // States of several checkpoints of the same step: every rank hears of it, and goes on with what it had.

@@ -34,19 +34,6 @@ void launch(const char* name, void (*kernel)(Parameters...), std::size_t blocks,
   }
 }
 
-/// Element i of an array of `dtype`, as a float. @param base aligned to the dtype
-template <DType dtype>
-__device__ inline float load_element(const std::byte* base, std::size_t i) {
-  if constexpr (dtype == DType::fp32) return reinterpret_cast<const float*>(base)[i];
-  if constexpr (dtype == DType::bf16) return bf16_to_float(reinterpret_cast<const std::uint16_t*>(base)[i]);
-  if constexpr (dtype == DType::fp16) return fp16_to_float(reinterpret_cast<const std::uint16_t*>(base)[i]);
-}
-__device__ inline float load_element(const std::byte* base, DType dtype, std::size_t i) {
-  return dtype == DType::fp32   ? load_element<DType::fp32>(base, i)
-         : dtype == DType::bf16 ? load_element<DType::bf16>(base, i)
-                                : load_element<DType::fp16>(base, i);
-}
-
 /// Rounds x once to `dtype` and stores it as element i. @returns whether what is stored is finite.
 __device__ inline bool store_element(std::byte* base, DType dtype, std::size_t i, float x) {
   if (dtype == DType::fp32) {

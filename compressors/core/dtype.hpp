@@ -80,6 +80,19 @@ THINWIRE_HD constexpr float wire_floor(DType wire) noexcept {
   return bits_float(1u);
 }
 
+/// Element i of an array of `dtype`, as a float. @param base aligned to the dtype
+template <DType dtype>
+THINWIRE_HD inline float load_element(const void* base, std::size_t i) noexcept {
+  if constexpr (dtype == DType::fp32) return static_cast<const float*>(base)[i];
+  if constexpr (dtype == DType::bf16) return bf16_to_float(static_cast<const std::uint16_t*>(base)[i]);
+  if constexpr (dtype == DType::fp16) return fp16_to_float(static_cast<const std::uint16_t*>(base)[i]);
+}
+THINWIRE_HD inline float load_element(const void* base, DType dtype, std::size_t i) noexcept {
+  return dtype == DType::fp32   ? load_element<DType::fp32>(base, i)
+         : dtype == DType::bf16 ? load_element<DType::bf16>(base, i)
+                                : load_element<DType::fp16>(base, i);
+}
+
 /// A quiet NaN of each dtype, what every element of a non-finite bucket becomes.
 THINWIRE_HD constexpr std::uint32_t nan_bits(DType dtype) noexcept {
   return dtype == DType::fp32 ? 0x7fc00000u : dtype == DType::bf16 ? 0x7fc0u : 0x7e00u;

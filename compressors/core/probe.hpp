@@ -12,6 +12,7 @@ struct Probe {
   double message = 0;   ///< x²
   double left = 0;      ///< (x − what was sent)²
   double stale = 0;     ///< (g − h)² after the step; forms with an estimate, g: the average where there is one
+  double followed = 0;  ///< g² (or the average's); forms with an estimate
   double residual = 0;  ///< e² after the step
 };
 

@@ -49,6 +49,7 @@ struct Recursion {
   /// it costs nothing of H = mean h.
   bool grid = false;
   bool starting = false;  ///< estimate: a dense step that sets it (init=dense), or the first that is compressed (init=compressed)
+  bool blank = false;     ///< estimate: of a dense step before anything was started: h and H are 0
 
   bool operator==(const Recursion&) const = default;
 };

@@ -89,6 +89,15 @@ template <Form form>
   return out;
 }
 
+/// The same of element i of a block of elements, of whatever codec.
+template <Form form, DType dtype, class Block>
+Estimated estimated_at(const Block& b, std::size_t i) noexcept {
+  float residual = 0, average = 0;
+  if constexpr (has_residual(form)) residual = b.residual[i];
+  if constexpr (is_smoothed(form)) average = b.average[i];
+  return estimated<form>(load_element<dtype>(b.grad, i) * b.factor, b.rate, b.keep, b.fresh, b.estimate[i], residual, average);
+}
+
 /// Forms with an estimate: w was sent. e ← e − w, h ← h + w; the residual does not matter where there is none.
 [[gnu::always_inline]] THINWIRE_HD inline void send(float w, float& residual, float& estimate) noexcept {
   residual = saturated(residual - w);

@@ -10,12 +10,6 @@ namespace {
 
 using feedback::Form;
 
-float load(ConstBytes grad, std::size_t i) noexcept {
-  return grad.dtype == DType::fp32   ? grad.as<float>()[i]
-         : grad.dtype == DType::bf16 ? bf16_to_float(grad.as<std::uint16_t>()[i])
-                                     : fp16_to_float(grad.as<std::uint16_t>()[i]);
-}
-
 /// Calls visit(probe, segment, its state, its index, element, gradient) for every live element; a gradient that is not finite is 0.
 template <class Visit>
 void for_each(const Plan& plan, ConstBytes grad, const StateView& state, std::span<Probe> out, Visit&& visit) noexcept {
@@ -24,7 +18,7 @@ void for_each(const Plan& plan, ConstBytes grad, const StateView& state, std::sp
     const float factor = state.grad_factor != nullptr ? state.grad_factor[s] : 1.0f;
     for (std::size_t i = 0; i < segment.count; ++i) {
       float g;
-      if (!is_live(segment.live, i) || !feedback::news(load(grad, segment.first + i) * factor, g)) continue;
+      if (!is_live(segment.live, i) || !feedback::news(load_element(grad.data, grad.dtype, segment.first + i) * factor, g)) continue;
       visit(out[s], segment, state.segments[s], s, i, g);
     }
   }
@@ -64,10 +58,11 @@ void probe_rest(const Recursion& recursion, const Plan& plan, ConstBytes grad, c
     double left = e;
     if (recursion.kind == Recursion::Kind::estimate) {
       const float* const average = average_of(recursion, own);
-      const double stale = double(average != nullptr ? average[i] : g) - estimate_of(recursion, own)[i];
+      const double followed = average != nullptr ? average[i] : g, stale = followed - estimate_of(recursion, own)[i];
       // e = e' + t − sent and g − h = t − sent, so x − sent = eta·e' + (g − h) with e' = e − (g − h).
       left = residual ? double(segment.setting.eta) * (e - stale) + stale : stale;
       probe.stale += stale * stale;
+      probe.followed += followed * followed;
     }
     probe.left += left * left;
     probe.residual += e * e;

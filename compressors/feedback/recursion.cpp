@@ -51,9 +51,7 @@ float block_sum(ConstBytes grad, std::size_t first, std::size_t n) noexcept {
 double element_squares(ConstBytes grad, std::size_t first, std::size_t n) noexcept {
   double sum = 0;
   for (std::size_t at = first; at < first + n; ++at) {
-    const double x = finite_or_zero(grad.dtype == DType::fp32   ? grad.as<float>()[at]
-                                    : grad.dtype == DType::bf16 ? bf16_to_float(grad.as<std::uint16_t>()[at])
-                                                                : fp16_to_float(grad.as<std::uint16_t>()[at]));
+    const double x = finite_or_zero(load_element(grad.data, grad.dtype, at));
     sum += x * x;
   }
   return sum;

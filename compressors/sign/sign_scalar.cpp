@@ -12,21 +12,6 @@
 namespace thinwire::sign {
 namespace {
 
-template <DType dtype>
-float load_grad(const void* grad, std::size_t i) noexcept {
-  if constexpr (dtype == DType::fp32) return static_cast<const float*>(grad)[i];
-  if constexpr (dtype == DType::bf16) return bf16_to_float(static_cast<const std::uint16_t*>(grad)[i]);
-  if constexpr (dtype == DType::fp16) return fp16_to_float(static_cast<const std::uint16_t*>(grad)[i]);
-}
-
-template <Form form, DType dtype>
-feedback::Estimated estimated_at(const Chunk& c, std::size_t i) noexcept {
-  float residual = 0, average = 0;
-  if constexpr (feedback::has_residual(form)) residual = c.residual[i];
-  if constexpr (feedback::is_smoothed(form)) average = c.average[i];
-  return feedback::estimated<form>(load_grad<dtype>(c.grad, i) * c.factor, c.rate, c.keep, c.fresh, c.estimate[i], residual, average);
-}
-
 template <Scale scale, Form form, DType dtype>
 std::uint32_t range(const Chunk& c, std::size_t from, std::size_t to, float* partial, std::uint8_t* bits) {
   std::uint32_t flags = 0;
@@ -36,14 +21,14 @@ std::uint32_t range(const Chunk& c, std::size_t from, std::size_t to, float* par
     bool finite = true;
     float x;
     if constexpr (feedback::has_estimate(form)) {
-      const feedback::Estimated element = estimated_at<form, dtype>(c, i);
+      const feedback::Estimated element = feedback::estimated_at<form, dtype>(c, i);
       x = element.x;
       finite = element.finite;
     } else {
       float m = 0, residual = 0;
       if constexpr (feedback::is_averaged(form)) m = c.momentum[i];
       if constexpr (feedback::has_residual(form)) residual = c.residual[i];
-      x = message_of<form>(load_grad<dtype>(c.grad, i) * c.factor, c.rate, c.beta, m, residual, finite);
+      x = message_of<form>(load_element<dtype>(c.grad, i) * c.factor, c.rate, c.beta, m, residual, finite);
       if constexpr (feedback::has_residual(form)) c.residual[i] = x;
     }
     if (!finite) flags = kFlagNonfinite;
@@ -62,7 +47,7 @@ template <Form form, DType dtype>
 void commit_elements(const Chunk& c, std::size_t from, std::size_t to, const std::uint8_t* bits, float scale) {
   for (std::size_t i = from; i < to; ++i) {
     if (!is_live(c.live, i)) continue;
-    feedback::Estimated element = estimated_at<form, dtype>(c, i);
+    feedback::Estimated element = feedback::estimated_at<form, dtype>(c, i);
     feedback::send(value_of(((bits[i / 8] >> (i % 8)) & 1u) != 0, scale), element.residual, c.estimate[i]);
     if constexpr (feedback::has_residual(form)) c.residual[i] = element.residual;
     if constexpr (feedback::is_smoothed(form)) c.average[i] = element.average;

@@ -14,7 +14,7 @@ namespace {
 
 template <DType dtype>
 float value_at(const std::byte* values, std::size_t i) noexcept {
-  return load_grad<dtype>(values, i);
+  return load_element<dtype>(values, i);
 }
 
 THINWIRE_CLONES bool all_finite_fp32(const std::uint32_t* bits, std::size_t count) {

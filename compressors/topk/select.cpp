@@ -92,9 +92,7 @@ float message_at(const SegmentPass& pass, std::size_t i) noexcept {
   if (feedback::has_estimate(pass.form)) return message_kernel(pass.form, pass.grad_dtype)(s, i);
   if (!is_live(s.live, i)) return 0;
   if (s.residual != nullptr) return s.residual[i];
-  const float raw = pass.grad_dtype == DType::fp32   ? load_grad<DType::fp32>(s.grad, i)
-                    : pass.grad_dtype == DType::bf16 ? load_grad<DType::bf16>(s.grad, i)
-                                                     : load_grad<DType::fp16>(s.grad, i);
+  const float raw = load_element(s.grad, pass.grad_dtype, i);
   float g;
   feedback::news(raw * s.factor, g);
   return g;

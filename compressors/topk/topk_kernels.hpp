@@ -117,11 +117,4 @@ class SampleGroups {
   std::uint64_t next_ = 0, stratum_ = 0, carry_ = 0;
 };
 
-template <DType dtype>
-inline float load_grad(const void* grad, std::size_t i) noexcept {
-  if constexpr (dtype == DType::fp32) return static_cast<const float*>(grad)[i];
-  if constexpr (dtype == DType::bf16) return bf16_to_float(static_cast<const std::uint16_t*>(grad)[i]);
-  if constexpr (dtype == DType::fp16) return fp16_to_float(static_cast<const std::uint16_t*>(grad)[i]);
-}
-
 }  // namespace thinwire::topk

@@ -15,10 +15,7 @@ namespace {
 
 template <Form form, DType dtype>
 feedback::Estimated estimated_at(const Block& b, std::size_t i) noexcept {
-  float residual = 0, average = 0;
-  if constexpr (feedback::has_residual(form)) residual = b.residual[i];
-  if constexpr (feedback::is_smoothed(form)) average = b.average[i];
-  auto out = feedback::estimated<form>(load_grad<dtype>(b.grad, i) * b.factor, b.rate, b.keep, b.fresh, b.estimate[i], residual, average);
+  auto out = feedback::estimated_at<form, dtype>(b, i);
   if (feedback::is_control(form) && b.narrow) out.residual = wire_round(out.residual, DType::bf16);
   return out;
 }
@@ -59,7 +56,7 @@ void range(const Block& b, std::uint32_t from, std::uint32_t to, Emitted& emitte
     float g, x, u = 0, residual = 0;
     if constexpr (feedback::has_residual(form)) residual = b.residual[i];
     if constexpr (feedback::has_momentum(form)) u = b.momentum[i];
-    if (!feedback::news(load_grad<dtype>(b.grad, i) * b.factor, g)) emitted.flags |= kFlagNonfinite;
+    if (!feedback::news(load_element<dtype>(b.grad, i) * b.factor, g)) emitted.flags |= kFlagNonfinite;
     feedback::message<form>(g, b.rate, residual, u, x);
     if (!is_finite(x)) {  // an accumulator overflowed: this element sits the step out
       emitted.flags |= kFlagNonfinite;
@@ -106,7 +103,7 @@ std::uint32_t magnitude_at(const Block& s, std::size_t i) noexcept {
   float g, x, u = 0, residual = 0;
   if constexpr (feedback::has_residual(form)) residual = s.residual[i];
   if constexpr (feedback::has_momentum(form)) u = s.momentum[i];
-  feedback::news(load_grad<dtype>(s.grad, i) * s.factor, g);
+  feedback::news(load_element<dtype>(s.grad, i) * s.factor, g);
   feedback::message<form>(g, s.rate, residual, u, x);
   return is_finite(x) ? float_bits(magnitude(x)) : 0;
 }
@@ -150,7 +147,7 @@ std::uint32_t add_bitmap(const std::uint32_t* words, std::size_t count, const st
                          float* target) {
   for (std::size_t first = 0; first < count; first += 32)
     for (std::uint32_t bits = words[first / 32]; bits != 0; bits &= bits - 1)
-      target[first + std::size_t(std::countr_zero(bits))] += load_grad<dtype>(values, next++);
+      target[first + std::size_t(std::countr_zero(bits))] += load_element<dtype>(values, next++);
   return next;
 }
 

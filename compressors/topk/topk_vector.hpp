@@ -93,7 +93,7 @@ void settle(const Block& b, const std::uint16_t* hits, std::uint32_t count, cons
   } else if constexpr (!feedback::has_residual(form)) {
     const float factor = b.factor;
     const void* grad = b.grad;
-    for (std::uint32_t j = 0; j < count; ++j) value[j] = load_grad<dtype>(grad, hits[j]) * factor;
+    for (std::uint32_t j = 0; j < count; ++j) value[j] = load_element<dtype>(grad, hits[j]) * factor;
   } else if (b.clear && b.wire == DType::fp32) {
     for (std::uint32_t j = 0; j < count; ++j) {
       value[j] = residual[hits[j]];

@@ -112,6 +112,12 @@ py::dict dict_of(const ReducerState& state) {
   dict["nonfinite_steps"] = state.nonfinite_steps;
   if (state.frozen) dict["frozen"] = *state.frozen;
   if (state.flush) dict["flush"] = true;
+  if (state.start_until > 0) dict["start_until"] = state.start_until;
+  if (!state.dense.empty()) {
+    py::dict dense;
+    for (const auto& [name, dtype] : state.dense) dense[py::str(name)] = to_string(dtype);
+    dict["dense"] = std::move(dense);
+  }
   if (!state.watchdog.empty()) {
     using namespace py::literals;
     py::dict watchdog;
@@ -133,6 +139,11 @@ ReducerState state_of(const py::dict& dict) {
   state.nonfinite_steps = dict["nonfinite_steps"].cast<std::uint64_t>();
   if (dict.contains("frozen")) state.frozen = dict["frozen"].cast<std::uint64_t>();
   if (dict.contains("flush")) state.flush = dict["flush"].cast<bool>();
+  if (dict.contains("start_until")) state.start_until = dict["start_until"].cast<std::uint64_t>();
+  if (dict.contains("dense")) {
+    for (const auto& [name, dtype] : dict["dense"].cast<std::map<std::string, std::string>>())
+      state.dense[name] = dtype == "bf16" ? DType::bf16 : dtype == "fp16" ? DType::fp16 : DType::fp32;
+  }
   if (dict.contains("watchdog")) {
     for (const auto& [name, one] : dict["watchdog"].cast<py::dict>())
       state.watchdog[name.cast<std::string>()] = {one["eta"].cast<float>(), one["since"].cast<std::uint64_t>(), one["ratio"].cast<double>(),

@@ -105,7 +105,8 @@ def _info(arguments: argparse.Namespace, console: Console) -> list[dict[str, Any
 
 def _check(arguments: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     config = Config.parse(arguments.config)
-    table = Table("slot", "value", title="configuration")
+    table = Table("slot", title="configuration")
+    table.add_column("value", overflow="fold")  # all of it, however narrow the terminal
     for slot in str(config).split(" "):
         table.add_row(*slot.split("=", 1))
     console.print(table)

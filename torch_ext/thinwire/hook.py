@@ -107,7 +107,8 @@ class HookState:
         compressed, reason`` (why
         not), ``density`` (configured now), ``kept`` (entries sent at the last step), ``residual_norm, grad_norm`` (this rank's;
         with ``codec=none`` the gradient's is taken at every 16th step), ``momentum_norm`` and ``masked`` (elements whose frozen variance is 0) where the target is the momentum; ``frozen``:
-        whether it is compressed by now. With OneBitAdam ``freeze``: ``step`` and ``reason``, once it has frozen, and ``max_update``, the
+        whether it is compressed by now. With error feedback on the CPU ``measured_delta``, at every 64th step; of EF21 and EControl also
+        ``estimate_norm``, ``stale`` (‖g − h‖/‖g‖), ``eta`` and ``eta_cuts``, how often the watchdog has lowered it. With OneBitAdam ``freeze``: ``step`` and ``reason``, once it has frozen, and ``max_update``, the
         largest update seen since, in units of the learning rate.
         """
         stats = dict(self._live("stats").stats())
@@ -390,9 +391,15 @@ def _check_state(state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> 
             raise ArgumentError(f"load_state_dict: {key}={value!r} is not a whole number from {least} to {most}")
     if "frozen" in state and not (isinstance(state["frozen"], int) and not isinstance(state["frozen"], bool) and 0 <= state["frozen"] < 2**63):
         raise ArgumentError(f"load_state_dict: frozen={state['frozen']!r} is not a step, from 0 to 2^63 - 1")
-    for key, kind in (("config", str), ("started", bool), ("parameters", Mapping), ("flush", bool), ("watchdog", Mapping), ("lr", Mapping)):
+    for key, kind in (("config", str), ("started", bool), ("parameters", Mapping), ("flush", bool), ("watchdog", Mapping), ("dense", Mapping), ("lr", Mapping)):
         if key in state and not isinstance(state[key], kind):
             raise ArgumentError(f"load_state_dict: {key} must be a {kind.__name__}, not a {type(state[key]).__name__}")
+    until = state.get("start_until", 0)
+    if not isinstance(until, int) or isinstance(until, bool) or not 0 <= until < 2**63:
+        raise ArgumentError(f"load_state_dict: start_until={until!r} is not a step, from 0 to 2^63 - 1")
+    for name, dtype in state.get("dense", {}).items():
+        if dtype not in ("fp32", "bf16", "fp16"):
+            raise ArgumentError(f"load_state_dict: dense[{name!r}]={dtype!r} is not fp32, bf16 or fp16")
     for name, rate in state.get("lr", {}).items():
         if not (_is_number(rate) and 0 < rate < math.inf):
             raise ArgumentError(f"load_state_dict: lr[{name!r}]={rate!r} is not a learning rate above 0")
