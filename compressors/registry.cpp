@@ -261,6 +261,32 @@ std::vector<std::string> warnings(const Config& config) {
   return out;
 }
 
+std::vector<std::string> hints(const Config& config) {
+  const Spec &codec = config.codec(), &feedback = config.feedback();
+  if (codec.name == "none" || feedback.name == "none" || config.target().name == "momentum") return {};
+  const bool estimates = feedback.name == "ef21" || feedback.name == "econtrol";
+  if (!is_sparse(codec)) {
+    if (estimates) return {};
+    return {"under Adam choose onebit_adam: signs of the momentum, with the variance frozen, lose less than signs of gradients"};
+  }
+  const std::string at = "density " + brief(codec.number("density"));
+  if (codec.number("density") < 0.05) {
+    if (!estimates)
+      return {"feedback=" + feedback.name + " at " + at +
+              " suits small noisy minibatches; where ranks have very different data choose feedback=econtrol:worker_ema=0.1"};
+    if (feedback.number("worker_ema") == 1) return {};  // there is a warning
+    return {"feedback=" + feedback.name + " with worker_ema at " + at +
+            " suits ranks with different data; with small noisy minibatches of like data choose feedback=ef14"};
+  }
+  if (!estimates)
+    return {"at " + at + " with large batches, or with different data on the ranks, feedback=econtrol converges where " + feedback.name +
+            " stops at a level"};
+  if (feedback.name == "ef21")
+    return {"feedback=ef21 at " + at + " suits gradients with little noise; with minibatches choose feedback=econtrol"};
+  return {"feedback=econtrol at " + at +
+          " suits large batches and ranks with different data; with small noisy minibatches add worker_ema=0.1"};
+}
+
 }  // namespace grammar
 
 namespace {

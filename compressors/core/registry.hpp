@@ -59,6 +59,8 @@ std::string help();
 void check_combination(const Config& config);
 /// What is allowed and likely to go wrong, a sentence each: what it is, what happens, what to choose.
 std::vector<std::string> warnings(const Config& config);
+/// What a config suits, and what to choose elsewhere, in whole sentences. @source docs/error_control.md
+std::vector<std::string> hints(const Config& config);
 
 }  // namespace grammar
 }  // namespace thinwire

@@ -168,6 +168,38 @@ def test_check_warns_of_what_is_likely_to_go_wrong(config: str, words: list[str]
     assert all(word in warned[0] for word in words)
 
 
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("codec=none", None),
+        ("codec=topk:density=0.01 feedback=none", None),
+        ("onebit_adam", None),
+        ("codec=topk:density=0.01 feedback=ef14", ["small noisy minibatches", "econtrol:worker_ema=0.1"]),
+        ("dgc:density=0.001", ["feedback=dgc at density 0.001"]),
+        ("codec=topk:density=0.1 feedback=ef14", ["feedback=econtrol converges"]),
+        ("econtrol", ["large batches", "worker_ema=0.1"]),
+        ("econtrol:density=0.01", None),
+        ("econtrol:density=0.01,worker_ema=0.1", ["different data", "feedback=ef14"]),
+        ("codec=topk:density=0.1 feedback=ef21", ["choose feedback=econtrol"]),
+        ("codec=sign feedback=ef14", ["onebit_adam"]),
+        ("codec=sign feedback=econtrol", None),
+    ],
+)
+def test_check_says_what_a_config_suits(config: str, words: list[str] | None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    assert main(["check", config, "--json", str(file)]) == 0
+    hints = json.loads(file.read_text())["rows"][0]["hints"]
+    assert ("hint:" in capsys.readouterr().out) == bool(words) and len(hints) == (1 if words else 0)
+    assert all(word in hints[0] for word in words or ())
+
+
+def test_check_shows_all_of_a_long_slot(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["check", "econtrol:eta=theory,worker_ema=0.125,residual=bf16,estimate=grid"]) == 0
+    said = "".join(line.strip("│┃ ").split("│")[-1].strip() for line in capsys.readouterr().out.splitlines())
+    assert "econtrol:eta=theory,worker_ema=0.125,init=dense,residual=bf16,estimate=grid" in said
+
+
 @pytest.fixture
 def alone():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

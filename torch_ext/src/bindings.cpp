@@ -499,6 +499,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("estimate", &estimate_list, py::arg("config"), py::arg("numel"), py::arg("world"));
   m.def("grammar_help", &grammar::help);
   m.def("config_warnings", &grammar::warnings, py::arg("config"));
+  m.def("config_hints", &grammar::hints, py::arg("config"));
   m.def("isa_info", &isa_info);
   m.def("device_info", &device_info);
 }

@@ -113,6 +113,9 @@ def _check(arguments: argparse.Namespace, console: Console) -> list[dict[str, An
     warnings = native.config_warnings(config)
     for warning in warnings:
         console.print(f"warning: {warning}", highlight=False)
+    hints = native.config_hints(config)
+    for hint in hints:
+        console.print(f"hint: {hint}", highlight=False)
 
     numel, world = arguments.numel, arguments.world
     classes = [("tensor of two or more dimensions", numel)]
@@ -122,7 +125,7 @@ def _check(arguments: argparse.Namespace, console: Console) -> list[dict[str, An
     rows = []
     for name, count in classes:
         for stage in native.estimate(config, count, world):
-            row = {"config": str(config), "world": world, "class": name, "numel": count, "warnings": warnings, **stage}
+            row = {"config": str(config), "world": world, "class": name, "numel": count, "warnings": warnings, "hints": hints, **stage}
             row["factor"] = stage["dense_bytes"] / stage["wire_bytes"] if stage["wire_bytes"] else 1.0
             row["seconds_1gbit"], row["dense_seconds_1gbit"] = stage["wire_bytes"] / 125e6, stage["dense_bytes"] / 125e6
             rows.append(row)
