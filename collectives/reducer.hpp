@@ -211,7 +211,8 @@ class GradientReducer {
   /// @throws invalid_argument on a factor that is no positive number; nothing changed.
   /// @source BytePS; Karimireddy et al. 2019 have the learning rate inside the residual.
   void rescale_residuals(std::span<const float> factors);
-  /// Zeroes all state and counters (not the step). Between steps, on all ranks.
+  /// Zeroes all state and counters (not the step). Between steps, on all ranks; with an estimate they wait for each other, because H is the
+  /// same on all, and a new start follows.
   void reset();
   /// Fails what is queued and stops the thread; idempotent. Waits at most `limit` for work under way before it aborts the group.
   void close(std::chrono::milliseconds limit = std::chrono::milliseconds(0)) noexcept;

@@ -183,6 +183,10 @@ void GradientReducer::Impl::reset() {
   queue_->drain();
   engine_->wait();
   engine_->check();
+  if (recursion_.kind == Recursion::Kind::estimate) {  // H would be another one here than on a rank that goes on
+    const Deadline deadline(*parent_, communicator_->timeout());
+    with_all_ranks("reset()", [&] { compare_cards(*parent_, {step_, freeze_at_, false, false}, ""); });
+  }
   arena_.clear();
   if (Watch* watch = engine_->watch()) watch->forget();
   engine_->set_started(!options_.step_verdict);

@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
+
 #include "tests/estimate_world.hpp"
 
 namespace thinwire::test {
@@ -29,6 +31,27 @@ TEST(EstimateState, AResetStartsAnew) {
     fresh.grad = [grad = s.grad](int step, int rank, std::uint32_t p) { return grad(step + 4, rank, p); };
     expect_same_state(reset.state, play(fresh).state);
   }
+}
+
+// A rank that resets alone would have another H than the others: it waits for them, and says so.
+TEST(EstimateState, AResetIsOfAllRanks) {
+  std::atomic<bool> over{false};
+  run_ranks(2, [&](std::shared_ptr<Communicator> communicator) {
+    GradientReducer reducer(communicator, Config::parse(topk_method(true).config + " timeout=0.2"), kModel);
+    if (communicator->rank() == 1) {
+      while (!over) std::this_thread::yield();
+      return;
+    }
+    try {
+      reducer.reset();
+      ADD_FAILURE() << "a rank has reset alone";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), Errc::timeout);
+      EXPECT_NE(std::string(error.what()).find("reset() at step 0 on rank 0, which all ranks have to call"), std::string::npos)
+          << error.what();
+    }
+    over = true;
+  });
 }
 
 // I13: a run that is saved and loaded in its middle goes on with the same bits; also where the start is still to come.

@@ -183,7 +183,8 @@ class HookState:
         self._live("resynchronize").resynchronize()
 
     def reset(self) -> None:
-        """Empties all state and counters, not the step. Between steps, on all ranks."""
+        """Empties all state and counters, not the step. Between steps, on all ranks; under EF21 and EControl they wait for each other, and the
+        estimates are started anew."""
         self._live("reset").reset()
 
     def close(self) -> None:
