@@ -95,6 +95,12 @@ void GradientReducer::Impl::between_steps(const char* call) const {
                                    std::to_string(seen_count_) + " of " + std::to_string(slots_.size()) + " parameters have been reduced");
 }
 
+void GradientReducer::Impl::finish_all() const {
+  queue_->drain();
+  engine_->wait();
+  engine_->check();
+}
+
 void GradientReducer::Impl::flush() {
   const std::lock_guard lock(submit_);
   between_steps("flush()");

@@ -97,6 +97,8 @@ class GradientReducer::Impl {
   std::exception_ptr explain(const Job& job, std::exception_ptr error);
   /// @throws the sticky error, or invalid_argument in the middle of a step.
   void between_steps(const char* call) const;
+  /// Waits until all that was submitted is done. @throws what went wrong in it.
+  void finish_all() const;
 
   // reducer_state.cpp
   /// One named array of a parameter's state.

@@ -73,9 +73,7 @@ void GradientReducer::Impl::freeze(std::span<const Handover> handover) {
     if (!std::all_of(momentum.begin(), momentum.end(), [](float x) { return is_finite(x); }))
       fail(Errc::invalid_argument, whose + "has a momentum that is not finite");
   }
-  queue_->drain();
-  engine_->wait();
-  engine_->check();
+  finish_all();
   for (std::size_t p = 0; p < handover.size(); ++p) {
     ParameterSlot& slot = slots_[p];
     if (slot.shared_momentum == nullptr) continue;
@@ -104,9 +102,7 @@ void GradientReducer::Impl::rescale_residuals(std::span<const float> factors) {
       fail(Errc::invalid_argument, "rescale_residuals(): the factor of parameter '" + slots_[p].parameter.name + "' is " +
                                        std::to_string(factors[p]) + ", not a positive number");
   }
-  queue_->drain();
-  engine_->wait();
-  engine_->check();
+  finish_all();
   std::vector<float> values;
   const auto rescale = [&](StateArray array, std::size_t count, float factor) {
     if (!array || factor == 1) return;
@@ -126,9 +122,7 @@ void GradientReducer::Impl::rescale_residuals(std::span<const float> factors) {
 void GradientReducer::Impl::resynchronize() {
   const std::lock_guard lock(submit_);
   between_steps("resynchronize()");
-  queue_->drain();
-  engine_->wait();
-  engine_->check();
+  finish_all();
   // On the caller's communicator, as load_state(): a peer that has gone on with its next step is at the reducer's own.
   const Deadline deadline(*parent_, communicator_->timeout());
   with_all_ranks("resynchronize()", [&] { compare_cards(*parent_, {step_, freeze_at_, false, false}, ""); });
@@ -180,9 +174,7 @@ void GradientReducer::Impl::resynchronize() {
 void GradientReducer::Impl::reset() {
   const std::lock_guard lock(submit_);
   between_steps("reset()");
-  queue_->drain();
-  engine_->wait();
-  engine_->check();
+  finish_all();
   if (recursion_.kind == Recursion::Kind::estimate) {  // H would be another one here than on a rank that goes on
     const Deadline deadline(*parent_, communicator_->timeout());
     with_all_ranks("reset()", [&] { compare_cards(*parent_, {step_, freeze_at_, false, false}, ""); });
@@ -262,9 +254,7 @@ Stats GradientReducer::Impl::stats() const {
 ReducerState GradientReducer::Impl::state() const {
   const std::lock_guard lock(submit_);
   between_steps("state()");
-  queue_->drain();
-  engine_->wait();
-  engine_->check();
+  finish_all();
   ReducerState out;
   out.step = step_;
   out.world = communicator_->size();
@@ -397,9 +387,7 @@ void GradientReducer::Impl::with_all_ranks(const char* call, Call&& body) const 
 void GradientReducer::Impl::load_state(std::span<const ReducerState> states, const std::string& refused) {
   const std::lock_guard lock(submit_);
   between_steps("load_state()");
-  queue_->drain();
-  engine_->wait();
-  engine_->check();
+  finish_all();
 
   // First everything is checked, on all ranks, then everything is written. On the caller's communicator: peers that do not load are at the
   // reducer's own, where a message of another size would be taken for a payload.

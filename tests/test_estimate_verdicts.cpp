@@ -248,5 +248,40 @@ TEST(EstimateVerdicts, TheWatchdogKnowsNoiseFromGrowth) {
   }
 }
 
+// An eta that is unstable by little: the residual grows less than tenfold within any window, and is caught all the same.
+TEST(EstimateVerdicts, TheWatchdogAddsUpSlowGrowth) {
+  Scenario s = scenario_of(2, topk_method(true), 400);
+  s.config = "codec=topk:density=0.1,select=exact feedback=econtrol:eta=0.35 exchange=gather min_numel=20";
+  s.device = -1;  // there is none on a GPU
+  const Stats stats = play(s).stats[0];
+  EXPECT_GE(stats.parameters[0].eta_cuts.value_or(0), 1u);
+  EXPECT_LT(stats.parameters[0].residual_norm, 100 * stats.parameters[0].grad_norm);
+}
+
+// Before anything was started a dense step has no estimates to reduce again: the bytes are those of EF14.
+TEST(EstimateVerdicts, DenseStepsBeforeAStartCostWhatTheyDoElsewhere) {
+  const auto bytes = [](const std::string& feedback) {
+    Scenario s = scenario_of(2, topk_method(true), 3);
+    s.config = "codec=topk:density=0.1 feedback=" + feedback + " exchange=gather min_numel=20 start_step=3";
+    return play(s).stats[0].wire_bytes;
+  };
+  for (const char* feedback : {"econtrol:init=zero", "econtrol:init=compressed", "econtrol", "ef21"})
+    EXPECT_EQ(bytes(feedback), bytes("ef14")) << feedback;
+}
+
+// Under worker_ema h follows the average, so that is what it is late behind: after a dense start, not at all.
+TEST(EstimateVerdicts, StaleIsOfWhatIsFollowed) {
+  Scenario s = scenario_of(2, topk_method(true), 65);
+  s.config = "codec=topk:density=0.1,select=exact feedback=econtrol:worker_ema=0.125 exchange=gather min_numel=20";
+  s.device = -1;  // it is not measured on a GPU
+  const Outcome out = play(s);
+  double late = 0, followed = 0;  // of the state after step 64, at which it was looked at
+  for (std::size_t i = 0; i < kNumel[0]; ++i) {
+    const double v = out.array(0, "w", "average")[i], h = out.array(0, "w", "estimate")[i];
+    late += (v - h) * (v - h), followed += v * v;
+  }
+  EXPECT_NEAR(*out.stats[0].parameters[0].stale, std::sqrt(late / followed), 1e-6);
+}
+
 }  // namespace
 }  // namespace thinwire::test
