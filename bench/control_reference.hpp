@@ -71,9 +71,9 @@ inline Vector scaled_sign(const Vector& x) {
   return out;
 }
 
-/// `average`: the worker average's share of the new gradient. Estimates start from the first gradients, sent whole.
+/// `average`: the worker average's share of the new gradient. Estimates start from the first gradients, sent whole, or `from_zero`.
 inline Run run_reference(const Problem& problem, Method method, double eta, double average, const Compress& compress,
-                         const Descent& descent) {
+                         const Descent& descent, bool from_zero = false) {
   const auto n = std::size_t(problem.world()), d = problem.size();
   std::vector<Vector> e(n, Vector(d)), h(n, Vector(d)), v(n, Vector(d));
   Vector x = problem.start(), mean(d), shared(d);
@@ -82,12 +82,13 @@ inline Run run_reference(const Problem& problem, Method method, double eta, doub
   while (follow(run, descent, problem.distance(x), residual)) {
     std::fill(mean.begin(), mean.end(), 0.0);
     const bool estimates = method == Method::ef21 || method == Method::econtrol || method == Method::two_messages;
+    const bool starts = estimates && run.steps == 0 && !from_zero;
     for (std::size_t i = 0; i < n; ++i) {
       Vector g = problem.gradient(int(i), x), s(d), sent;
       add_noise(g, descent.sigma, int(i), run.steps);
       if (run.steps == 0) v[i] = g;
       for (std::size_t j = 0; j < d; ++j) g[j] = v[i][j] = (1 - average) * v[i][j] + average * g[j];
-      if (estimates && run.steps == 0) h[i] = g;
+      if (starts) h[i] = g;
       if (method == Method::ideal) h[i] = problem.gradient_at_minimum(int(i));
       const double fed = method == Method::econtrol                                                            ? eta
                          : method == Method::ef14 || method == Method::ideal || method == Method::two_messages ? 1
@@ -103,7 +104,7 @@ inline Run run_reference(const Problem& problem, Method method, double eta, doub
         if (fed != 0) e[i][j] += g[j] - h[i][j] - sent[j];
         if (method == Method::ef21 || method == Method::econtrol) h[i][j] += sent[j];
         mean[j] += sent[j] / double(n);
-        if (estimates && run.steps == 0) shared[j] += (method == Method::two_messages ? h[i][j] : h[i][j] - sent[j]) / double(n);
+        if (starts) shared[j] += (method == Method::two_messages ? h[i][j] : h[i][j] - sent[j]) / double(n);
       }
     }
     for (std::size_t j = 0; j < d; ++j) {

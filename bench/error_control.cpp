@@ -10,64 +10,13 @@
 #include <nlohmann/json.hpp>
 
 #include "bench/control_network.hpp"
+#include "bench/control_report.hpp"
 #include "compressors/core/error.hpp"
 #include "compressors/core/recursion.hpp"
 #include "compressors/core/registry.hpp"
 
 namespace thinwire::bench {
 namespace {
-
-using Json = nlohmann::json;
-
-struct Report {
-  Json rows = Json::array();
-  std::vector<std::string> violated;
-
-  void expect(bool holds, const std::string& what) {
-    if (!holds) violated.push_back(what);
-  }
-  void curve(Json& row, const Run& run, std::size_t every) {
-    row["every"] = every;
-    row["distance"] = run.distances;
-    row["residual"] = run.residuals;
-  }
-};
-
-std::string text_of(const Run& run) {
-  char text[32];
-  if (run.diverged) return "diverges";
-  if (!run.reached) return std::snprintf(text, sizeof text, "(%.2e)", run.plateau), text;
-  return std::to_string(run.steps);
-}
-std::string number(double x) {
-  char text[32];
-  return std::snprintf(text, sizeof text, "%.3g", x), text;
-}
-bool near_count(std::size_t a, std::size_t b) { return std::fabs(double(a) - double(b)) <= std::max(1.0, 0.02 * double(b)); }
-
-struct Entry {
-  const char* name;
-  Method method;
-  double eta;
-  const char* feedback;  ///< of the engine's config; null: in the reference alone
-};
-constexpr Entry kEntries[] = {{"uncompressed", Method::sgd, 0, ""},
-                              {"no feedback", Method::naive, 0, "none"},
-                              {"EF14", Method::ef14, 0, "ef14"},
-                              {"EC-Ideal", Method::ideal, 0, nullptr},
-                              {"two messages (D-EC)", Method::two_messages, 0, nullptr},
-                              {"EF21", Method::ef21, 0, "ef21"},
-                              {"EControl .005", Method::econtrol, 0.005, "econtrol:eta=0.005"},
-                              {"EControl theory", Method::econtrol, 0.018031, "econtrol:eta=theory"},
-                              {"EControl .05", Method::econtrol, 0.05, "econtrol:eta=0.05"},
-                              {"EControl auto", Method::econtrol, 0.1, "econtrol"},
-                              {"EControl .2", Method::econtrol, 0.2, "econtrol:eta=0.2"},
-                              {"EControl .3", Method::econtrol, 0.3, "econtrol:eta=0.3"}};
-
-std::string config_of(const std::string& codec, const Entry& entry) {
-  if (entry.feedback[0] == '\0') return "codec=none";
-  return codec + " exchange=gather min_numel=1 feedback=" + entry.feedback;
-}
 
 void divergence(Report& report) {
   std::printf(
@@ -111,107 +60,6 @@ void divergence(Report& report) {
                 {"engine", engine.steps}};
     report.curve(row, engine, own.every);
     report.rows.push_back(row);
-  }
-}
-
-/// Steps of the reference to 1e-16 as expected, and of the engine to where fp32's rounding of gradients as large as zeta is not felt yet.
-void least_squares(Report& report, double zeta) {
-  struct Expected {
-    std::size_t steps;
-    double plateau;
-  };
-  const auto expected = [&](std::size_t i) -> Expected {
-    const std::size_t steps[] = {636, 6176, 612, 612, 645, 611, 3257, 1086, 697, 654, 642, 0};
-    const double naive = zeta == 10 ? 12.4 : 1060, ef14 = zeta == 10 ? 3.81e-2 : 3.61;
-    if (zeta != 0 && i == 1) return {0, naive};
-    if (zeta != 0 && i == 2) return {0, ef14};
-    return {steps[i], 0};
-  };
-  const LeastSquares problem(16, 20, zeta);
-  const double gamma = 1 / (32 * problem.smoothness()), within = zeta < 100 ? 1e-8 : 1e-6;
-  std::printf(
-      "\nLeast squares, 16 ranks of 20, top-2, zeta = %g: steps to ‖grad f‖² < 1e-16 (engine, and the reference once more: < %g), or "
-      "(the level it hovers at)\n%-22s %10s %10s %12s %10s %12s\n",
-      zeta, within, "method", "expected", "reference", "once more", "engine", "largest |e|");
-  for (std::size_t i = 0; i < std::size(kEntries); ++i) {
-    const Entry& entry = kEntries[i];
-    const Expected want = expected(i);
-    Descent fine{.gamma = gamma, .stop = 1e-16}, coarse{.gamma = gamma, .stop = within};
-    const bool hovers = want.plateau != 0;
-    const Run reference = run_reference(problem, entry.method, entry.eta, 1, top(2), fine);
-    const Run rough = hovers ? reference : run_reference(problem, entry.method, entry.eta, 1, top(2), coarse);
-    if (hovers) coarse.most = 6000, coarse.stop = 0;
-    const Run engine =
-        entry.feedback == nullptr ? Run{} : run_engine(problem, config_of("codec=topk:density=0.1,select=exact", entry), coarse);
-    const std::string wanted = hovers ? "(" + number(want.plateau) + ")" : want.steps == 0 ? "diverges" : std::to_string(want.steps);
-    std::printf("%-22s %10s %10s %12s %10s %12.3g\n", entry.name, wanted.c_str(), text_of(reference).c_str(),
-                hovers ? "" : text_of(rough).c_str(), entry.feedback == nullptr ? "–" : text_of(engine).c_str(), engine.largest_residual);
-    const std::string who = "least squares, zeta " + number(zeta) + ", " + entry.name;
-    const auto within_two = [](double a, double b) { return a <= 2 * b && b <= 2 * a; };
-    if (hovers) {
-      report.expect(within_two(reference.plateau, want.plateau) && within_two(engine.plateau, want.plateau), who);
-    } else if (want.steps == 0) {
-      report.expect(reference.diverged && engine.reached, who + ": the watchdog");
-    } else {
-      report.expect(near_count(reference.steps, want.steps), who + ", reference");
-      report.expect(entry.feedback == nullptr || near_count(engine.steps, rough.steps), who + ", engine");
-    }
-    Json row = {{"section", "least_squares"},
-                {"zeta", zeta},
-                {"method", entry.name},
-                {"reference", text_of(reference)},
-                {"engine", entry.feedback == nullptr ? Json() : Json(text_of(engine))}};
-    report.curve(row, engine, coarse.every);
-    report.rows.push_back(row);
-  }
-}
-
-/// Per-tensor signs have no k: their contraction depends on the message.
-void signs(Report& report) {
-  std::printf("\nThe same with scaled signs: steps to ‖grad f‖² < 1e-16 (engine: < 1e-8), or (level)\n%-22s %10s %10s %12s %10s\n",
-              "method, zeta", "expected", "reference", "ref. 1e-8", "engine");
-  const struct {
-    const char* name;
-    Method method;
-    double eta;
-    const char* feedback;
-    double zeta;
-    std::size_t expected;
-    double plateau;
-  } entries[] = {{"EF14", Method::ef14, 0, "ef14", 0, 611, 0},
-                 {"EF14", Method::ef14, 0, "ef14", 10, 0, 9e-3},
-                 {"EF21", Method::ef21, 0, "ef21", 10, 609, 0},
-                 {"EControl .05", Method::econtrol, 0.05, "econtrol:eta=0.05", 10, 733, 0},
-                 {"EControl auto (.5)", Method::econtrol, 0.5, "econtrol", 10, 638, 0},
-                 {"EControl 1.2", Method::econtrol, 1.2, "econtrol:eta=1.2", 10, 0, 0}};
-  for (const auto& entry : entries) {
-    const LeastSquares problem(16, 20, entry.zeta);
-    Descent fine{.gamma = 1 / (32 * problem.smoothness()), .stop = 1e-16}, coarse = fine;
-    coarse.stop = 1e-8;
-    const Run reference = run_reference(problem, entry.method, entry.eta, 1, scaled_sign, fine),
-              rough = run_reference(problem, entry.method, entry.eta, 1, scaled_sign, coarse);
-    if (entry.plateau != 0) coarse.most = 6000, coarse.stop = 0;
-    const Run engine =
-        run_engine(problem, std::string("codec=sign:block=tensor exchange=gather min_numel=1 feedback=") + entry.feedback, coarse);
-    const bool diverges = entry.expected == 0 && entry.plateau == 0;
-    std::printf("%-16s %5g %10s %10s %12s %10s\n", entry.name, entry.zeta,
-                diverges             ? "diverges"
-                : entry.plateau != 0 ? ("(" + number(entry.plateau) + ")").c_str()
-                                     : std::to_string(entry.expected).c_str(),
-                text_of(reference).c_str(), entry.plateau != 0 ? "" : text_of(rough).c_str(), text_of(engine).c_str());
-    const std::string who = std::string("signs, ") + entry.name + ", zeta " + number(entry.zeta);
-    if (diverges) {
-      report.expect(reference.diverged, who);  // gradients grow with the residual: the watchdog sees no ratio
-    } else if (entry.plateau != 0) {
-      report.expect(engine.plateau < 2 * entry.plateau && engine.plateau > entry.plateau / 2, who);
-    } else {
-      report.expect(near_count(reference.steps, entry.expected) && near_count(engine.steps, rough.steps), who);
-    }
-    report.rows.push_back({{"section", "signs"},
-                           {"zeta", entry.zeta},
-                           {"method", entry.name},
-                           {"reference", text_of(reference)},
-                           {"engine", text_of(engine)}});
   }
 }
 
@@ -352,9 +200,14 @@ int run(int argc, char** argv) {
   if (!quick) {
     least_squares(report, 10);
     least_squares(report, 100);
+    best_rates(report, 1);
+    best_rates(report, 100);
+    best_levels(report);
+    starts_from_zero(report);
     signs(report);
-    noise(report, 4, 20000, 1.5);
-    noise(report, 16, 20000, 1.5);
+    noise(report, 4, 8000, 1.5);
+    noise(report, 16, 6000, 1.5);
+    noise(report, 64, 2000, 1.5);
     dtypes(report, 4000);
     network(report);
   }

@@ -59,7 +59,7 @@ def problem_table(rows):
     yield "| problem | method | reference | engine |"
     yield "|---|---|---|---|"
     for row in rows:
-        about = [row["section"]] + [f"{key} {row[key]:g}" for key in ("zeta", "world", "rate") if key in row]
+        about = [row["section"]] + [f"{key} {row[key]:g}" for key in ("zeta", "kappa", "world", "rate") if key in row]
         engine = [row["engine"]] if "engine" in row else [f"loss {number(row['loss'], 4)}, accuracy {percent(row['accuracy'])}"]
         cells = [", ".join(about), row.get("method", "EControl auto"), row.get("reference"), *engine]
         yield "| " + " | ".join("–" if cell is None else f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |"

@@ -63,6 +63,8 @@ class BucketEngine {
   virtual std::span<const double> grad_norms() const = 0;  ///< squared, in unscaled units
   /// Error feedback's own measurements; null where none are made.
   virtual Watch* watch() { return nullptr; }
+  /// SegmentState::eta_limit of parameter p is at [p], in the engine's place; null: there is no watchdog.
+  virtual const float* eta_limits() { return nullptr; }
 
   double dense_bytes() const noexcept { return dense_bytes_; }
   void forget_bytes() noexcept { dense_bytes_ = 0; }

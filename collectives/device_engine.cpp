@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "collectives/passengers_cuda.hpp"
+#include "collectives/watch_cuda.hpp"
 #include "compressors/core/error.hpp"
 #include "compressors/core/wire.hpp"
 
@@ -28,7 +29,8 @@ std::shared_ptr<DevicePlan> DeviceEngine::plan_of(const std::shared_ptr<const Bu
   device_wait(stream);
   check();
   std::erase_if(plans_, [](const auto& plan) { return plan->bucket.use_count() == 1 && plan.use_count() == 1; });
-  auto plan = std::make_shared<DevicePlan>(bucket, parts_.codec, world(), parts_.communicator.rank(), device_, stream);
+  auto plan = std::make_shared<DevicePlan>(bucket, parts_.codec, watch_.watches() ? &watch_ : nullptr, world(), parts_.communicator.rank(),
+                                           device_, stream);
   plan->last_used = ++uses_;
   return plans_.emplace_back(std::move(plan));
 }
@@ -46,7 +48,9 @@ void DeviceEngine::run(const std::shared_ptr<const BucketPlan>& bucket, Bytes gr
   last_stream_ = stream;
   const std::shared_ptr<DevicePlan> shared = plan_of(bucket, stream);
   DevicePlan& plan = *shared;
-  const bool norms = (clips() || step % kNormsEvery == 0) && (!options.joined || parts_.codec == nullptr);
+  looks_ = watch_.watches() && !bucket->segments.empty() && !options.joined && watch_.looks(plan.watched, step);
+  if (watch_.watches() && watch_version_ != watch_.version()) upload_watch();
+  const bool norms = (clips() || looks_ || step % kNormsEvery == 0) && (!options.joined || parts_.codec == nullptr);
   const DeviceFactor loss_scale = options.device_loss_scale != nullptr ? DeviceFactor(options.device_loss_scale) : options.loss_scale;
   launch_begin(loss_scale, 1.0f / float(world()), norms, parts_.codec != nullptr, plan.flags, plan.scales,
                const_cast<std::uint64_t*>(plan.wrong_scale), stream);
@@ -93,7 +97,8 @@ const float* DeviceEngine::factors_of(DevicePlan& plan, int group, Bytes grad, s
   const DeviceRanges& ranges = plan.whole[group];
   if (ranges.segments == 0) return nullptr;
   const bool stateful = group != 1 && parts_.codec != nullptr;
-  if ((clips() && stateful) || step % kNormsEvery == 0) launch_squared_norms(ranges, grad, plan.block_sums, plan.norms[group], stream);
+  if ((clips() && stateful) || (looks_ && group == 2) || step % kNormsEvery == 0)
+    launch_squared_norms(ranges, grad, plan.block_sums, plan.norms[group], stream);
   if (!stateful || (!clips() && !scaled(options))) return nullptr;
   launch_clip_factors(parts_.recursion, ranges, plan.norms[group], &plan.scales->unscale, world(), parts_.total_numel, plan.factors[group],
                       stream);
@@ -175,7 +180,13 @@ void DeviceEngine::encode(DevicePlan& plan, Bytes grad, std::uint64_t step, cons
     return;
   }
   const StateView state{bucket.states, factors_of(plan, 2, grad, step, options, stream), plan.betas};
+  if (looks_) launch_probe_messages(bucket.recursion, plan.compressed, grad, state.grad_factor, plan.betas, plan.probe_sums, stream);
   parts_.codec->stream(bucket.recursion, view, grad, state, workspace, wire, plan.flags, {plan.kept, nullptr}, stream);
+  if (!looks_) return;
+  launch_probe_rest(bucket.recursion, plan.compressed, grad, state.grad_factor, plan.probe_sums, stream);
+  launch_watch(plan.compressed, plan.watched_table, plan.watched.size(), plan.probe_sums, plan.norms[2], &plan.scales->norm_unscale, step,
+               device_watched(), device_limits(), stream);
+  for (const WatchedSegment& segment : plan.watched) watch_.records()[segment.parameter].looked = true;
 }
 
 void DeviceEngine::record(std::uint64_t step, ConstBytes wire, Stream stream) {

@@ -51,6 +51,7 @@ class DeviceEngine final : public BucketEngine {
         workspace_(device),
         momenta_(device),
         memory_(sizeof(DeviceCounters) + 64, device),
+        watch_(parts.codec, parts.recursion, parts.parameters),
         kept_(parts.parameters),
         grad_norms_(parts.parameters),
         wires_(std::size_t(parts.communicator.size())) {
@@ -58,6 +59,10 @@ class DeviceEngine final : public BucketEngine {
     step_verdict_ = reinterpret_cast<std::uint32_t*>(memory_.data() + round_up(sizeof(DeviceCounters), 16));
     observed_.started = !parts.options.step_verdict;
     write_counters();
+    if (watch_.watches()) {
+      watch_memory_ = DeviceBuffer(round_up(watch_.records().size_bytes(), 64) + parts.parameters * sizeof(float), device);
+      upload_watch();
+    }
   }
 
   /// Kernels use what dies with the engine.
@@ -88,6 +93,8 @@ class DeviceEngine final : public BucketEngine {
   }
   std::span<const std::uint32_t> kept() const override { return kept_; }
   std::span<const double> grad_norms() const override { return grad_norms_; }
+  Watch* watch() override { return watch_.watches() ? &watch_ : nullptr; }
+  const float* eta_limits() override { return watch_.watches() ? device_limits() : nullptr; }
 
  private:
   /// What a bucket leaves for its verdict. All of it lies in scratch, or waits for the step's verdict in a Pending.
@@ -132,6 +139,12 @@ class DeviceEngine final : public BucketEngine {
   void remake_mean_estimates(DevicePlan& plan, Bytes sums, Stream stream);
   void settle(DevicePlan& plan, std::uint64_t step, const Sent& sent, const std::uint32_t* verdict, Stream stream);
   void write_counters();
+  Watched* device_watched() const { return reinterpret_cast<Watched*>(watch_memory_.data()); }
+  float* device_limits() const {
+    return reinterpret_cast<float*>(watch_memory_.data() + round_up(std::size_t(parts_.parameters) * sizeof(Watched), 64));
+  }
+  void upload_watch();
+  void download_watch();
 
   EngineParts parts_;
   int device_;
@@ -144,6 +157,10 @@ class DeviceEngine final : public BucketEngine {
   DeviceCounters observed_;  ///< at the last wait()
   std::vector<std::shared_ptr<DevicePlan>> plans_;
   std::uint64_t uses_ = 0;
+  Watch watch_;                ///< as of the last wait(), but for `looked`, which is as it will be
+  DeviceBuffer watch_memory_;  ///< its records, then its limits
+  std::uint64_t watch_version_ = 0;
+  bool looks_ = false;  ///< whether the bucket at hand is looked at
   std::vector<std::uint32_t> kept_;
   std::vector<double> grad_norms_;
   std::vector<ConstBytes> wires_;

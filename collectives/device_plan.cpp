@@ -112,7 +112,8 @@ void DevicePlan::upload_masks(int device, Stream stream) {
   momentum_count = packed;
 }
 
-DevicePlan::DevicePlan(std::shared_ptr<const BucketPlan> of, const Codec* codec, int world, int rank, int device, Stream stream)
+DevicePlan::DevicePlan(std::shared_ptr<const BucketPlan> of, const Codec* codec, const Watch* watch, int world, int rank, int device,
+                       Stream stream)
     : bucket(std::move(of)), mapped_(sizeof(Mapped)) {
   const BucketPlan& plan = *bucket;
   const Recursion& recursion = plan.recursion;
@@ -196,10 +197,18 @@ DevicePlan::DevicePlan(std::shared_ptr<const BucketPlan> of, const Codec* codec,
     for (std::size_t s = 0; s < normed.size(); ++s) dense.push_back(dense_of(normed[s], {}, {}, s, 0));
     tables.append(std::move(dense), &whole[2]);
   }
-  if (recursion.kind == Recursion::Kind::estimate) {
+  std::size_t watched_at = 0;
+  if (recursion.kind == Recursion::Kind::estimate || watch != nullptr) {
     std::vector<DeviceDense> dense;
-    for (std::size_t s = 0; s < segments_.size(); ++s) dense.push_back(dense_of(segments_[s], plan.states[s], recursion, s, 0));
+    for (std::size_t s = 0; s < segments_.size(); ++s) {
+      dense.push_back(dense_of(segments_[s], plan.states[s], recursion, s, 0));
+      dense.back().eta = segments_[s].setting.eta;
+      dense.back().live = segments_[s].live;
+    }
     tables.append(std::move(dense), &compressed);
+    // Of cut ones the first parts.
+    if (watch != nullptr) watch->describe(std::span(segments_).first(whole[2].segments), &watched);
+    watched_at = tables.append(watched.data(), watched.size() * sizeof(WatchedSegment));
   }
   if (plan.owners) {
     const std::size_t size = size_of(plan.dtype);
@@ -228,6 +237,7 @@ DevicePlan::DevicePlan(std::shared_ptr<const BucketPlan> of, const Codec* codec,
   device_copy(tables_.data(), tables.bytes().data(), tables.bytes().size(), stream);
   tables.resolve(tables_.data());
   for (const auto& [out, at, bytes] : codec_tables) *out = {tables_.data() + at, bytes, DType::u8, Place::cuda, device};
+  watched_table = reinterpret_cast<const WatchedSegment*>(tables_.data() + watched_at);
   for (const auto& [out, at] : beta_arrays) *out = reinterpret_cast<const float*>(tables_.data() + at);
 
   std::size_t end = 0, chunks = 0;
@@ -243,7 +253,7 @@ DevicePlan::DevicePlan(std::shared_ptr<const BucketPlan> of, const Codec* codec,
     factors_at[g] = place(4 * std::max(whole[g].segments, g == 2 ? plan.segments.size() : 0));
     chunks = std::max(chunks, whole[g].chunks);
   }
-  const std::size_t sums_at = place(8 * chunks);
+  const std::size_t sums_at = place(8 * chunks), probes_at = place(watched.empty() ? 0 : 8 * kProbeSums * compressed.chunks);
   arrays_.reserve(end, device);
   device_clear(arrays_.bytes(), stream);
   const auto pointer = [&]<class T>(std::size_t at, T*& out) { out = reinterpret_cast<T*>(arrays_.data() + at); };
@@ -251,6 +261,7 @@ DevicePlan::DevicePlan(std::shared_ptr<const BucketPlan> of, const Codec* codec,
   pointer(scales_at, scales);
   pointer(kept_at, kept);
   pointer(sums_at, block_sums);
+  pointer(probes_at, probe_sums);
   for (int g = 0; g < 3; ++g) {
     pointer(norms_at[g], norms[g]);
     pointer(factors_at[g], factors[g]);

@@ -7,6 +7,7 @@
 
 #include "collectives/bucket_plan.hpp"
 #include "collectives/passengers_cuda.hpp"
+#include "collectives/watch.hpp"
 #include "compressors/core/codec.hpp"
 #include "compressors/core/device.hpp"
 #include "compressors/core/device_recursion.hpp"
@@ -15,7 +16,9 @@ namespace thinwire {
 
 struct DevicePlan {
   /// @throws Error{device} where the device has no memory for it.
-  DevicePlan(std::shared_ptr<const BucketPlan> bucket, const Codec* codec, int world, int rank, int device, Stream stream);
+  /// `watch`: null where nothing is looked at.
+  DevicePlan(std::shared_ptr<const BucketPlan> bucket, const Codec* codec, const Watch* watch, int world, int rank, int device,
+             Stream stream);
 
   /// The codec's view of the bucket at a step.
   Plan plan(std::uint64_t step) const noexcept;
@@ -31,8 +34,11 @@ struct DevicePlan {
   /// Segments as they lie in the bucket: [0] and [1] the groups of passengers, [2] those that are compressed. `packed` of passengers: their
   /// place in the messages of their group.
   DeviceRanges whole[3];
-  /// Estimates: the compressed segments with their state.
+  /// Estimates, and where error feedback is looked at: the compressed segments with their state.
   DeviceRanges compressed;
+  std::vector<WatchedSegment> watched;            ///< one per compressed parameter; none where nothing is looked at
+  const WatchedSegment* watched_table = nullptr;  ///< the same
+  double* probe_sums = nullptr;                   ///< kProbeSums per chunk of `compressed`
   /// Owners: group by group, the parts of each owner, packed as they are sent; and what this rank sums of each group, one after the other.
   DeviceRanges sent[2], owned[2];
   /// Owners: all finished parts, packed as the gather leaves them behind the payloads.

@@ -17,6 +17,19 @@ void DeviceEngine::write_counters() {
   device_wait(last_stream_);
 }
 
+void DeviceEngine::upload_watch() {
+  device_copy(device_watched(), watch_.records().data(), watch_.records().size_bytes(), last_stream_);
+  device_copy(device_limits(), watch_.limits(), parts_.parameters * sizeof(float), last_stream_);
+  device_wait(last_stream_);
+  watch_version_ = watch_.version();
+}
+
+void DeviceEngine::download_watch() {
+  if (!watch_.watches() || watch_version_ != watch_.version()) return;  // what the host has is newer
+  device_copy(watch_.records().data(), device_watched(), watch_.records().size_bytes(), last_stream_);
+  device_wait(last_stream_);
+}
+
 void DeviceEngine::check() {
   for (const auto& plan : plans_) {
     if (const std::uint64_t wrong = *plan->wrong_scale; wrong != 0)
@@ -82,6 +95,7 @@ bool DeviceEngine::idle_within(std::chrono::milliseconds limit) {
 void DeviceEngine::wait() {
   device_copy(&observed_, counters_, sizeof observed_, last_stream_);
   device_wait(last_stream_);
+  download_watch();
   // The bucket that was reduced last says how it went with a parameter.
   std::sort(plans_.begin(), plans_.end(), [](const auto& a, const auto& b) { return a->last_used < b->last_used; });
   for (const auto& plan : plans_) {

@@ -224,7 +224,7 @@ std::uint32_t HostEngine::run_compressed(const BucketPlan& bucket, Bytes grad, s
 
 void HostEngine::stream(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options, Bytes workspace, Bytes wire,
                         std::uint32_t* flags) {
-  Plan plan = bucket.plan(step);
+  const Plan plan = bucket.plan(step);
   if (options.joined) {
     codec_->empty(plan, wire, *flags, Stream::host());
     return;
@@ -238,8 +238,8 @@ void HostEngine::stream(const BucketPlan& bucket, Bytes grad, std::uint64_t step
   factors_of(whole, unscale);
   for (std::size_t s = parameters; s < segments; ++s) factors_[s] = factors_[s - parameters];
   const StateView state{bucket.states, factors_.data(), bucket.betas.data()};
-  const bool looks = watch_.looks(plan.segments, step);
-  plan.segments = watch_.adjusted(plan.segments);
+  if (watch_.watches()) watch_.describe(plan.segments.first(parameters), &watched_);
+  const bool looks = watch_.watches() && watch_.looks(watched_, step);
   if (looks) {
     probes_.assign(segments, {});
     probe_messages(bucket.recursion, plan, grad, state, probes_);
@@ -252,7 +252,7 @@ void HostEngine::stream(const BucketPlan& bucket, Bytes grad, std::uint64_t step
     probe_rest(bucket.recursion, plan, grad, state, probes_);
     watched_grads_.clear();
     for (const Segment& segment : whole.segments) watched_grads_.push_back(grad_norms_[segment.parameter]);
-    watch_.note(plan.segments, step, probes_, watched_grads_);
+    watch_.note(watched_, step, probes_, watched_grads_);
   }
   for (std::size_t s = 0; s < segments; ++s) kept_[plan.segments[s].parameter] += bucket_kept_[s];
 }

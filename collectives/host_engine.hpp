@@ -34,6 +34,7 @@ class HostEngine final : public BucketEngine {
   std::span<const std::uint32_t> kept() const override { return kept_; }
   std::span<const double> grad_norms() const override { return grad_norms_; }
   Watch* watch() override { return watch_.watches() ? &watch_ : nullptr; }
+  const float* eta_limits() override { return watch_.watches() ? watch_.limits() : nullptr; }
 
  private:
   /// What a bucket leaves for its verdict. All of it lies in scratch, or waits for the step's verdict in a Pending.
@@ -99,6 +100,7 @@ class HostEngine final : public BucketEngine {
   std::uint64_t output_hash_ = 0;
   Watch watch_;
   std::vector<Probe> probes_;
+  std::vector<WatchedSegment> watched_;
   std::vector<double> watched_grads_;
   std::vector<std::uint64_t> hashes_;
   std::uint64_t nonfinite_steps_ = 0;

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "compressors/core/cuda_device.cuh"
+#include "compressors/core/device_ranges.cuh"
 #include "compressors/core/dtype.hpp"
 
 namespace thinwire {
@@ -12,9 +12,9 @@ using namespace thinwire::cuda;
 
 __global__ void __launch_bounds__(kThreads)
     sum_kernel(DeviceRanges ranges, RankMessages messages, DeviceFactor factor, std::byte* out, DType dtype, std::uint32_t* flags) {
-  const auto& dense = *reinterpret_cast<const DeviceDense*>(ranges.base + ranges.chunk_segment[blockIdx.x] * ranges.stride);
-  const std::uint64_t start = std::uint64_t(blockIdx.x - dense.range.first_chunk) * kDeviceChunk;
-  const std::uint64_t end = start + kDeviceChunk < dense.range.count ? start + kDeviceChunk : dense.range.count;
+  const Chunk chunk(ranges, blockIdx.x);
+  const DeviceDense& dense = dense_of(ranges, chunk.segment);
+  const std::uint64_t start = chunk.start, end = start + chunk.count;
   const float product = factor.read();
   bool bad = false;
   for (std::uint64_t i = start + threadIdx.x; i < end; i += kThreads) {
@@ -35,16 +35,16 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads) add_server_kernel(DeviceRanges ranges, float world, float* messages) {
-  const auto& dense = *reinterpret_cast<const DeviceDense*>(ranges.base + ranges.chunk_segment[blockIdx.x] * ranges.stride);
-  const std::uint64_t start = std::uint64_t(blockIdx.x - dense.range.first_chunk) * kDeviceChunk;
-  const std::uint64_t end = start + kDeviceChunk < dense.range.count ? start + kDeviceChunk : dense.range.count;
+  const Chunk chunk(ranges, blockIdx.x);
+  const DeviceDense& dense = dense_of(ranges, chunk.segment);
+  const std::uint64_t start = chunk.start, end = start + chunk.count;
   for (std::uint64_t i = start + threadIdx.x; i < end; i += kThreads) messages[dense.packed + i] += world * dense.residual[i];
 }
 
 __global__ void __launch_bounds__(kThreads) place_kernel(DeviceRanges ranges, const std::byte* packed, std::byte* out, DType dtype) {
-  const auto& dense = *reinterpret_cast<const DeviceDense*>(ranges.base + ranges.chunk_segment[blockIdx.x] * ranges.stride);
-  const std::uint64_t start = std::uint64_t(blockIdx.x - dense.range.first_chunk) * kDeviceChunk;
-  const std::uint64_t end = start + kDeviceChunk < dense.range.count ? start + kDeviceChunk : dense.range.count;
+  const Chunk chunk(ranges, blockIdx.x);
+  const DeviceDense& dense = dense_of(ranges, chunk.segment);
+  const std::uint64_t start = chunk.start, end = start + chunk.count;
   for (std::uint64_t i = start + threadIdx.x; i < end; i += kThreads) {
     if (dtype == DType::fp32) {
       reinterpret_cast<std::uint32_t*>(out)[dense.range.first + i] = reinterpret_cast<const std::uint32_t*>(packed)[dense.packed + i];

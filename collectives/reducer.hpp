@@ -38,7 +38,7 @@ struct ParameterStats {
                                             ///< the last step divisible by 16), in unscaled units
   std::optional<double> momentum_norm;      ///< target=momentum: of the shared momentum
   std::optional<double> estimate_norm;      ///< estimate: of this rank's h
-  /// Error feedback on the host, at the last step that was looked at, every 64th: 1 − ‖x − C(x)‖²/‖x‖² of the message x, whatever the codec
+  /// Error feedback, at the last step that was looked at, every 64th: 1 − ‖x − C(x)‖²/‖x‖² of the message x, whatever the codec
   /// promises.
   std::optional<double> measured_delta;
   /// estimate, at the same step: ‖g − h‖/‖g‖, under worker_ema of the average; above 1 for long, h lags behind

@@ -91,6 +91,8 @@ GradientReducer::Impl::Impl(std::shared_ptr<Communicator> communicator, const Co
   const EngineParts parts{*communicator_, codec_.get(), recursion_, options_, arena_, slots_.size(), total_numel_, config.check_every()};
   if (options_.device >= 0 && codec_ != nullptr) check_device_memory();
   engine_ = options_.device < 0 ? make_host_engine(parts) : make_device_engine(parts, options_.device);
+  if (const float* limits = recursion_.control ? engine_->eta_limits() : nullptr; limits != nullptr)
+    for (std::size_t p = 0; p < slots_.size(); ++p) slots_[p].state.eta_limit = limits + p;
   const bool threaded = communicator_->any_thread() && !options_.inline_queue && options_.device < 0;
   queue_ = std::make_unique<WorkQueue>(
       threaded, [this](Job& job) { run(job); },

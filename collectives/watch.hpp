@@ -2,40 +2,31 @@
 // What error feedback does, looked at now and then, and EControl's watchdog: a residual that grows without bound has too large an eta.
 
 #include <cstdint>
-#include <map>
 #include <span>
-#include <string>
 #include <vector>
 
-#include "collectives/reducer.hpp"
+#include "collectives/watch_math.hpp"
 #include "compressors/core/codec.hpp"
-#include "compressors/core/probe.hpp"
 #include "compressors/core/recursion.hpp"
 
 namespace thinwire {
 
-/// Of one parameter, at the last step that was looked at.
-struct Seen {
-  bool any = false;
-  double delta = 0;  ///< 1 − ‖x − C(x)‖²/‖x‖²
-  double stale = 0;  ///< ‖g − h‖/‖g‖, of the average where there is one
-};
-
 /// Each rank watches its own messages, and may have an eta of its own: H is the mean of estimates, however they came about. Deterministic:
-/// what it does depends on the bucket's steps alone.
+/// what it does depends on the bucket's steps alone. A device engine's looks are taken by kernels; this is then what its host last knew.
 class Watch {
  public:
   Watch(const Codec* codec, const Recursion& recursion, std::size_t parameters);
 
-  /// Whether this step of these segments is looked at.
-  bool looks(std::span<const Segment> segments, std::uint64_t step) const;
-  /// The segments with the eta that the watchdog has left them; the same span where it has done nothing.
-  std::span<const Segment> adjusted(std::span<const Segment> segments);
-  /// `probes`: one per segment; several segments of one parameter are its parts. `grads`: ‖g‖², unscaled, of the parameters in the order in
-  /// which the segments begin.
-  void note(std::span<const Segment> segments, std::uint64_t step, std::span<const Probe> probes, std::span<const double> grads);
+  /// The segments of the plan, one per parameter (its first part), as a look needs them.
+  void describe(std::span<const Segment> segments, std::vector<WatchedSegment>* out) const;
+  /// Whether this step of them is looked at.
+  bool looks(std::span<const WatchedSegment> segments, std::uint64_t step) const;
+  /// `probes`: one per segment of the plan, part by part; grads: ‖g‖², unscaled, of the parameters.
+  void note(std::span<const WatchedSegment> segments, std::uint64_t step, std::span<const Probe> probes, std::span<const double> grads);
 
   bool watches() const noexcept { return !watched_.empty(); }
+  /// SegmentState::eta_limit of parameter p is at [p].
+  const float* limits() const noexcept { return limits_.data(); }
   const Seen& seen(std::uint32_t parameter) const { return watched_[parameter].seen; }
   /// For checkpoints and statistics; null: not looked at yet.
   const WatchdogState* state(std::uint32_t parameter) const { return watched_[parameter].looked ? &watched_[parameter].state : nullptr; }
@@ -43,21 +34,18 @@ class Watch {
   void set_state(std::uint32_t parameter, const WatchdogState* state);
   void forget();
 
- private:
-  struct Watched {
-    Seen seen;
-    bool looked = false;  ///< in this run or in the one that it goes on from
-    WatchdogState state;
-  };
-  bool is_due(const Segment& segment, std::uint64_t step) const;
-  float eta_of_segment(const Segment& segment) const;
-  void watch(WatchdogState& state, const Segment& segment, std::uint64_t step, double ratio);
+  // For an engine whose kernels look.
 
+  std::span<Watched> records() noexcept { return watched_; }
+  /// Changes with set_state and forget.
+  std::uint64_t version() const noexcept { return version_; }
+
+ private:
   const Codec* codec_;
   Recursion recursion_;
   std::vector<Watched> watched_;
-  std::vector<Segment> adjusted_;
-  bool lowered_any_ = false;
+  std::vector<float> limits_;
+  std::uint64_t version_ = 0;
 };
 
 }  // namespace thinwire

@@ -166,7 +166,6 @@ TEST(EstimateState, TensorsThatWereDenseStartAnewAfterACheckpointToo) {
 TEST(EstimateState, TheWatchdogGoesOnToo) {
   Scenario whole = scenario_of(2, topk_method(true), 140);
   whole.config = "codec=topk:density=0.1,select=exact feedback=econtrol:eta=0.9 exchange=gather min_numel=20";
-  whole.device = -1;  // there is none on a GPU
   const Outcome a = play(whole);
   std::uint32_t latest = 0;
   for (const int cut : {30, 71, 120}) {

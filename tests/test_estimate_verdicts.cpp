@@ -236,7 +236,6 @@ TEST(EstimateVerdicts, TheWatchdogKnowsNoiseFromGrowth) {
   for (const char* eta : {"auto", "0.9"}) {
     Scenario s = scenario_of(2, topk_method(true), 140);
     s.config = std::string("codec=topk:density=0.1,select=exact feedback=econtrol:eta=") + eta + " exchange=gather min_numel=20";
-    s.device = -1;  // there is none on a GPU
     s.grad = [grad = s.grad](int step, int rank, std::uint32_t p) {
       Vec g = grad(step, rank, p);
       for (float& x : g) x *= step == 128 ? 0.05f : 1;
@@ -252,7 +251,6 @@ TEST(EstimateVerdicts, TheWatchdogKnowsNoiseFromGrowth) {
 TEST(EstimateVerdicts, TheWatchdogAddsUpSlowGrowth) {
   Scenario s = scenario_of(2, topk_method(true), 400);
   s.config = "codec=topk:density=0.1,select=exact feedback=econtrol:eta=0.35 exchange=gather min_numel=20";
-  s.device = -1;  // there is none on a GPU
   const Stats stats = play(s).stats[0];
   EXPECT_GE(stats.parameters[0].eta_cuts.value_or(0), 1u);
   EXPECT_LT(stats.parameters[0].residual_norm, 100 * stats.parameters[0].grad_norm);
@@ -273,7 +271,6 @@ TEST(EstimateVerdicts, DenseStepsBeforeAStartCostWhatTheyDoElsewhere) {
 TEST(EstimateVerdicts, StaleIsOfWhatIsFollowed) {
   Scenario s = scenario_of(2, topk_method(true), 65);
   s.config = "codec=topk:density=0.1,select=exact feedback=econtrol:worker_ema=0.125 exchange=gather min_numel=20";
-  s.device = -1;  // it is not measured on a GPU
   const Outcome out = play(s);
   double late = 0, followed = 0;  // of the state after step 64, at which it was looked at
   for (std::size_t i = 0; i < kNumel[0]; ++i) {

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "compressors/core/recursion.hpp"
+#include "compressors/feedback/feedback_math.hpp"
 #include "tests/estimate_world.hpp"
 
 namespace thinwire::test {
@@ -152,6 +153,38 @@ TEST(Estimates, AConstantGradientIsLearnt) {
       ASSERT_NEAR(h[i], g[i], 4 * 0x1p-24 * largest) << eta << " element " << i;
       ASSERT_NEAR(e[i], 0, 60 * 4 * 0x1p-24 * largest) << eta << " element " << i;
     }
+  }
+}
+
+// The rest of I7, with the recursion's own lines in double and a codec that visits two coordinates of twenty in turn: from one visit to the
+// next a coordinate's residual changes by the factor 1 - 10 eta, so that eta = delta empties it at the second visit, and above twice that
+// it grows.
+TEST(Estimates, TurnsOfCoordinatesHaveTheirFactor) {
+  constexpr std::size_t kSize = 20, kTurn = 10;  // step t visits 2 (t mod 10) and the next
+  const auto play_turns = [&](double eta, std::size_t sweeps) {
+    std::vector<double> residual(kSize), estimate(kSize), grad(kSize), before(kSize), ratios;
+    for (std::size_t j = 0; j < kSize; ++j) grad[j] = double(j) - 7.5;
+    for (std::size_t t = 0; t < sweeps * kTurn; ++t) {
+      for (std::size_t j = 0; j < kSize; ++j) {
+        double x;
+        feedback::estimate_message<feedback::Form::control>(grad[j], eta, estimate[j], residual[j], x);
+        if (j / 2 != t % kTurn) continue;
+        residual[j] -= x, estimate[j] += x;
+        if (t >= kTurn && std::fabs(before[j]) > 1e-6) ratios.push_back(residual[j] / before[j]);
+        before[j] = residual[j];
+      }
+    }
+    return std::tuple(ratios, residual, estimate, grad);
+  };
+  for (const double eta : {0.05, 0.15, 0.19, 0.21}) {
+    const auto [ratios, residual, estimate, grad] = play_turns(eta, 12);
+    ASSERT_GT(ratios.size(), 18u * 9) << eta;  // but for coordinates that are first visited with nothing owed
+    for (const double ratio : ratios) ASSERT_NEAR(ratio, 1 - eta * double(kTurn), 1e-9) << eta;
+  }
+  const auto [ratios, residual, estimate, grad] = play_turns(0.1, 2);
+  for (std::size_t j = 0; j < kSize; ++j) {
+    EXPECT_NEAR(residual[j], 0, 1e-13) << j;
+    EXPECT_NEAR(estimate[j], grad[j], 1e-13) << j;
   }
 }
 

@@ -16,6 +16,19 @@ struct ReducerDevice : testing::Test {
 const std::vector<Parameter> kModel = {
     {"embedding", {300, 70}}, {"bias", {70}}, {"weight", {130, 129}}, {"large.norm", {20000}}, {"tiny", {3, 5}}};
 
+/// What error feedback was seen to do, to the bit; and how the watchdog took it.
+void expect_same_looks(const Outcome& host, const Outcome& device) {
+  for (std::size_t r = 0; r < host.stats.size(); ++r)
+    for (std::size_t p = 0; p < kModel.size(); ++p) {
+      const ParameterStats &a = host.stats[r].parameters[p], &b = device.stats[r].parameters[p];
+      SCOPED_TRACE("rank " + std::to_string(r) + " " + a.name);
+      EXPECT_EQ(a.measured_delta, b.measured_delta);
+      EXPECT_EQ(a.stale, b.stale);
+      EXPECT_EQ(a.eta, b.eta);
+      EXPECT_EQ(a.eta_cuts, b.eta_cuts);
+    }
+}
+
 void expect_same_run(Scenario s) {
   s.parameters = kModel;
   s.keep_payloads = true;
@@ -28,6 +41,7 @@ void expect_same_run(Scenario s) {
   expect_same_means(host, device);
   expect_same_state(host.state, device.state);
   EXPECT_EQ(host.payloads, device.payloads);
+  expect_same_looks(host, device);
   for (std::size_t r = 0; r < host.stats.size(); ++r) {
     EXPECT_EQ(host.stats[r].payload_bytes, device.stats[r].payload_bytes);
     EXPECT_EQ(host.stats[r].nonfinite_steps, device.stats[r].nonfinite_steps);
@@ -57,6 +71,7 @@ void expect_same_with_accidents(Scenario s, std::uint64_t nonfinite_steps) {
         ASSERT_TRUE(same_values(host.mean[t][r][p], device.mean[t][r][p])) << "step " << t << " rank " << r << " " << kModel[p].name;
   expect_same_state(host.state, device.state);
   EXPECT_EQ(host.payloads, device.payloads);
+  expect_same_looks(host, device);
   for (std::size_t r = 0; r < norms.size(); ++r) {
     ASSERT_EQ(host_norms[r].size(), norms[r].size());
     // The host takes them from the pass, over two phases part by part: other fp32 sums of at most 64 + 6 terms.
@@ -90,6 +105,41 @@ TEST_F(ReducerDevice, IsTheHostToTheBit) {
       s.dtype = dtype;
       expect_same_run(s);
     }
+  }
+}
+
+// Every eta here is above the contraction, so every fourth step is looked at, and the watchdog halves it again and again: at the same steps
+// of both, also where a checkpoint of one goes on on the other, and after a reset.
+TEST_F(ReducerDevice, TheWatchdogCutsWhereTheHostsDoes) {
+  for (const char* config : {"codec=topk:density=0.1,select=exact feedback=econtrol:eta=0.9 exchange=gather min_numel=100",
+                             "codec=topk:density=0.05 feedback=econtrol:eta=0.7,worker_ema=0.5 exchange=gather min_numel=100",
+                             "codec=sign:block=24 feedback=econtrol:eta=1.6 exchange=gather min_numel=100"}) {
+    SCOPED_TRACE(config);
+    Scenario s;
+    s.world = 2;
+    s.config = config;
+    s.steps = 60;
+    s.parameters = kModel;
+    s.grad = numbers(real_number, 15, kModel);
+    s.before_step = [](GradientReducer& reducer, int step, int) {
+      if (step == 52) reducer.reset();
+    };
+    const auto run = [&](int device, int steps, const std::vector<ReducerState>& start, int begin) {
+      Scenario part = s;
+      part.device = device;
+      part.steps = steps;
+      part.start = start;
+      part.grad = [grad = s.grad, begin](int step, int rank, std::uint32_t p) { return grad(begin + step, rank, p); };
+      part.before_step = [before = s.before_step, begin](GradientReducer& reducer, int step, int rank) { before(reducer, begin + step, rank); };
+      return play(part);
+    };
+    const Outcome host_half = run(-1, 48, {}, 0), device_half = run(0, 48, {}, 0);
+    expect_same_looks(host_half, device_half);
+    EXPECT_GT(host_half.stats[0].parameters[0].eta_cuts.value_or(0), 0u) << "nothing was shown";
+    for (int r = 0; r < 2; ++r) EXPECT_EQ(host_half.state[std::size_t(r)].watchdog, device_half.state[std::size_t(r)].watchdog);
+    const Outcome host = run(-1, 12, device_half.state, 48), device = run(0, 12, host_half.state, 48);
+    expect_same_state(host.state, device.state);
+    for (int r = 0; r < 2; ++r) EXPECT_EQ(host.state[std::size_t(r)].watchdog, device.state[std::size_t(r)].watchdog);
   }
 }
 

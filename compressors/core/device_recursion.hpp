@@ -27,6 +27,7 @@ struct DeviceStates {
   float* momentum = nullptr;  ///< DGC's u, or the shared m
   StateArray residual, estimate;
   float *mean_estimate = nullptr, *average = nullptr;
+  const float* eta_limit = nullptr;
 
   void set(const Recursion& recursion, const SegmentState& state) noexcept {
     if (recursion.kind == Recursion::Kind::momentum_correction || recursion.averaged) momentum = state.array[0].fp32();
@@ -34,6 +35,7 @@ struct DeviceStates {
     estimate = estimate_of(recursion, state);
     mean_estimate = mean_estimate_of(recursion, state);
     average = average_of(recursion, state);
+    eta_limit = state.eta_limit;
   }
   /// Whether 16 bytes of any array can be loaded at once.
   bool aligned() const noexcept {
@@ -84,6 +86,7 @@ struct DeviceDense : DeviceStates {
   std::uint64_t message = 0;           ///< of a shared momentum: the same, `packed` being of the packed momenta
   StateArray held;                     ///< where its message lies until the verdict: the residual, or the estimate of EF21's first one
   const std::uint8_t* live = nullptr;  ///< Segment::live
+  float eta = 0;                       ///< Setting::eta
   bool keeps_rest = false;             ///< a starting step leaves in the residual what the grid cuts off
   bool rounds = false;                 ///< the message becomes an estimate on bf16's grid, or lies in a narrow residual until then
 
@@ -103,6 +106,14 @@ void launch_dense_message(const Recursion& recursion, const DeviceRanges& ranges
 void launch_copy_message(const DeviceRanges& ranges, ConstBytes grad, std::byte* messages, std::uint32_t* flags, Stream stream);
 /// settle_dense where `verdict` is null or lacks kFlagNonfinite. One kernel.
 void launch_settle_dense(const DeviceRanges& ranges, const std::uint32_t* verdict, Stream stream);
+
+/// What probe_messages and probe_rest add up, chunk by chunk in `sums`, kProbeSums doubles each, which launch_watch (collectives) adds up
+/// further. Over DeviceDense. One kernel each: reads gradient and state once.
+inline constexpr std::size_t kProbeSums = 5;
+void launch_probe_messages(const Recursion& recursion, const DeviceRanges& ranges, ConstBytes grad, const float* factors,
+                           const float* beta1, double* sums, Stream stream);
+void launch_probe_rest(const Recursion& recursion, const DeviceRanges& ranges, ConstBytes grad, const float* factors, double* sums,
+                       Stream stream);
 
 // Recursion::Kind::estimate, each one kernel.
 

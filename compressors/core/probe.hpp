@@ -7,13 +7,18 @@
 
 namespace thinwire {
 
-/// Σ over the live, finite elements of a segment, in double.
+/// Σ over the live, finite elements of a segment, in double and in the order of block_sum.hpp: the same bits on a GPU.
 struct Probe {
   double message = 0;   ///< x²
   double left = 0;      ///< (x − what was sent)²
   double stale = 0;     ///< (g − h)² after the step; forms with an estimate, g: the average where there is one
   double followed = 0;  ///< g² (or the average's); forms with an estimate
   double residual = 0;  ///< e² after the step
+
+  THINWIRE_HD Probe& operator+=(const Probe& other) noexcept {
+    message += other.message, left += other.left, stale += other.stale, followed += other.followed, residual += other.residual;
+    return *this;
+  }
 };
 
 /// Whether messages can be measured: with a residual or an estimate their remainder is in the state.

@@ -66,7 +66,8 @@ struct SegmentState {
   /// none: {}; error_feedback: {e}; momentum_correction: {u, v}, v null where nothing is ever compressed; averaged: m first; estimate: {h,
   /// H}, then e under control, then v with a worker average.
   std::array<StateArray, kMaxStateArrays> array{};
-  float* memory = nullptr;  ///< Codec::memory(segment) floats of the codec's own
+  float* memory = nullptr;           ///< Codec::memory(segment) floats of the codec's own
+  const float* eta_limit = nullptr;  ///< control: what a watchdog has lowered eta to, 0: nothing; null: there is no watchdog
 
   bool operator==(const SegmentState&) const = default;
 };

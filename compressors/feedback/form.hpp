@@ -46,6 +46,10 @@ THINWIRE_HD constexpr bool has_residual(Form form) noexcept {
 THINWIRE_HD constexpr bool has_momentum(Form form) noexcept { return form == Form::momentum || form == Form::nesterov; }
 
 THINWIRE_HD constexpr bool is_averaged(Form form) noexcept { return form == Form::averaged || form == Form::averaged_feedback; }
+/// EControl's eta of a segment: its setting, unless a watchdog has lowered it (SegmentState::eta_limit).
+THINWIRE_HD inline float limited_eta(float eta, const float* limit) noexcept {
+  return limit != nullptr && *limit > 0 && *limit < eta ? *limit : eta;
+}
 /// What the form does with beta1·m + (1 − beta1)·g once it stands where g does.
 THINWIRE_HD constexpr Form past_average(Form form) noexcept {
   return form == Form::averaged ? Form::none : form == Form::averaged_feedback ? Form::error_feedback : form;

@@ -221,7 +221,8 @@ void Sign::run(const Recursion& recursion, const Plan& plan, ConstBytes grad, co
       pass.whole.live = segment.live;
       pass.whole.count = segment.count;
       pass.whole.factor = state.grad_factor != nullptr ? state.grad_factor[s] : 1.0f;
-      pass.whole.rate = feedback::has_estimate(form) ? segment.setting.eta : feedback::rate_of(recursion);
+      pass.whole.rate =
+          feedback::has_estimate(form) ? feedback::limited_eta(segment.setting.eta, own.eta_limit) : feedback::rate_of(recursion);
       pass.whole.fresh = recursion.fresh;
       pass.whole.keep = 1.0f - recursion.fresh;
       pass.whole.beta = recursion.averaged ? state.beta1[s] : 0.0f;

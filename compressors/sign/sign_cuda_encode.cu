@@ -122,17 +122,16 @@ struct Held {
     }
   }
   /// Element e's message; its state is what it keeps if nothing is sent.
-  __device__ float message(const EncodeCall& call, const DeviceSegment& segment, unsigned e, float factor, float beta, bool& finite) {
+  __device__ float message(const EncodeCall& call, float rate, unsigned e, float factor, float beta, bool& finite) {
     const float residual = feedback::has_residual(form) ? x[e] : 0.0f,
                 second = feedback::is_averaged(form) || feedback::is_smoothed(form) ? m[e] : 0.0f;
     if constexpr (feedback::has_estimate(form)) {
-      const feedback::Estimated element =
-          feedback::estimated<form>(g[e] * factor, segment.eta, call.keep, call.fresh, h[e], residual, second);
+      const feedback::Estimated element = feedback::estimated<form>(g[e] * factor, rate, call.keep, call.fresh, h[e], residual, second);
       finite &= element.finite;
       x[e] = element.residual, m[e] = element.average;
       return element.x;
     } else {
-      x[e] = message_of<form>(g[e] * factor, call.rate, beta, second, residual, finite);
+      x[e] = message_of<form>(g[e] * factor, rate, beta, second, residual, finite);
       return x[e];
     }
   }
@@ -158,6 +157,11 @@ struct Held {
 __device__ inline float factor_of(const EncodeCall& call, std::uint32_t segment) {
   return call.grad_factor != nullptr ? call.grad_factor[segment] : 1.0f;
 }
+/// Chunk::rate.
+template <Form form>
+__device__ inline float rate_of(const EncodeCall& call, const DeviceSegment& segment) {
+  return feedback::has_estimate(form) ? feedback::limited_eta(segment.eta, segment.eta_limit) : call.rate;
+}
 
 /// One block per tile: reads gradient and state once. Where the tile holds whole blocks, messages stay in registers until the scales are
 /// known and the state is written once; else the residual takes the messages, and what cannot hold them writes nothing yet.
@@ -167,7 +171,7 @@ __global__ void __launch_bounds__(kThreads) stream_kernel(EncodeCall call) {
   __shared__ float scales[kSumBlock / 8];
   const Tile tile(call.table, blockIdx.x);
   const DeviceSegment& segment = call.table.segments[tile.segment];
-  const float factor = factor_of(call, tile.segment);
+  const float factor = factor_of(call, tile.segment), rate = rate_of<form>(call, segment);
   const float beta = feedback::is_averaged(form) ? call.beta1[tile.segment] : 0.0f;
   Held<form> held(call, segment, tile);
 
@@ -184,7 +188,7 @@ __global__ void __launch_bounds__(kThreads) stream_kernel(EncodeCall call) {
       const unsigned e = v * kGroup + j;
       sizes[j] = 0;  // of dead ones: adds nothing
       if (((in >> j) & 1u) != 0) {
-        const float message = held.message(call, segment, e, factor, beta, finite);
+        const float message = held.message(call, rate, e, factor, beta, finite);
         sizes[j] = magnitude(message);
         own |= std::uint32_t(bit_of(message)) << j;
       }
@@ -283,7 +287,8 @@ __global__ void __launch_bounds__(kThreads) commit_kernel(EncodeCall call) {
   const Tile tile(call.table, blockIdx.x);
   const DeviceSegment& segment = call.table.segments[tile.segment];
   if (!segment.wide()) return;
-  const float scale = scales_of_segment(call.wire, segment)[tile.scale], factor = factor_of(call, tile.segment);
+  const float scale = scales_of_segment(call.wire, segment)[tile.scale], factor = factor_of(call, tile.segment),
+              rate = rate_of<form>(call, segment);
   const float beta = feedback::is_averaged(form) ? call.beta1[tile.segment] : 0.0f;
   Held<form> held(call, segment, tile);
 #pragma unroll
@@ -295,7 +300,7 @@ __global__ void __launch_bounds__(kThreads) commit_kernel(EncodeCall call) {
     bool told = true;  // by the first pass
 #pragma unroll
     for (unsigned j = 0; j < kGroup; ++j) {
-      if (((alive >> j) & 1u) != 0) bits |= std::uint32_t(bit_of(held.message(call, segment, v * kGroup + j, factor, beta, told))) << j;
+      if (((alive >> j) & 1u) != 0) bits |= std::uint32_t(bit_of(held.message(call, rate, v * kGroup + j, factor, beta, told))) << j;
     }
     held.send(v, scale, bits, alive);
     held.store(segment, tile, v);

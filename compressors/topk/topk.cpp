@@ -164,7 +164,8 @@ void TopK::run(const Recursion& recursion, const Plan& plan, ConstBytes grad, co
     pass.segment.live = segment.live;
     pass.segment.count = std::uint32_t(segment.count);
     pass.segment.factor = state.grad_factor != nullptr ? state.grad_factor[s] : 1.0f;
-    pass.segment.rate = feedback::has_estimate(form) ? segment.setting.eta : feedback::rate_of(recursion);
+    pass.segment.rate =
+        feedback::has_estimate(form) ? feedback::limited_eta(segment.setting.eta, own.eta_limit) : feedback::rate_of(recursion);
     pass.segment.fresh = recursion.fresh;
     pass.segment.keep = 1.0f - recursion.fresh;
     pass.segment.wire = options_.wire;

@@ -250,6 +250,7 @@ __global__ void __launch_bounds__(kThreads) stream_kernel(EncodeCall call) {
   const bool aligned = reinterpret_cast<std::uintptr_t>(grad) % 16 == 0;
   const float factor = call.grad_factor != nullptr ? call.grad_factor[s] : 1.0f;
   const float threshold = call.scratch.threshold[s];
+  const float eta = feedback::has_estimate(form) ? feedback::limited_eta(segment.eta, segment.eta_limit) : 0.0f;
 
   // All loads first, so that they are in flight together. u: the momentum, or the average of forms that have one.
   float g[kElements], x[kElements], u[kElements], h[kElements];
@@ -281,8 +282,7 @@ __global__ void __launch_bounds__(kThreads) stream_kernel(EncodeCall call) {
       float &residual = feedback::has_residual(form) ? x[e] : none,
             &moved = feedback::has_momentum(form) || feedback::is_smoothed(form) ? u[e] : none;
       if constexpr (feedback::has_estimate(form)) {
-        const feedback::Estimated element =
-            feedback::estimated<form>(g[e] * factor, segment.eta, call.keep, call.fresh, h[e], residual, moved);
+        const feedback::Estimated element = feedback::estimated<form>(g[e] * factor, eta, call.keep, call.fresh, h[e], residual, moved);
         bad |= !element.finite;
         message = element.x, residual = element.residual, moved = element.average;
       } else {

@@ -33,8 +33,9 @@ __device__ inline feedback::Estimated estimated_at(const EncodeCall& call, const
   float residual = 0, average = 0;
   if constexpr (feedback::has_residual(form)) residual = segment.residual[i];
   if constexpr (feedback::is_smoothed(form)) average = segment.average[i];
-  return feedback::estimated<form>(load_element(call.grad, call.grad_dtype, segment.range.first + i) * factor, segment.eta, call.keep,
-                                   call.fresh, segment.estimate[i], residual, average);
+  const float eta = feedback::limited_eta(segment.eta, segment.eta_limit);
+  return feedback::estimated<form>(load_element(call.grad, call.grad_dtype, segment.range.first + i) * factor, eta, call.keep, call.fresh,
+                                   segment.estimate[i], residual, average);
 }
 
 __device__ inline std::uint32_t* words_at(std::byte* base, std::size_t at) { return reinterpret_cast<std::uint32_t*>(base + at); }

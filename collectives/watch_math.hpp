@@ -1,0 +1,84 @@
+#pragma once
+// The watchdog's arithmetic, of one parameter: on the host and in a kernel.
+
+#include <cmath>
+#include <cstdint>
+
+#include "collectives/reducer.hpp"
+#include "compressors/core/dtype.hpp"
+#include "compressors/core/probe.hpp"
+
+namespace thinwire {
+
+/// Of one parameter, at the last step that was looked at.
+struct Seen {
+  bool any = false;
+  double delta = 0;  ///< 1 − ‖x − C(x)‖²/‖x‖²
+  double stale = 0;  ///< ‖g − h‖/‖g‖, of the average where there is one
+};
+
+struct Watched {
+  Seen seen;
+  bool looked = false;  ///< in this run or in the one that it goes on from
+  WatchdogState state;
+};
+
+/// What of the plan a look at a parameter needs.
+struct WatchedSegment {
+  std::uint32_t parameter = 0;
+  bool control = false;    ///< Recursion::control
+  float eta = 0;           ///< Setting::eta
+  float proven = 0;        ///< eta=theory: not lowered below
+  double contraction = 1;  ///< the codec's nominal one
+};
+
+inline constexpr std::uint64_t kLookEvery = 64;      // steps between two looks: two passes over gradient and state each
+inline constexpr std::uint64_t kLookEveryRisky = 4;  // the same where eta is above the codec's contraction, and may be unstable
+inline constexpr double kWatchGrowth = 10;           // of ‖e‖²/‖g‖² within a window
+inline constexpr double kWatchWindow = 10,
+                        kSettling = 2;  // steps × eta: a window, and what a residual that starts from nothing takes to settle
+
+/// Up to the contraction (rounding aside) eta is stable: a ratio that grows tenfold is then a step whose gradient is small.
+THINWIRE_HD inline bool is_risky(float eta, double contraction) noexcept { return double(eta) > 1.01 * contraction; }
+
+THINWIRE_HD inline float watched_eta(const WatchedSegment& segment, const Watched& watched) noexcept {
+  return watched.state.eta > 0 && watched.state.eta < segment.eta ? watched.state.eta : segment.eta;
+}
+
+THINWIRE_HD inline bool is_look_due(const WatchedSegment& segment, const Watched& watched, std::uint64_t step) noexcept {
+  const bool risky = segment.control && is_risky(watched_eta(segment, watched), segment.contraction);
+  return step % (risky ? kLookEveryRisky : kLookEvery) == 0 || !watched.looked;
+}
+
+/// ‖e‖²/‖g‖² of a step whose eta may be unstable.
+THINWIRE_HD inline void watch_ratio(const WatchedSegment& segment, WatchdogState& state, float eta, std::uint64_t step,
+                                    double ratio) noexcept {
+  if (state.since == 0) state.since = step + 1;
+  const double age = double(step + 1 - state.since) * double(eta);
+  if (state.ratio == 0) {
+    if (age < kSettling) return;
+  } else if (ratio > kWatchGrowth * state.ratio) {
+    const float half = eta / 2, lowered = half > segment.proven ? half : segment.proven;
+    state.eta = eta < lowered ? eta : lowered;
+    ++state.cuts;
+  } else if (age < kWatchWindow) {
+    return;
+  } else {
+    ratio = ratio < state.ratio ? ratio : state.ratio;  // slow growth adds up from window to window
+  }
+  state.ratio = ratio;
+  state.since = step + 1;
+}
+
+/// A look that is due. `sum`: over the parameter's parts; `grad`: ‖g‖², unscaled.
+THINWIRE_HD inline void note_look(const WatchedSegment& segment, Watched& watched, std::uint64_t step, const Probe& sum,
+                                  double grad) noexcept {
+  watched.seen.any = watched.looked = true;
+  watched.seen.delta = sum.message > 0 ? 1 - sum.left / sum.message : 1;
+  watched.seen.stale = sum.followed > 0 ? sqrt(sum.stale / sum.followed) : 0;
+  const double contraction = segment.contraction < watched.seen.delta ? segment.contraction : watched.seen.delta;
+  const float eta = watched_eta(segment, watched);
+  if (segment.control && grad > 0 && is_risky(eta, contraction)) watch_ratio(segment, watched.state, eta, step, sum.residual / grad);
+}
+
+}  // namespace thinwire
