@@ -303,9 +303,9 @@ TEST(OrderStatistics, AreThoseOfTheSortedList) {
       std::sort(sorted.begin(), sorted.end(), std::greater<>());
       for (const std::size_t middle : {std::size_t(1), n / 100 + 1, n / 2 + 1, n}) {
         const std::size_t ranks[] = {std::max<std::size_t>(1, middle / 2), middle, middle, std::min(n, 2 * middle)};
-        std::uint32_t out[4];
-        topk::order_statistics(bits.data(), n, ranks, out, scratch.data());
-        for (int r = 0; r < 4; ++r) ASSERT_EQ(out[r], sorted[ranks[r] - 1]) << n << " " << distinct << " rank " << ranks[r];
+        for (const std::size_t rank : ranks)
+          ASSERT_EQ(topk::order_statistic(bits.data(), n, rank, scratch.data()), sorted[rank - 1])
+              << n << " " << distinct << " rank " << rank;
 
         const std::uint32_t floor = sorted[middle - 1];
         std::vector<std::uint32_t> expected;
@@ -315,6 +315,33 @@ TEST(OrderStatistics, AreThoseOfTheSortedList) {
         ASSERT_EQ(std::vector(scratch.begin(), scratch.begin() + std::ptrdiff_t(kept)), expected) << n << " " << distinct;
       }
     }
+}
+
+// The carried threshold stays where the statistics of both ranks allow it, else it becomes the nearer one; wherever the floor is that the
+// sample was thinned by.
+TEST(OrderStatistics, AThresholdIsClampedBetweenTwoOfThem) {
+  std::mt19937 random(6);
+  int below = 0, between = 0, above = 0;
+  for (const std::size_t n : {2, 200, 300, 4096, 20000})
+    for (const std::uint32_t distinct : {2u, 1000u, 0xffffffffu})
+      for (const double octaves : {0.25, 1.0, 30.0}) {
+        std::vector<std::uint32_t> bits(n), scratch(n);
+        for (auto& b : bits) b = 0x3c800000u + std::uint32_t(double(random() % distinct) / double(distinct) * octaves * 0x800000);
+        std::vector<std::uint32_t> sorted = bits;
+        std::sort(sorted.begin(), sorted.end(), std::greater<>());
+        topk::SampleRanks ranks(32 * n, n, std::max<std::size_t>(1, 32 * n / 5));
+        ASSERT_LE(ranks.high, ranks.low);
+        const std::uint32_t low = sorted[ranks.low - 1], high = sorted[ranks.high - 1];
+        for (const std::uint32_t carried :
+             {low - 1000, low - 1, low, low + 1, low + (high - low) / 2, high - 1, high, high + 1, high + 1000})
+          for (const std::uint32_t floor : {0u, sorted.back() - 5, sorted.back()}) {
+            const std::uint32_t clamped = std::clamp(carried, low, high);
+            const float got = topk::clamp_between(bits_float(carried), bits.data(), n, floor, ranks, scratch.data());
+            ASSERT_EQ(float_bits(got), clamped) << n << " " << distinct << " " << octaves << " " << carried - low << " " << floor;
+            (carried < low ? below : carried > high ? above : between) += 1;
+          }
+      }
+  EXPECT_GT(std::min({below, between, above}), 100);
 }
 
 }  // namespace

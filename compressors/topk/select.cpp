@@ -25,20 +25,18 @@ float sampled_threshold(const SegmentPass& pass, std::size_t k, float carried, c
   const SampleRanks ranks(pass.segment.count, m, k);
   const bool steady = carried > 0 && m != pass.segment.count;
   std::uint32_t *sample = workspace.magnitudes, *scratch = workspace.scratch;
+  std::uint32_t floor = 0;  // of what is left of the sample
   if (carried > 0) {
     // The wanted ranks are among those few, unless messages have shrunk since.
     const std::size_t near = keep_at_least(sample, m, float_bits(kNear * carried), scratch);
     if (near >= ranks.low) {
       m = near;
+      floor = float_bits(kNear * carried);
       std::swap(sample, scratch);
     }
   }
-  if (steady && lies_between(carried, sample, m, ranks)) return std::max(carried, pass.floor);
-  const std::array<std::size_t, 3> wanted = {ranks.high, ranks.middle, ranks.low};
-  std::array<std::uint32_t, 3> bits;
-  order_statistics(sample, m, wanted, bits.data(), scratch);
-  const float statistic = steady ? std::min(std::max(carried, bits_float(bits[2])), bits_float(bits[0])) : bits_float(bits[1]);
-  return std::max(statistic, pass.floor);
+  if (steady) return std::max(clamp_between(carried, sample, m, floor, ranks, scratch), pass.floor);
+  return std::max(bits_float(order_statistic(sample, m, ranks.middle, scratch)), pass.floor);
 }
 
 /// Each block goes the way that suits the density of the block before it: the same bits at the better speed. The gradient's norm is taken
@@ -194,8 +192,7 @@ SegmentResult stream_exact(const SegmentPass& pass, const SegmentWire& wire, con
   const std::size_t n = pass.segment.count, k = wire.k, capacity = candidate_capacity(n, k);
   const std::size_t m = take_sample(pass, workspace);
   const std::size_t rank = candidate_rank(n, m, k);
-  std::uint32_t bits;
-  order_statistics(workspace.magnitudes, m, {&rank, 1}, &bits, workspace.scratch);
+  const std::uint32_t bits = order_statistic(workspace.magnitudes, m, rank, workspace.scratch);
   const float threshold = std::max(bits_float(bits), pass.floor);
 
   // 1. Update the state as if nothing was sent (but for estimates and narrow state), and keep every candidate.
@@ -224,7 +221,7 @@ SegmentResult stream_exact(const SegmentPass& pass, const SegmentWire& wire, con
     cut = cut_message(pass, k);
   } else if (candidates > k) {
     for (std::size_t i = 0; i < candidates; ++i) workspace.magnitudes[i] = float_bits(magnitude(workspace.candidate_value[i]));
-    order_statistics(workspace.magnitudes, candidates, {&k, 1}, &cut.bits, workspace.scratch);
+    cut.bits = order_statistic(workspace.magnitudes, candidates, k, workspace.scratch);
     std::size_t above = 0;
     for (std::size_t i = 0; i < candidates; ++i) above += workspace.magnitudes[i] > cut.bits;
     cut.ties = k - above;

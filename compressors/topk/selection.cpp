@@ -42,6 +42,28 @@ std::size_t refine(std::uint32_t* members, std::size_t count, std::size_t& rank)
   return keep(members, count, kShift, std::uint32_t(bin), members);
 }
 
+/// The rank-th largest, which lies most likely within an octave of `floor`, below which there is none.
+std::uint32_t statistic_near(const std::uint32_t* bits, std::size_t count, std::uint32_t floor, std::size_t rank, std::uint32_t* scratch) {
+  constexpr int kShift = 12;  // an octave's mantissas in 2048 bins; what is larger is in the last one
+  const auto bin_of = [floor](std::uint32_t b) { return std::min<std::uint32_t>((b - floor) >> kShift, kBins - 1); };
+  std::array<std::uint32_t, kBins> histogram;
+  std::size_t bin = kBins - 1, above = 0;
+  if (count > kFew) {
+    histogram.fill(0);
+    for (std::size_t i = 0; i < count; ++i) ++histogram[bin_of(bits[i])];
+    while (above + histogram[bin] < rank) above += histogram[bin--];
+  }
+  if (bin == kBins - 1) return order_statistic(bits, count, rank, scratch);  // few elements, or large ones
+  std::size_t members = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    scratch[members] = bits[i];
+    members += bin_of(bits[i]) == bin;
+  }
+  const auto nth = scratch + (rank - above - 1);
+  std::nth_element(scratch, nth, scratch + members, std::greater<>());
+  return *nth;
+}
+
 }  // namespace
 
 THINWIRE_CLONES std::size_t keep_at_least(const std::uint32_t* bits, std::size_t count, std::uint32_t floor, std::uint32_t* out) noexcept {
@@ -62,56 +84,35 @@ THINWIRE_CLONES std::size_t keep_at_least(const std::uint32_t* bits, std::size_t
   return kept;
 }
 
-void order_statistics(const std::uint32_t* bits, std::size_t count, std::span<const std::size_t> ranks, std::uint32_t* out,
-                      std::uint32_t* scratch) {
+std::uint32_t order_statistic(const std::uint32_t* bits, std::size_t count, std::size_t rank, std::uint32_t* scratch) {
+  std::size_t members = count;
   if (count <= kFew) {
     std::copy_n(bits, count, scratch);
-    std::size_t found = 0;  // what lies before is larger already
-    for (std::size_t r = 0; r < ranks.size(); ++r) {
-      if (ranks[r] > found) std::nth_element(scratch + found, scratch + (ranks[r] - 1), scratch + count, std::greater<>());
-      out[r] = scratch[ranks[r] - 1];
-      found = ranks[r];
+  } else {
+    // 1. Histogram, of large samples four in turn: consecutive increments of one bin would wait for each other.
+    const std::size_t lanes = count < kRefine ? 1 : 4;
+    std::array<std::array<std::uint32_t, kBins>, 4> histogram;
+    for (std::size_t j = 0; j < lanes; ++j) histogram[j].fill(0);
+    std::size_t i = 0;
+    if (lanes == 4) {
+      for (; i + 4 <= count; i += 4) {
+        for (std::size_t j = 0; j < 4; ++j) ++histogram[j][bits[i + j] >> kBinShift];
+      }
     }
-    return;
+    for (; i < count; ++i) ++histogram[0][bits[i] >> kBinShift];
+    auto& total = histogram[0];
+    for (std::size_t lane = 1; lane < lanes; ++lane) {
+      for (std::size_t b = 0; b < kBins; ++b) total[b] += histogram[lane][b];
+    }
+    // 2. The members of the bin that it falls into; where values are dense, eleven bits more.
+    std::size_t bin = kBins - 1;
+    while (total[bin] < rank) rank -= total[bin--];
+    members = keep(bits, count, kBinShift, std::uint32_t(bin), scratch);
+    if (members > kRefine) members = refine(scratch, members, rank);
   }
-  // 1. Histogram, of large samples four in turn: consecutive increments of one bin would wait for each other.
-  const std::size_t lanes = count < kRefine ? 1 : 4;
-  std::array<std::array<std::uint32_t, kBins>, 4> histogram;
-  for (std::size_t j = 0; j < lanes; ++j) histogram[j].fill(0);
-  std::size_t i = 0;
-  if (lanes == 4) {
-    for (; i + 4 <= count; i += 4) {
-      for (std::size_t j = 0; j < 4; ++j) ++histogram[j][bits[i + j] >> kBinShift];
-    }
-  }
-  for (; i < count; ++i) ++histogram[0][bits[i] >> kBinShift];
-  auto& total = histogram[0];
-  for (std::size_t lane = 1; lane < lanes; ++lane) {
-    for (std::size_t b = 0; b < kBins; ++b) total[b] += histogram[lane][b];
-  }
-
-  // 2. Walk down from the largest bin; the ranks that fall into one bin are found among its members.
-  std::size_t above = 0, held = kBins, members = 0;
-  std::size_t bin = kBins - 1;
-  for (std::size_t r = 0; r < ranks.size(); ++r) {
-    if (r > 0 && ranks[r] == ranks[r - 1]) {
-      out[r] = out[r - 1];
-      continue;
-    }
-    while (above + total[bin] < ranks[r]) above += total[bin--];
-    if (held != bin) {
-      members = keep(bits, count, kBinShift, std::uint32_t(bin), scratch);
-      held = bin;
-    }
-    std::size_t rank = ranks[r] - above;
-    if (members > kRefine) {  // the ranks of a cut lie where values are dense: eleven bits more
-      members = refine(scratch, members, rank);
-      held = kBins;
-    }
-    const auto nth = scratch + (rank - 1);
-    std::nth_element(scratch, nth, scratch + members, std::greater<>());
-    out[r] = *nth;
-  }
+  const auto nth = scratch + (rank - 1);
+  std::nth_element(scratch, nth, scratch + members, std::greater<>());
+  return *nth;
 }
 
 SampleRanks::SampleRanks(std::size_t count, std::size_t sampled, std::size_t k) noexcept {
@@ -128,14 +129,16 @@ std::size_t candidate_rank(std::size_t count, std::size_t sampled, std::size_t k
   return std::min(sampled, std::size_t(std::ceil(double(r) + 3 * std::sqrt(double(r)) + 2)));
 }
 
-bool lies_between(float carried, const std::uint32_t* bits, std::size_t count, const SampleRanks& ranks) noexcept {
+float clamp_between(float carried, const std::uint32_t* bits, std::size_t count, std::uint32_t floor, const SampleRanks& ranks,
+                    std::uint32_t* scratch) {
   const std::uint32_t threshold = float_bits(carried);
   std::uint32_t above = 0, at_least = 0;
   for (std::size_t i = 0; i < count; ++i) {
     above += bits[i] > threshold;
     at_least += bits[i] >= threshold;
   }
-  return above < ranks.low && at_least >= ranks.high;
+  if (above < ranks.low && at_least >= ranks.high) return carried;
+  return bits_float(statistic_near(bits, count, floor, above >= ranks.low ? ranks.low : ranks.high, scratch));
 }
 
 }  // namespace thinwire::topk

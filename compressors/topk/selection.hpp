@@ -3,14 +3,12 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <span>
 
 namespace thinwire::topk {
 
-/// out[i] = the ranks[i]-th largest (1 is the largest) of bits[0, count). Ranks ascend and lie in [1, count]. `scratch`: count words.
-/// @complexity reads bits once for a histogram of 2048 bins and once per bin that a rank falls into; exact.
-void order_statistics(const std::uint32_t* bits, std::size_t count, std::span<const std::size_t> ranks, std::uint32_t* out,
-                      std::uint32_t* scratch);
+/// The rank-th largest (1 is the largest) of bits[0, count), rank in [1, count]. `scratch`: count words.
+/// @complexity reads bits twice: for a histogram of 2048 bins, and for the bin that the rank falls into; exact.
+std::uint32_t order_statistic(const std::uint32_t* bits, std::size_t count, std::size_t rank, std::uint32_t* scratch);
 
 /// The members of bits[0, count) that are at least `floor`, in order. `out`: count words. @returns how many.
 std::size_t keep_at_least(const std::uint32_t* bits, std::size_t count, std::uint32_t floor, std::uint32_t* out) noexcept;
@@ -23,8 +21,9 @@ struct SampleRanks {
 /// A rank whose statistic is below the k-th largest of all but for one case in about a thousand: r + 3√r + 2.
 std::size_t candidate_rank(std::size_t count, std::size_t sampled, std::size_t k) noexcept;
 
-/// Whether `carried` > 0 lies between the statistics of ranks.low and ranks.high, so that clamping it between them would change nothing:
-/// two counts instead of a selection.
-bool lies_between(float carried, const std::uint32_t* bits, std::size_t count, const SampleRanks& ranks) noexcept;
+/// `carried` > 0, clamped between the statistics of ranks.low and ranks.high, one of which at most is selected: two counts tell which. All
+/// of bits[0, count) are at least `floor`, which should not lie far below `carried`. `scratch`: count words.
+float clamp_between(float carried, const std::uint32_t* bits, std::size_t count, std::uint32_t floor, const SampleRanks& ranks,
+                    std::uint32_t* scratch);
 
 }  // namespace thinwire::topk
