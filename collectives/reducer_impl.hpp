@@ -1,6 +1,6 @@
 #pragma once
-// The reducer's inside, shared by reducer.cpp (calls and the clock), reducer_setup.cpp (construction) and reducer_state.cpp (state,
-// statistics).
+// The reducer's inside, shared by reducer.cpp (calls and the clock), reducer_setup.cpp (construction), reducer_state.cpp (what is done to
+// state between steps, statistics) and reducer_checkpoint.cpp.
 
 #include <array>
 #include <cstdint>
@@ -100,15 +100,16 @@ class GradientReducer::Impl {
   /// Waits until all that was submitted is done. @throws what went wrong in it.
   void finish_all() const;
 
-  // reducer_state.cpp
+  // reducer_checkpoint.cpp
   /// One named array of a parameter's state.
   struct Array {
     std::string_view name;
     StateArray data;
     std::size_t count;
   };
-  template <class Call>
-  void with_all_ranks(const char* call, Call&& body) const;
+  /// compare_cards on the caller's communicator. An error of the transport names the call: a rank that has not made it is the likeliest
+  /// reason.
+  void compare_with_all(const char* call, const Standing& standing) const;
   /// The state that this rank takes from, after everything about it was checked. @throws invalid_argument, nothing changed.
   std::span<const ReducerState> check_states(std::span<const ReducerState> states) const;
   /// Whether what the array would take, `values` of one checkpoint, is no bf16 number where the array's place in the recursion needs one.

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import faulthandler
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from programs import python
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -19,3 +22,10 @@ def deadline() -> Iterator[None]:
     faulthandler.dump_traceback_later(420, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    assert python("launch/data.py", "--digits", "--export", folder).returncode == 0
+    return folder

@@ -591,6 +591,36 @@ def onebit_adam_says_unusual_updates(rank: int, world: int) -> None:
 
 
 @feature
+def onebit_adam_keeps_the_beta1_of_the_freeze(rank: int, world: int) -> None:
+    """A scheduler that cycles beta1 is told once that the hook does not, and it does not: also in a run that goes on from a checkpoint."""
+    def begin() -> tuple[nn.Module, thinwire.optim.OneBitAdam, thinwire.HookState]:
+        torch.manual_seed(1)
+        weights = nn.Sequential(nn.Linear(10, 24, bias=False), nn.Tanh(), nn.Linear(24, 4, bias=False))  # biases are AdamW's, which follows
+        return pair("onebit_adam:freeze=2,block=64 min_numel=1 timeout=60", weights)
+    def trained(cycles: bool, cut: bool) -> list[torch.Tensor]:
+        ddp, optimizer, state = begin()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for step in range(8):
+                if cycles and step >= 2:
+                    optimizer.param_groups[0]["betas"] = (0.9 - 0.01 * step, 0.999)
+                if cut and step == 5:
+                    kept, ours = optimizer.state_dict(), state.state_dict()
+                    weights = ddp.module.state_dict()
+                    ddp, optimizer, state = begin()
+                    ddp.module.load_state_dict(weights)
+                    optimizer.load_state_dict(kept)
+                    state.load_state_dict(ours)
+                run(ddp, optimizer, rank, range(step, step + 1))
+        if cycles and not cut:
+            once(rank, said, "beta1 of parameter group 0 is 0.88 now and was 0.9", "cycle_momentum=False")
+        return [p.detach().clone() for p in ddp.parameters()]
+    plain = trained(cycles=False, cut=False)
+    for cut in (False, True):
+        assert all(torch.equal(a, b) for a, b in zip(plain, trained(cycles=True, cut=cut), strict=True)), f"cut={cut}"
+
+
+@feature
 def onebit_adam_largest_update(rank: int, world: int) -> None:
     """max_update is the largest of all steps since the freeze: one large gradient among others is seen."""
     ddp, optimizer, state = pair("onebit_adam:freeze=18,block=64 min_numel=1 timeout=60")

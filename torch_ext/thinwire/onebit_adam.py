@@ -86,6 +86,7 @@ class OneBitAdam(AdamW):
         self.not_after = not_after
         self.floor = floor
         self._hook: HookState | None = None
+        self._said_beta1 = False
         self._averaged: dict[torch.Tensor, tuple[int, str]] = {}  # parameters that the hook compresses: their places among its parameters, and names
         self._named: list[tuple[str, torch.Tensor]] = []  # the hook's parameters
         self._watch: VarianceWatch | None = None  # freeze=auto
@@ -183,7 +184,7 @@ class OneBitAdam(AdamW):
                 given[place] = (
                     state["exp_avg"].reshape(-1) if momenta else None,
                     bits(state["exp_avg_sq"] != 0),
-                    float(group["betas"][0]),
+                    _beta1(state, group),
                 )
         self._hook._engine.freeze(given)
 
@@ -217,10 +218,24 @@ class OneBitAdam(AdamW):
         finally:
             for p, grad in grads.items():
                 p.grad = grad
+        self._check_beta1()
         for group in self.param_groups:
             self._apply_momentum(group, {p: grads[p] for p in group["params"] if p in grads})
         self._look_at_updates()
         return loss
+
+    def _check_beta1(self) -> None:
+        """The hook's share of the old momentum is that of the freeze: whose scheduler cycles it is told so, once."""
+        for i, group in enumerate(() if self._said_beta1 else self.param_groups):
+            now = float(group["betas"][0])
+            for p in group["params"]:
+                if p in self._averaged and (beta1 := _beta1(self.state[p], group)) != now:
+                    self._said_beta1 = True
+                    self._warn(
+                        f"beta1 of parameter group {i} is {now:g} now and was {beta1:g} when the variance was frozen; the hook averages the momentum with {beta1:g} "
+                        "and goes on so. A scheduler that cycles it, such as OneCycleLR, takes cycle_momentum=False"
+                    )
+                    return
 
     def _note_rates(self) -> None:
         rates = [float(group["lr"]) for group in self.param_groups]
@@ -250,9 +265,9 @@ class OneBitAdam(AdamW):
         raise ArgumentError("the hook sends momenta, but this optimizer's variance is not frozen: load the optimizer's state_dict() as well")
 
     def _apply_momentum(self, group: dict[str, Any], momenta: Mapping[torch.Tensor, torch.Tensor]) -> None:
-        (beta1, beta2), lr, decay = group["betas"], float(group["lr"]), group["weight_decay"]
+        beta2, lr, decay = group["betas"][1], float(group["lr"]), group["weight_decay"]
         for p, m in momenta.items():
-            state = self.state[p]
+            state, beta1 = self.state[p], _beta1(self.state[p], group)
             state["step"] += 1
             t = float(state["step"])
             denominator = state["exp_avg_sq"].sqrt().div_((1 - beta2 ** state["frozen_step"]) ** 0.5).add_(group["eps"])
@@ -340,6 +355,9 @@ class OneBitAdam(AdamW):
                 f"at the freeze, step {step}, these have had no gradient: {names_of(dead)}. Their v = 0 masks them: but for the weight decay "
                 "they never move again. Freeze later, or keep them dense (min_numel)"
             )
+        for group in self.param_groups:
+            for p in self._averaged.keys() & set(group["params"]):
+                self.state[p]["beta1"] = float(group["betas"][0])
         self._hand_over(momenta=True)
         for p in self._averaged:
             state = self.state[p]
@@ -386,10 +404,15 @@ class OneBitAdam(AdamW):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no hook: its numbers and state only."""
-        own = {name: getattr(self, name) for name in ("freeze", "not_before", "not_after", "floor", "_rates", "_since_rise", "_largest", "_unread")}
+        own = {name: getattr(self, name) for name in ("freeze", "not_before", "not_after", "floor", "_rates", "_since_rise", "_largest", "_unread", "_said_beta1")}
         seen = self._seen if self._watch is None else self._watch.seen
         alone = {"_hook": None, "_averaged": {}, "_named": [], "_watch": None, "_freeze_from": _NEVER, "_seen": seen, "_frozen": dict(self._frozen)}
         return {**super().__getstate__(), **own, **alone}
+
+
+def _beta1(state: Mapping[str, Any], group: Mapping[str, Any]) -> float:
+    """What the hook averages a parameter's momentum with: as it was at the freeze."""
+    return float(state.get("beta1", group["betas"][0]))
 
 
 def _is_count(value: Any, least: int) -> bool:
