@@ -20,7 +20,7 @@ struct Run {
   std::size_t steps = 0;
   bool reached = false, diverged = false;
   double last = 0, plateau = 0;              ///< distance at the end, and its mean over the last quarter
-  double largest_residual = 0;               ///< of rank 0
+  double largest_residual = 0;               ///< ‖e‖ at any step: of any rank (reference), of rank 0 (engine)
   std::vector<double> distances, residuals;  ///< every `every` steps
 };
 
@@ -113,8 +113,11 @@ inline Run run_reference(const Problem& problem, Method method, double eta, doub
       x[j] -= descent.gamma * mean[j];
     }
     residual = 0;
-    for (const double r : e[0]) residual += r * r;
-    residual = std::sqrt(residual);
+    for (const Vector& of_rank : e) {
+      double sum = 0;
+      for (const double r : of_rank) sum += r * r;
+      residual = std::max(residual, std::sqrt(sum));
+    }
     ++run.steps;
   }
   return run;
