@@ -143,13 +143,15 @@ Stats GradientReducer::Impl::stats() const {
     s.density = s.compressed ? slot.setting.density : 1.0;
     s.kept = pass_reasons_[p].empty() ? engine_->kept()[p] : 0;
     s.grad_norm = std::sqrt(engine_->grad_norms()[p]);
-    const auto norm = [&](StateArray at) {
+    const auto norm_of = [&](StateArray at, std::size_t count) {
       double sum = 0;
-      residual.resize(slot.numel);
+      residual.resize(count);
       arena_.read(at, residual);
       for (const float x : residual) sum += double(x) * x;
       return std::sqrt(sum);
     };
+    const auto norm = [&](StateArray at) { return norm_of(at, slot.numel); };
+    if (slot.server_residual != nullptr) s.server_residual_norm = norm_of(slot.server_residual, slot.owned.count);
     if (const StateArray at = slot.compressible ? residual_of(recursion_, slot.state) : StateArray{}) s.residual_norm = norm(at);
     if (slot.shared_momentum != nullptr) s.momentum_norm = norm(slot.shared_momentum);
     s.masked = slot.masked();

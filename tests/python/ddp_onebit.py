@@ -100,6 +100,8 @@ def onebit_adam_equations(rank: int, world: int) -> None:
     assert said["freeze"]["step"] == freeze and said["freeze"]["reason"] == "freeze=3"
     assert 0 < said["freeze"]["max_update"] < 20
     assert said["parameters"]["0.weight"]["momentum_norm"] > 0
+    held = state.state_dict()["parameters"]["0.weight"]["server_residual"]
+    assert abs(said["parameters"]["0.weight"]["server_residual_norm"] - float(held.norm())) <= 1e-6 * float(held.norm())
     replicas_equal(ddp)
 
 

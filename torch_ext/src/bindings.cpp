@@ -179,6 +179,7 @@ py::dict dict_of(const Stats& stats) {
     add("stale", p.stale);
     add("eta", p.eta);
     add("eta_cuts", p.eta_cuts);
+    add("server_residual_norm", p.server_residual_norm);
     add("momentum_norm", p.momentum_norm);
     if (p.momentum_norm) one["masked"] = p.masked;
     parameters[py::str(p.name)] = std::move(one);
@@ -500,6 +501,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("grammar_help", &grammar::help);
   m.def("config_warnings", &grammar::warnings, py::arg("config"));
   m.def("config_hints", &grammar::hints, py::arg("config"));
+  m.attr("VARIANCE_FLOOR") = kVarianceFloor;
   m.def("isa_info", &isa_info);
   m.def("device_info", &device_info);
 }

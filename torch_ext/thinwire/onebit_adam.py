@@ -10,13 +10,13 @@ from zlib import crc32
 import torch
 from torch.optim import AdamW
 
+from ._extension import native
 from .errors import ArgumentError, warn
 from .variance import WITHIN, VarianceWatch, bits, names_of, raised
 
 if TYPE_CHECKING:
     from .hook import HookState
 
-_FLOOR = 0.05  # of a tensor's mean root of the variance, below which no frozen one is
 _UNUSUAL = 20.0  # |update / lr|; Adam's is about 1
 _LOOK_EVERY = 16  # steps between looks at the largest update on a GPU
 _NEVER = 2**64 - 1
@@ -63,7 +63,7 @@ class OneBitAdam(AdamW):
         *,
         not_before: int = 0,
         not_after: int | None = None,
-        floor: float = _FLOOR,
+        floor: float = native.VARIANCE_FLOOR,
         foreach: bool | None = None,
         **adamw: Any,
     ) -> None:
