@@ -36,6 +36,7 @@ Work GradientReducer::pass(std::span<const std::uint32_t> parameters, std::strin
 
 void GradientReducer::flush() { impl_->flush(); }
 void GradientReducer::resynchronize() { impl_->resynchronize(); }
+void GradientReducer::reorder(std::uint32_t id, std::span<const std::uint32_t> from) { impl_->reorder(id, from); }
 void GradientReducer::freeze(std::span<const Handover> handover) { impl_->freeze(handover); }
 void GradientReducer::rescale_residuals(std::span<const float> factors) { impl_->rescale_residuals(factors); }
 void GradientReducer::describe_optimizer(std::string words, FreezeSteps steps) { impl_->describe_optimizer(std::move(words), steps); }

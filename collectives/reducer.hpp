@@ -195,6 +195,12 @@ class GradientReducer {
   /// the same step. Bytes moved: 8 · world per element of a compressed parameter. @throws invalid_argument where ranks are at different
   /// steps; nothing changed then. @source Gao et al. 2024 keep H as this mean; drift: docs/error_control.md.
   void resynchronize();
+  /// The elements of parameter `id` lie otherwise from its next bucket on: element i is where element from[i] was. What is kept of it moves
+  /// with them. Local; in the midst of a step too, as long as the parameter was not reduced in it, and on all ranks alike before that
+  /// bucket.
+  /// @throws invalid_argument, nothing changed, where `from` is no permutation, or this rank holds back a part of the parameter as its
+  /// owner (two_phase), other elements of which would belong to other ranks.
+  void reorder(std::uint32_t id, std::span<const std::uint32_t> from);
   /// target=momentum: from the next step on the momentum is compressed. `handover`: one per parameter, in id order, equal on all ranks, or
   /// empty: the reducer's own momentum, the config's beta1. Called again, it replaces masks and beta1s and, where given, momenta. Between
   /// steps, on all ranks: with momentum_elsewhere a rank that has not called it is an error on all ranks at that step. @throws

@@ -88,6 +88,51 @@ void GradientReducer::Impl::resynchronize() {
   resync_error_ = all > 0 ? std::sqrt(moved / all) : 0.0;
 }
 
+void GradientReducer::Impl::reorder(std::uint32_t id, std::span<const std::uint32_t> from) {
+  const std::lock_guard lock(submit_);
+  if (closed_) fail(Errc::invalid_argument, "reorder() after close()");
+  if (id >= slots_.size())
+    fail(Errc::invalid_argument, "reorder(): there is no parameter " + std::to_string(id) + ", only " + std::to_string(slots_.size()));
+  ParameterSlot& slot = slots_[id];
+  const std::string whose = "reorder(): parameter '" + slot.parameter.name + "' ";
+  std::vector<bool> taken(slot.numel);
+  for (const std::uint32_t at : from) {
+    if (from.size() != slot.numel || at >= slot.numel || taken[at])
+      fail(Errc::invalid_argument, whose + "has " + std::to_string(slot.numel) + " elements, of which a permutation is needed");
+    taken[at] = true;
+  }
+  if (seen_[id] > step_) fail(Errc::invalid_argument, whose + "was reduced in step " + std::to_string(step_) + " already");
+  finish_all();
+
+  std::array<Array, kNamedArrays> arrays;
+  const std::span<const Array> kept = std::span(arrays).first(arrays_of(id, arrays));
+  std::vector<float> before, after(slot.numel);
+  const auto read = [&](const Array& array) {
+    before.resize(array.count);
+    arena_.read(array.data, before);
+  };
+  for (const Array& array : kept) {
+    if (array.name != kServerResidual) continue;
+    read(array);
+    if (std::any_of(before.begin(), before.end(), [](float x) { return x != 0; }))
+      fail(Errc::invalid_argument, whose +
+                                       "lies otherwise in memory than before, but its owners hold back parts of it by their places; "
+                                       "give it its memory format before the first compressed step");
+  }
+  for (const Array& array : kept) {
+    if (array.name == kServerResidual || array.count != slot.numel || array.data == StateArray(slot.state.memory)) continue;
+    read(array);
+    for (std::size_t i = 0; i < from.size(); ++i) after[i] = before[from[i]];
+    arena_.write(after, array.data);
+  }
+  if (slot.live.empty()) return;
+  std::vector<std::uint8_t> live(slot.live.size());
+  for (std::size_t i = 0; i < from.size(); ++i)
+    if (is_live(slot.live.data(), from[i])) live[i / 8] = std::uint8_t(live[i / 8] | 1u << (i % 8));
+  slot.live = std::move(live);
+  plans_.clear();  // they point to the masks
+}
+
 ReducerState GradientReducer::Impl::state() const {
   const std::lock_guard lock(submit_);
   between_steps("state()");

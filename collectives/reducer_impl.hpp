@@ -49,6 +49,7 @@ class GradientReducer::Impl {
   void freeze(std::span<const Handover> handover);
   void rescale_residuals(std::span<const float> factors);
   void resynchronize();
+  void reorder(std::uint32_t id, std::span<const std::uint32_t> from);
   void describe_optimizer(std::string words, FreezeSteps steps);
   void reset();
   void close(std::chrono::milliseconds limit) noexcept;

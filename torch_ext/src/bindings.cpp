@@ -445,12 +445,14 @@ void bind_engine(py::module_& m) {
       .def("state", [](const Engine& e) { return dict_of(reading(e, "state_dict", [](GradientReducer& r) { return r.state(); })); })
       .def(
           "load_state",
-          [](const Engine& e, const std::vector<py::dict>& dicts, const std::string& refused) {
+          [](Engine& e, const std::vector<py::dict>& dicts, std::vector<Layout> layouts, const std::string& refused) {
             std::vector<ReducerState> states;
             for (const py::dict& dict : dicts) states.push_back(state_of(dict));
             changing(e, "load_state_dict", [&](GradientReducer& r) { r.load_state(states, refused); });
+            e.set_layouts(std::move(layouts));
           },
-          py::arg("states"), py::arg("refused") = "")
+          py::arg("states"), py::arg("layouts") = std::vector<Layout>(), py::arg("refused") = "")
+      .def("layouts", &Engine::layouts)
       .def("frozen", [](const Engine& e) { return reading(e, "frozen", [](GradientReducer& r) { return r.frozen(); }); })
       .def("averages",
            [](const Engine& e, std::uint32_t parameter) {

@@ -62,6 +62,12 @@ struct Engine::Pending {
   std::vector<std::uint32_t> ids;
   std::optional<c10::IValue> result;
   std::size_t index = 0;
+  struct Moved {
+    std::uint32_t id;
+    std::vector<std::int64_t> sizes;
+    Layout now;
+  };
+  std::vector<Moved> moved{};
 };
 
 Engine::Engine(std::shared_ptr<C10dCommunicator> communicator, Config config, std::optional<std::vector<NamedParameter>> parameters,
@@ -81,8 +87,10 @@ Engine::Engine(std::shared_ptr<C10dCommunicator> communicator, Config config, st
     }
     place(name, tensor);
     identities_.emplace_back(tensor.getIntrusivePtr());
+    layouts_.push_back(layout_of(tensor));
     described.push_back(describe(name, tensor));
   }
+  first_layouts_ = layouts_;
   build(std::move(described));
 }
 
@@ -149,6 +157,8 @@ void Engine::learn(const std::vector<at::Tensor>& parameters) {
     const std::string name = "parameter " + std::to_string(learnt_.size());
     place(name, tensor);
     identities_.emplace_back(tensor.getIntrusivePtr());
+    layouts_.push_back(layout_of(tensor));
+    first_layouts_ = layouts_;
     learnt_.push_back(describe(name, tensor));
   }
 }
@@ -165,6 +175,44 @@ std::vector<std::uint32_t> Engine::ids_of(const std::vector<at::Tensor>& paramet
     ids.push_back(found->second);
   }
   return ids;
+}
+
+std::vector<Layout> Engine::layouts() const {
+  const std::lock_guard lock(mutex_);
+  return layouts_;
+}
+
+void Engine::set_layouts(std::vector<Layout> layouts) {
+  const std::lock_guard lock(mutex_);
+  layouts_ = std::move(layouts);
+}
+
+void Engine::look_at_layouts(const c10d::GradBucket& bucket, const std::vector<at::Tensor>& parameters, Pending& pending) const {
+  const at::Tensor& buffer = pending.buffer;
+  if (buffer.is_sparse() || !dtype_of(buffer.scalar_type())) return;
+  std::vector<at::Tensor> shares;  // made where they are needed: a view each
+  const std::lock_guard lock(mutex_);
+  for (std::size_t i = 0; i < parameters.size(); ++i) {
+    const at::Tensor& parameter = parameters[i];
+    const std::uint32_t id = pending.ids[i];
+    Layout lies = layout_of(parameter);
+    if (lies == layouts_[id]) continue;
+    // DDP made this bucket before or after the parameter was laid out anew, and the gradient says which.
+    const at::Tensor& grad = parameter.grad();
+    if (grad.defined() && grad.is_alias_of(buffer)) {  // gradient_as_bucket_view
+      lies = layout_of(grad);
+    } else if (grad.defined() && !outside_of_backward()) {
+      if (shares.empty()) shares = bucket.getGradients();
+      const at::Tensor flat = shares[i].view({-1});
+      if (!shows(flat, grad, lies) && (shows(flat, grad, layouts_[id]) || shows(flat, grad, first_layouts_[id])))
+        fail(Errc::invalid_argument,
+             "a parameter of shape " + shape_of(parameter) +
+                 " was given another memory format after DDP had made its buckets, and DDP reads what comes back from a "
+                 "hook by the new one: convert the model before DistributedDataParallel(model), or use "
+                 "gradient_as_bucket_view=True");
+    }
+    if (lies != layouts_[id]) pending.moved.push_back({id, parameter.sizes().vec(), std::move(lies)});
+  }
 }
 
 c10::intrusive_ptr<c10::ivalue::Future> Engine::submit(c10d::GradBucket& bucket, std::optional<c10::IValue> result, bool python) noexcept {
@@ -190,15 +238,17 @@ c10::intrusive_ptr<c10::ivalue::Future> Engine::submit(c10d::GradBucket& bucket,
         fail(Errc::invalid_argument, "DDP reduces " + std::to_string(seen_) + " parameters, but " + std::to_string(ids_.size()) +
                                          " are named: name exactly those that require gradients and that DDP does not ignore");
       }
+      look_at_layouts(bucket, parameters, *pending);
       start(std::move(pending));
       return future;
     }
     if (bucket.getIndex() == 0 && !waiting_.empty()) {  // the step before broke off: forget it
       fail_waiting(std::make_exception_ptr(Error(Errc::invalid_argument, "the first step was not finished")));
-      learnt_.clear(), ids_.clear(), identities_.clear();
+      learnt_.clear(), ids_.clear(), identities_.clear(), layouts_.clear();
     }
     learn(parameters);
     pending->ids = ids_of(parameters);
+    look_at_layouts(bucket, parameters, *pending);
     waiting_.push_back(std::move(pending));
     if (!bucket.isLast()) return future;
     build(std::move(learnt_));
@@ -256,6 +306,12 @@ void Engine::start(std::unique_ptr<Pending> pending) {
       return;
     }
     if (!buffer.is_contiguous()) fail(Errc::invalid_argument, "the bucket's buffer is not contiguous");
+    for (const auto& [id, sizes, now] : bucket.moved) {
+      const Layout before = layouts()[id];
+      reducer_->reorder(id, reordering(sizes, before, now));
+      const std::lock_guard lock(mutex_);
+      layouts_[id] = now;
+    }
     Bytes grad{static_cast<std::byte*>(buffer.data_ptr()), buffer.nbytes(), *dtype, Place::host, 0};
     if (buffer.is_cuda()) return reduce_on_device(bucket, grad, options);
     options.joined = outside_of_backward() && all_zero(grad);

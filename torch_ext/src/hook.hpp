@@ -20,6 +20,7 @@
 #include "compressors/core/config.hpp"
 #include "torch_ext/src/c10d_communicator.hpp"
 #include "torch_ext/src/device_side.hpp"
+#include "torch_ext/src/layout.hpp"
 
 namespace thinwire::torch_ext {
 
@@ -69,6 +70,10 @@ class Engine {
   const Config& config() const noexcept { return config_; }
   int rank() const noexcept { return communicator_->rank(); }
   int world() const noexcept { return communicator_->size(); }
+  /// By id: how what is kept of the parameters lies. Named ones, between steps.
+  std::vector<Layout> layouts() const;
+  /// What was loaded lies so.
+  void set_layouts(std::vector<Layout> layouts);
   /// Idempotent, from any thread without the GIL. Waits at most `limit` for work under way, then releases the peers.
   void close(std::chrono::milliseconds limit) noexcept;
 
@@ -84,6 +89,8 @@ class Engine {
   void fail_waiting(std::exception_ptr error) noexcept;
   static void finish(void* context, std::exception_ptr error) noexcept;
   std::vector<std::uint32_t> ids_of(const std::vector<at::Tensor>& parameters) const;
+  /// Notes in the bucket which of its parameters lie otherwise in it than what is kept of them.
+  void look_at_layouts(const c10d::GradBucket& bucket, const std::vector<at::Tensor>& parameters, Pending& pending) const;
 
   const std::shared_ptr<C10dCommunicator> communicator_;
   const Config config_;
@@ -95,12 +102,13 @@ class Engine {
   std::optional<c10::Device> device_;                                                   // of the parameters
   std::unique_ptr<SideStream> side_;
   std::vector<Identity> identities_;
+  std::vector<Layout> layouts_, first_layouts_;  ///< by id: of what is kept, and as the parameters lay when they were first seen
   std::unordered_map<const c10::TensorImpl*, std::uint32_t> ids_;
   std::vector<Parameter> learnt_;
   std::vector<std::unique_ptr<Pending>> waiting_;  // the first step's buckets while parameters are being learnt
   std::size_t seen_ = 0;                           // parameters in this step's buckets so far
 
-  mutable std::mutex mutex_;  // guards closed_ and discarded_
+  mutable std::mutex mutex_;  // guards closed_, discarded_ and layouts_
   bool closed_ = false;
   std::vector<c10::IValue> discarded_;
   std::unique_ptr<GradientReducer> reducer_;

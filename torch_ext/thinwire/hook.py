@@ -18,7 +18,7 @@ from .errors import ArgumentError, ConfigError, Error, UnsupportedError, warn
 from .learning_rate import LearningRates, follow
 from .onebit_adam import OneBitAdam
 from .pairing import paired_config
-from .replay import shaped
+from .replay import FLAT, flattened, shaped
 
 _FORMAT = 1
 _WATCHDOG: dict[str, float] = {"eta": 1e30, "since": 2**63, "ratio": math.inf, "cuts": 2**31}  # what a state has of it, and up to what
@@ -128,7 +128,10 @@ class HookState:
         if self._kept is not None:
             return _copied(self._kept)
         state = self._engine.state()
-        state["parameters"] = {name: shaped(arrays, shapes[name]) for name, arrays in state["parameters"].items()}
+        layouts = dict(zip(shapes, self._engine.layouts(), strict=True))
+        state["parameters"] = {name: shaped(arrays, shapes[name], layouts[name]) for name, arrays in state["parameters"].items()}
+        if any(layouts.values()):  # owned parts are cut by place
+            state["layouts"] = {name: layout for name, layout in layouts.items() if layout}
         if self._rates is not None:
             state["lr"] = dict(self._rates.last)
         return {"format": _FORMAT, **state}
@@ -150,9 +153,10 @@ class HookState:
         except ArgumentError as error:
             # The peers compare what they are about to load, and refuse with this rank's reason.
             with contextlib.suppress(Error):
-                engine.load_state([], str(error))
+                engine.load_state([], refused=str(error))
             raise
-        engine.load_state(states)
+        layouts = states[0].get("layouts", {})
+        engine.load_state(states, [list(layouts.get(name, ())) for name in shapes])
         if self._rates is not None:
             self._rates.last = dict(states[0].get("lr", {}))
         if self._optimizer is not None and self._optimizer.frozen and engine.frozen():
@@ -377,7 +381,15 @@ def _checked_states(states: Any, shapes: Mapping[str, torch.Size]) -> list[dict[
         if not isinstance(one, Mapping):
             raise ArgumentError(f"load_state_dict: a sequence of state_dict()s is needed, but it holds a {type(one).__name__}")
         _check_state(one, shapes)
-    return [{**one, "parameters": {name: dict(arrays) for name, arrays in one["parameters"].items()}} for one in states]
+    layouts = states[0].get("layouts", {})
+    for one in states:
+        if one.get("layouts", {}) != layouts:
+            raise ArgumentError("load_state_dict: the states are not of one checkpoint: their parameters lie in memory in different orders (layouts)")
+    return [{**one, "parameters": {name: _flat(arrays, layouts.get(name, ())) for name, arrays in one["parameters"].items()}} for one in states]
+
+
+def _flat(arrays: Mapping[str, torch.Tensor], layout: Sequence[int]) -> dict[str, torch.Tensor]:
+    return {key: flattened(value, layout) if layout and key not in FLAT and value.dim() == len(layout) else value for key, value in arrays.items()}
 
 
 def _check_state(state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> None:
@@ -392,7 +404,7 @@ def _check_state(state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> 
             raise ArgumentError(f"load_state_dict: {key}={value!r} is not a whole number from {least} to {most}")
     if "frozen" in state and not (isinstance(state["frozen"], int) and not isinstance(state["frozen"], bool) and 0 <= state["frozen"] < 2**63):
         raise ArgumentError(f"load_state_dict: frozen={state['frozen']!r} is not a step, from 0 to 2^63 - 1")
-    for key, kind in (("config", str), ("started", bool), ("parameters", Mapping), ("flush", bool), ("watchdog", Mapping), ("dense", Mapping), ("lr", Mapping)):
+    for key, kind in (("config", str), ("started", bool), ("parameters", Mapping), ("flush", bool), ("watchdog", Mapping), ("dense", Mapping), ("layouts", Mapping), ("lr", Mapping)):
         if key in state and not isinstance(state[key], kind):
             raise ArgumentError(f"load_state_dict: {key} must be a {kind.__name__}, not a {type(state[key]).__name__}")
     until = state.get("start_until", 0)
@@ -401,6 +413,10 @@ def _check_state(state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> 
     for name, dtype in state.get("dense", {}).items():
         if dtype not in ("fp32", "bf16", "fp16"):
             raise ArgumentError(f"load_state_dict: dense[{name!r}]={dtype!r} is not fp32, bf16 or fp16")
+    for name, layout in state.get("layouts", {}).items():
+        dims = len(shapes[name]) if name in shapes else 0
+        if name in shapes and (not isinstance(layout, Sequence) or sorted(map(str, layout)) != sorted(map(str, range(dims)))):
+            raise ArgumentError(f"load_state_dict: layouts[{name!r}]={layout!r} is no order of {dims} dimensions")
     for name, rate in state.get("lr", {}).items():
         if not (_is_number(rate) and 0 < rate < math.inf):
             raise ArgumentError(f"load_state_dict: lr[{name!r}]={rate!r} is not a learning rate above 0")

@@ -12,6 +12,7 @@ from torch.optim import AdamW
 
 from ._extension import native
 from .errors import ArgumentError, warn
+from .replay import flattened
 from .variance import WITHIN, VarianceWatch, bits, names_of, raised
 
 if TYPE_CHECKING:
@@ -171,6 +172,7 @@ class OneBitAdam(AdamW):
         """Momenta (once), masks and beta1s to the hook."""
         assert self._hook is not None
         given: list[tuple[torch.Tensor | None, torch.Tensor | None, float]] = [(None, None, 0.0)] * len(self._named)
+        layouts = self._hook._engine.layouts()
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p] if p in self.state else {}
@@ -181,9 +183,10 @@ class OneBitAdam(AdamW):
                 place, name = self._averaged[p]
                 if not momenta and "frozen_step" not in state:
                     raise ArgumentError(f"OneBitAdam: the hook compresses {name!r}, which is not frozen in this state: min_numel was another")
+                layout = layouts[place]  # the hook keeps them as the gradients lie in DDP's buckets
                 given[place] = (
-                    state["exp_avg"].reshape(-1) if momenta else None,
-                    bits(state["exp_avg_sq"] != 0),
+                    flattened(state["exp_avg"], layout) if momenta else None,
+                    bits(flattened(state["exp_avg_sq"] != 0, layout)),
                     _beta1(state, group),
                 )
         self._hook._engine.freeze(given)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,9 +41,21 @@ def replay(config: Config | str, grads: Mapping[str, torch.Tensor], *, record_pa
     return Replay(out["mean"], out["payload_bytes"], state, out["payloads"], out["stats"])
 
 
-def shaped(arrays: Mapping[str, torch.Tensor], shape: torch.Size) -> dict[str, torch.Tensor]:
-    """State arrays that have one element per element of the parameter get its shape; a codec's own memory stays flat."""
-    return {key: value.view(shape) if key not in FLAT and value.numel() == shape.numel() else value for key, value in arrays.items()}
+def shaped(arrays: Mapping[str, torch.Tensor], shape: torch.Size, layout: Sequence[int] = ()) -> dict[str, torch.Tensor]:
+    """State arrays that have one element per element of the parameter get its shape; a codec's own memory stays flat. ``layout``: the order of the
+    dimensions in which the elements lie, the slowest first; empty: that of a contiguous tensor."""
+    return {key: _laid_out(value, shape, layout) if key not in FLAT and value.numel() == shape.numel() else value for key, value in arrays.items()}
+
+
+def _laid_out(flat: torch.Tensor, shape: torch.Size, layout: Sequence[int]) -> torch.Tensor:
+    if not layout:
+        return flat.view(shape)
+    return flat.view([shape[d] for d in layout]).permute([layout.index(d) for d in range(len(layout))]).contiguous()
+
+
+def flattened(tensor: torch.Tensor, layout: Sequence[int]) -> torch.Tensor:
+    """The elements as they lie under ``layout``."""
+    return (tensor.permute(list(layout)) if layout else tensor).reshape(-1)
 
 
 FLAT = frozenset({"threshold", "server_residual"})
