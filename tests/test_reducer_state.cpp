@@ -268,5 +268,60 @@ TEST(ReducerState, ResetIsAFreshStart) {
   }
 }
 
+// Without ties the k largest are the same wherever they lie. w lies otherwise for three steps, then as before.
+TEST(ReducerState, ReorderedElementsTakeTheirStateAlong) {
+  std::vector<std::uint32_t> turned(1000), back(1000);  // 25 x 40, column by column
+  for (std::uint32_t i = 0; i < 1000; ++i) turned[i] = i % 25 * 40 + i / 25;
+  for (std::uint32_t i = 0; i < 1000; ++i) back[turned[i]] = i;
+  for (const char* config : {"codec=topk:density=0.02,select=exact feedback=dgc exchange=gather min_numel=7",
+                             "codec=topk:density=0.05,select=exact feedback=ef14:residual=bf16 exchange=gather min_numel=7",
+                             "codec=topk:density=0.05,select=exact feedback=econtrol:worker_ema=0.5,init=zero exchange=gather min_numel=7"})
+    for (const bool verdict : {false, true}) {
+      SCOPED_TRACE(config);
+      Scenario s = scenario(3, config, 8);
+      s.buckets = three_buckets;
+      s.reducer.step_verdict = verdict;
+      const Outcome expected = play(s);
+      s.before_step = [&](GradientReducer& reducer, int step, int) {
+        if (step == 2) reducer.reorder(0, turned);
+        if (step == 5) reducer.reorder(0, back);
+      };
+      const auto lies = [&](int step) { return step >= 2 && step < 5; };
+      s.grad = [&, plain = s.grad](int step, int rank, std::uint32_t p) {
+        const Vec g = plain(step, rank, p);
+        if (p != 0 || !lies(step)) return g;
+        Vec out(g.size());
+        for (std::size_t i = 0; i < out.size(); ++i) out[i] = g[turned[i]];
+        return out;
+      };
+      const Outcome out = play(s);
+      for (std::size_t t = 0; t < 8; ++t)
+        for (std::size_t i = 0; i < 1000; ++i)
+          ASSERT_EQ(out.mean[t][0][0][i], expected.mean[t][0][0][lies(int(t)) ? turned[i] : i]) << "step " << t << " element " << i;
+      expect_same_state(out.state, expected.state);
+    }
+}
+
+TEST(ReducerState, ReorderRefusesWhatIsNoPermutation) {
+  run_ranks(2, [](std::shared_ptr<Communicator> communicator) {
+    GradientReducer reducer(communicator, Config::parse("codec=sign:block=24 feedback=ef14 min_numel=7"), {{"w", {6, 8}}, {"bias", {8}}});
+    std::vector<std::uint32_t> from(48);
+    for (std::uint32_t i = 0; i < 48; ++i) from[i] = 47 - i;
+    reducer.reorder(0, from);  // nothing is held back yet
+    GradBuffer w(DType::fp32, 48), bias(DType::fp32, 8);
+    for (std::size_t i = 0; i < 48; ++i) w.set(i, float(i) - 20.25f * float(communicator->rank() + 1));
+    reducer.reduce(Ids{0}, w.view());
+    expect_error(Errc::invalid_argument, {"'w'", "was reduced in step 0"}, [&] { reducer.reorder(0, from); });
+    reducer.reduce(Ids{1}, bias.view()).wait();
+    expect_error(Errc::invalid_argument, {"'w'", "owners hold back"}, [&] { reducer.reorder(0, from); });
+    expect_error(Errc::invalid_argument, {"no parameter 2", "2"}, [&] { reducer.reorder(2, from); });
+    expect_error(Errc::invalid_argument, {"'bias'", "8 elements", "permutation"}, [&] { reducer.reorder(1, from); });
+    from[3] = from[4];
+    expect_error(Errc::invalid_argument, {"'w'", "permutation"}, [&] { reducer.reorder(0, from); });
+    from[3] = 48;
+    expect_error(Errc::invalid_argument, {"'w'", "permutation"}, [&] { reducer.reorder(0, from); });
+  });
+}
+
 }  // namespace
 }  // namespace thinwire::test
