@@ -124,6 +124,7 @@ DeviceEngine::Sent DeviceEngine::run_whole_dense(DevicePlan& plan, Bytes grad, s
   const std::size_t count = plan.bucket->count;
   Bytes all = messages_.take((count + 1) * sizeof(float));
   all.dtype = DType::fp32;
+  if (watch_.watches() && recursion.control) launch_restart_watch(device_watched(), parts_.parameters, stream);
   // The mean estimate is made anew here, whatever the verdict: what owners still owed it is in it then.
   if (recursion.kind == Recursion::Kind::estimate) launch_settle_dense(plan.server, nullptr, stream);
   if (options.joined) {

@@ -63,6 +63,7 @@ void HostEngine::run(const std::shared_ptr<const BucketPlan>& bucket, Bytes grad
     flags = run_plain(grad);
   } else if (bucket->whole_dense) {
     flags = run_whole_dense(*bucket, grad, step, options);
+    if (recursion_.control) watch_.restart();
   } else if (bucket->two_phase) {
     flags = run_two_phase(*bucket, grad, step, options);
   } else {

@@ -340,6 +340,7 @@ void GradientReducer::Impl::load_state(std::span<const ReducerState> states, con
     const auto watchdog = front.watchdog.find(slots_[p].parameter.name);
     engine_->watch()->set_state(p, watchdog != front.watchdog.end() ? &watchdog->second : nullptr);
   }
+  if (Watch* watch = sources.size() > 1 ? engine_->watch() : nullptr) watch->restart();  // the mean of residuals is smaller than each
   step_ = front.step;
   flush_next_ = front.flush;
   start_until_ = front.start_until;

@@ -87,6 +87,7 @@ void GradientReducer::Impl::rescale_residuals(std::span<const float> factors) {
     if (slot.compressible) rescale(residual_of(recursion_, slot.state), slot.numel, factors[p]);
     rescale(slot.server_residual, slot.owned.count, factors[p]);
   }
+  if (Watch* watch = engine_->watch()) watch->restart();
 }
 
 void GradientReducer::Impl::reset() {

@@ -43,6 +43,11 @@ void Watch::set_state(std::uint32_t parameter, const WatchdogState* state) {
   ++version_;
 }
 
+void Watch::restart() {
+  for (Watched& watched : watched_) restart_watch(watched.state);
+  ++version_;
+}
+
 void Watch::forget() {
   watched_.assign(watched_.size(), {});
   limits_.assign(limits_.size(), 0);

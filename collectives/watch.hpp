@@ -33,6 +33,8 @@ class Watch {
   /// null: as at the start.
   void set_state(std::uint32_t parameter, const WatchdogState* state);
   void forget();
+  /// See restart_watch: of all parameters.
+  void restart();
 
   // For an engine whose kernels look.
 

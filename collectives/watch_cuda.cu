@@ -37,7 +37,16 @@ __global__ void __launch_bounds__(unsigned(kPartials))
   limits[segment.parameter] = own.state.eta;
 }
 
+__global__ void __launch_bounds__(kThreads) restart_kernel(Watched* watched, std::size_t parameters) {
+  const std::size_t p = std::size_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (p < parameters) restart_watch(watched[p].state);
+}
+
 }  // namespace
+
+void launch_restart_watch(Watched* watched, std::size_t parameters, Stream stream) {
+  launch("restart of the watch", restart_kernel, (parameters + kThreads - 1) / kThreads, kThreads, stream, watched, parameters);
+}
 
 void launch_watch(const DeviceRanges& ranges, const WatchedSegment* segments, std::size_t parameters, const double* sums,
                   const double* norms, const float* unscale, std::uint64_t step, Watched* watched, float* limits, Stream stream) {

@@ -16,4 +16,7 @@ namespace thinwire {
 void launch_watch(const DeviceRanges& ranges, const WatchedSegment* segments, std::size_t parameters, const double* sums,
                   const double* norms, const float* unscale, std::uint64_t step, Watched* watched, float* limits, Stream stream);
 
+/// Watch::restart. One kernel.
+void launch_restart_watch(Watched* watched, std::size_t parameters, Stream stream);
+
 }  // namespace thinwire

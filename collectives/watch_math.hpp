@@ -34,9 +34,13 @@ struct WatchedSegment {
 
 inline constexpr std::uint64_t kLookEvery = 64;      // steps between two looks: two passes over gradient and state each
 inline constexpr std::uint64_t kLookEveryRisky = 4;  // the same where eta is above the codec's contraction, and may be unstable
-inline constexpr double kWatchGrowth = 10;           // of ‖e‖²/‖g‖² within a window
+inline constexpr double kWatchGrowth = 10;           // of ‖e‖²/‖g‖² since a window began
+inline constexpr double kWatchSlowGrowth = 100;      // of the same since eta is what it is: less than that is a training that changes
 inline constexpr double kWatchWindow = 10,
-                        kSettling = 2;  // steps × eta: a window, and what a residual that starts from nothing takes to settle
+                        kSettling = 2;           // steps × eta: a window, and what a residual that starts from nothing takes to settle
+inline constexpr double kPersistence = 2;        // steps × eta for which it stays grown: a single odd gradient leaves e sooner
+inline constexpr std::uint32_t kLooksGrown = 3;  // and at so many looks
+inline constexpr double kHopeless = 1e4;         // times 1/eta² of the proven eta: no stable residual is as large
 
 /// Up to the contraction (rounding aside) eta is stable: a ratio that grows tenfold is then a step whose gradient is small.
 THINWIRE_HD inline bool is_risky(float eta, double contraction) noexcept { return double(eta) > 1.01 * contraction; }
@@ -50,24 +54,44 @@ THINWIRE_HD inline bool is_look_due(const WatchedSegment& segment, const Watched
   return step % (risky ? kLookEveryRisky : kLookEvery) == 0 || !watched.looked;
 }
 
-/// ‖e‖²/‖g‖² of a step whose eta may be unstable.
-THINWIRE_HD inline void watch_ratio(const WatchedSegment& segment, WatchdogState& state, float eta, std::uint64_t step,
-                                    double ratio) noexcept {
+/// As after a step that has emptied the residual, or a call that has scaled it: what it was before says nothing any more.
+THINWIRE_HD inline void restart_watch(WatchdogState& state) noexcept { state.ratio = state.recent = 0, state.since = 0, state.grown = 0; }
+
+/// ‖e‖² and ‖g‖² of a step whose eta may be unstable.
+THINWIRE_HD inline void watch_growth(const WatchedSegment& segment, WatchdogState& state, float eta, std::uint64_t step, double residual,
+                                     double grad) noexcept {
+  const double gap = is_risky(eta, segment.contraction) ? double(kLookEveryRisky) : double(kLookEvery), rate = double(eta);
+  // The largest gradient of a window or so: a small one among others is no growth.
+  const double faded = state.grad / (1 + gap * rate / kWatchWindow);
+  state.grad = grad > faded ? grad : faded;
+  const double ratio = residual / state.grad, proven = double(segment.proven);
+  const auto lower = [&](float to) {
+    state.eta = eta < to ? eta : to;
+    ++state.cuts;
+  };
+  if (ratio * proven * proven > kHopeless && eta > segment.proven) {
+    lower(segment.proven);
+    return restart_watch(state);
+  }
   if (state.since == 0) state.since = step + 1;
-  const double age = double(step + 1 - state.since) * double(eta);
+  const double age = double(step + 1 - state.since) * rate;
   if (state.ratio == 0) {
     if (age < kSettling) return;
-  } else if (ratio > kWatchGrowth * state.ratio) {
-    const float half = eta / 2, lowered = half > segment.proven ? half : segment.proven;
-    state.eta = eta < lowered ? eta : lowered;
-    ++state.cuts;
-  } else if (age < kWatchWindow) {
-    return;
+    state.ratio = state.recent = ratio;
+    state.since = step + 1;
+  } else if (ratio > kWatchGrowth * state.recent || ratio > kWatchSlowGrowth * state.ratio) {
+    if (++state.grown < kLooksGrown || double(state.grown) * gap * rate < kPersistence) return;
+    lower(eta / 2 > segment.proven ? eta / 2 : segment.proven);
+    state.ratio = state.recent = ratio;
+    state.since = step + 1;
+    state.grown = 0;
   } else {
-    ratio = ratio < state.ratio ? ratio : state.ratio;  // slow growth adds up from window to window
+    state.grown = 0;
+    state.ratio = ratio < state.ratio ? ratio : state.ratio;
+    const bool ended = age >= kWatchWindow;
+    if (ended || ratio < state.recent) state.recent = ratio;
+    if (ended) state.since = step + 1;
   }
-  state.ratio = ratio;
-  state.since = step + 1;
 }
 
 /// A look that is due. `sum`: over the parameter's parts; `grad`: ‖g‖², unscaled.
@@ -78,7 +102,7 @@ THINWIRE_HD inline void note_look(const WatchedSegment& segment, Watched& watche
   watched.seen.stale = sum.followed > 0 ? sqrt(sum.stale / sum.followed) : 0;
   const double contraction = segment.contraction < watched.seen.delta ? segment.contraction : watched.seen.delta;
   const float eta = watched_eta(segment, watched);
-  if (segment.control && grad > 0 && is_risky(eta, contraction)) watch_ratio(segment, watched.state, eta, step, sum.residual / grad);
+  if (segment.control && grad > 0 && is_risky(eta, contraction)) watch_growth(segment, watched.state, eta, step, sum.residual, grad);
 }
 
 }  // namespace thinwire

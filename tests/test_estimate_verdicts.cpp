@@ -2,6 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <functional>
+#include <random>
+
 #include "tests/estimate_world.hpp"
 
 namespace thinwire::test {
@@ -254,6 +257,55 @@ TEST(EstimateVerdicts, TheWatchdogAddsUpSlowGrowth) {
   const Stats stats = play(s).stats[0];
   EXPECT_GE(stats.parameters[0].eta_cuts.value_or(0), 1u);
   EXPECT_LT(stats.parameters[0].residual_norm, 100 * stats.parameters[0].grad_norm);
+}
+
+// An eta between the contraction and twice it is stable, and so is that of signs whose measured contraction is small. What empties or
+// scales the residual, and gradients that are small or large for a step, are no growth.
+TEST(EstimateVerdicts, TheWatchdogLeavesStableEtasAlone) {
+  const auto noise = [](int step, int rank, std::uint32_t p, double share) {
+    std::mt19937 random(std::uint32_t(step * 31 + rank * 7 + int(p)));
+    std::normal_distribution<float> normal;
+    Vec g(kNumel[p]);
+    for (float& x : g) x = double(random() % 1000) < 1000 * share ? normal(random) : 0;
+    return g;
+  };
+  const std::string top = "codec=topk:density=0.1,select=exact feedback=econtrol:eta=0.15 exchange=gather min_numel=20",
+                    sparse = "codec=topk:density=0.02,select=exact feedback=econtrol:eta=0.03 exchange=gather min_numel=20",
+                    signs = "codec=sign:block=tensor feedback=econtrol exchange=gather min_numel=20";
+  using Before = std::function<void(GradientReducer&, int, int)>;
+  const struct {
+    const char* what;
+    std::string config;
+    double share;
+    std::function<float(int)> scale;
+    Before before;
+  } cases[] = {{"flushes", sparse, 1, [](int) { return 1.0f; },
+                [](GradientReducer& reducer, int step, int) {
+                  if (step % 400 == 399) reducer.flush();
+                }},
+               {"a smaller learning rate", top, 1, [](int) { return 1.0f; },
+                [](GradientReducer& reducer, int step, int) {
+                  const std::vector<float> factors(kModel.size(), 10.0f);
+                  if (step == 300) reducer.rescale_residuals(factors);
+                }},
+               {"small gradients", top, 1, [](int step) { return step % 128 == 0 ? 0.05f : 1.0f; }, nullptr},
+               {"large gradients", top, 1, [](int step) { return step % 40 == 0 ? 10.0f : 1.0f; }, nullptr},
+               {"signs of sparse gradients, small ones", signs, 0.02, [](int step) { return step % 256 == 0 ? 0.05f : 1.0f; }, nullptr},
+               {"signs of sparse gradients, large ones", signs, 0.02, [](int step) { return step % 20 == 0 ? 10.0f : 1.0f; }, nullptr}};
+  for (const auto& one : cases) {
+    Scenario s = scenario_of(1, topk_method(true), 1200);
+    s.config = one.config;
+    s.device = -1;  // the same arithmetic on a GPU (test_reducer_device.cpp)
+    s.before_step = one.before;
+    s.grad = [&](int step, int rank, std::uint32_t p) {
+      Vec g = noise(step, rank, p, one.share);
+      for (float& x : g) x *= one.scale(step);
+      return g;
+    };
+    const Stats stats = play(s).stats[0];
+    for (const ParameterStats& p : stats.parameters)
+      if (p.compressed) EXPECT_EQ(p.eta_cuts, 0u) << one.what << " " << p.name << " eta " << *p.eta;
+  }
 }
 
 // Before anything was started a dense step has no estimates to reduce again: the bytes are those of EF14.

@@ -130,7 +130,9 @@ TEST_F(ReducerDevice, TheWatchdogCutsWhereTheHostsDoes) {
       part.steps = steps;
       part.start = start;
       part.grad = [grad = s.grad, begin](int step, int rank, std::uint32_t p) { return grad(begin + step, rank, p); };
-      part.before_step = [before = s.before_step, begin](GradientReducer& reducer, int step, int rank) { before(reducer, begin + step, rank); };
+      part.before_step = [before = s.before_step, begin](GradientReducer& reducer, int step, int rank) {
+        before(reducer, begin + step, rank);
+      };
       return play(part);
     };
     const Outcome host_half = run(-1, 48, {}, 0), device_half = run(0, 48, {}, 0);

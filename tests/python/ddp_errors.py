@@ -109,6 +109,7 @@ def refusals(rank: int, world: int) -> None:
     dgc = thinwire.Config.parse(oracle.config)
     sgd, parameters = torch.optim.SGD, list(ddp.parameters())
     refused("no momentum", lambda: thinwire.attach(ddp, "codec=none", thinwire.optim.DGCSGD(parameters, 0.1)))
+    refused("none of the parameters", lambda: thinwire.attach(ddp, dgc, thinwire.optim.DGCSGD(mlp().parameters(), 0.1, momentum=0.9)))
     refused("second time", lambda: thinwire.attach(ddp, dgc, sgd(parameters, 0.1, momentum=0.9)))
     refused("Adam", lambda: thinwire.attach(ddp, dgc, torch.optim.Adam(parameters)))
     refused("same", lambda: thinwire.attach(ddp, dgc, thinwire.optim.DGCSGD(parameters, 0.1, momentum=0.9, weight_decay=0.1)))

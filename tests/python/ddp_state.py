@@ -260,8 +260,8 @@ def bad_checkpoints(rank: int, world: int) -> None:
         ("world", 0), ("world", 2**31), ("rank", -1), ("rank", None), ("config", None), ("config", b"dgc"), ("started", 1),
         ("started", None), ("nonfinite_steps", "x"), ("nonfinite_steps", -1), ("parameters", None), ("parameters", []),
         ("flush", 1), ("lr", 0.1), ("lr", {"2.weight": "x"}), ("lr", {"2.weight": 0.0}), ("watchdog", []), ("watchdog", {"2.weight": 0.1}),
-        ("watchdog", {"2.weight": {"eta": "x", "since": 0, "ratio": 0.0, "cuts": 0}}),
-        ("watchdog", {"2.weight": {"eta": 0.1, "since": 0.5, "ratio": 0.0, "cuts": 0}}),
+        ("watchdog", {"2.weight": {"eta": "x", "since": 0, "ratio": 0.0, "recent": 0.0, "grad": 0.0, "grown": 0, "cuts": 0}}),
+        ("watchdog", {"2.weight": {"eta": 0.1, "since": 0.5, "ratio": 0.0, "recent": 0.0, "grad": 0.0, "grown": 0, "cuts": 0}}),
     ]  # fmt: skip
     cases = [
         (broken(lambda s: s["parameters"].pop("2.weight")), "2.weight"),

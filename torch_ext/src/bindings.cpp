@@ -122,7 +122,8 @@ py::dict dict_of(const ReducerState& state) {
     using namespace py::literals;
     py::dict watchdog;
     for (const auto& [name, w] : state.watchdog)
-      watchdog[py::str(name)] = py::dict("eta"_a = w.eta, "since"_a = w.since, "ratio"_a = w.ratio, "cuts"_a = w.cuts);
+      watchdog[py::str(name)] = py::dict("eta"_a = w.eta, "since"_a = w.since, "ratio"_a = w.ratio, "recent"_a = w.recent,
+                                         "grad"_a = w.grad, "grown"_a = w.grown, "cuts"_a = w.cuts);
     dict["watchdog"] = std::move(watchdog);
   }
   dict["parameters"] = std::move(parameters);
@@ -146,8 +147,9 @@ ReducerState state_of(const py::dict& dict) {
   }
   if (dict.contains("watchdog")) {
     for (const auto& [name, one] : dict["watchdog"].cast<py::dict>())
-      state.watchdog[name.cast<std::string>()] = {one["eta"].cast<float>(), one["since"].cast<std::uint64_t>(), one["ratio"].cast<double>(),
-                                                  one["cuts"].cast<std::uint32_t>()};
+      state.watchdog[name.cast<std::string>()] = {
+          one["eta"].cast<float>(),   one["since"].cast<std::uint64_t>(), one["ratio"].cast<double>(),      one["recent"].cast<double>(),
+          one["grad"].cast<double>(), one["grown"].cast<std::uint32_t>(), one["cuts"].cast<std::uint32_t>()};
   }
   for (const auto& [name, arrays] : dict["parameters"].cast<py::dict>()) {
     auto& parameter = state.parameters[name.cast<std::string>()];

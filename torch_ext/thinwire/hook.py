@@ -21,7 +21,7 @@ from .pairing import paired_config
 from .replay import FLAT, flattened, shaped
 
 _FORMAT = 1
-_WATCHDOG: dict[str, float] = {"eta": 1e30, "since": 2**63, "ratio": math.inf, "cuts": 2**31}  # what a state has of it, and up to what
+_WATCHDOG: dict[str, float] = {"eta": 1e30, "since": 2**63, "ratio": math.inf, "recent": math.inf, "grad": math.inf, "grown": 2**31, "cuts": 2**31}  # what a state has of it, and up to what
 _CLOSE_MS = 5000  # how long the end of a model or of the process waits for a bucket on its way
 
 
@@ -259,6 +259,10 @@ def attach(
             "attach(ddp, config, OneBitAdam(...))"
         )
     named, rates = _reduced_by(ddp), None
+    if isinstance(optimizer, torch.optim.Optimizer) and not isinstance(optimizer, OneBitAdam):  # which says more
+        applied = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in applied for _, p in named):
+            raise ArgumentError("the optimizer has none of the parameters that DDP reduces: it is another model's; make it of ddp.parameters()")
     if config.keys_of("feedback").get("lr_rescale") == "1":
         if optimizer is None:
             raise ConfigError("feedback=ef14:lr_rescale=1 follows the optimizer's learning rate: attach(ddp, config, optimizer)")
@@ -424,7 +428,7 @@ def _check_state(state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> 
         if not isinstance(one, Mapping) or one.keys() != _WATCHDOG.keys():
             raise ArgumentError(f"load_state_dict: watchdog[{name!r}] must have {', '.join(_WATCHDOG)}, not {one!r}")
         for key, most in _WATCHDOG.items():
-            if not (_is_number(one[key]) and 0 <= one[key] < most and (key in ("eta", "ratio") or isinstance(one[key], int))):
+            if not (_is_number(one[key]) and 0 <= one[key] < most and (key in ("eta", "ratio", "recent", "grad") or isinstance(one[key], int))):
                 raise ArgumentError(f"load_state_dict: watchdog[{name!r}][{key!r}]={one[key]!r} is not a number from 0 to {most:g}")
     for name, arrays in state["parameters"].items():
         if not isinstance(name, str) or not isinstance(arrays, Mapping):
