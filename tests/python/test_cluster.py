@@ -94,7 +94,7 @@ def test_cluster_says_what_it_lacks() -> None:
 
 
 @needs_root
-@pytest.mark.parametrize("end", ["close", "terminate", "interrupt"])
+@pytest.mark.parametrize("end", ["close", "terminate", "interrupt", "kill"])
 def test_a_held_cluster_goes_with_its_holder(end: str) -> None:
     name = f"held{os.getpid()}"
     heard = ["env", "--default-signal=INT"]  # a shell's background job, such as this test may be, ignores interrupts
@@ -104,8 +104,10 @@ def test_a_held_cluster_goes_with_its_holder(end: str) -> None:
         if end == "close":
             process.stdin.close()
         else:
-            process.send_signal(signal.SIGTERM if end == "terminate" else signal.SIGINT)
+            process.send_signal({"terminate": signal.SIGTERM, "interrupt": signal.SIGINT, "kill": signal.SIGKILL}[end])
         process.wait(30)
+    if end == "kill":
+        poll(lambda: namespaces(name) == [], 20)
     assert namespaces(name) == []
 
 
