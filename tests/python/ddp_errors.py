@@ -81,6 +81,24 @@ def nan_on_one_rank(rank: int, world: int) -> None:
 
 
 @feature
+def an_attach_that_was_given_up_is_nobodys(rank: int, world: int) -> None:
+    """One rank makes its hook too early and gives up; then all do, and meet."""
+    if rank == 0:
+        try:
+            thinwire.HookState("dgc:density=0.1 timeout=2", named_parameters=mlp().named_parameters())
+        except thinwire.Error as error:
+            assert error.code in ("timeout", "transport"), error.code
+        else:
+            raise AssertionError("met nobody")
+    dist.barrier()
+    oracle = Oracle(world)
+    ddp = DistributedDataParallel(mlp())
+    state = thinwire.attach(ddp, oracle.config)
+    train(ddp, oracle, range(2))
+    assert state.step == 2
+
+
+@feature
 def different_configs_are_refused(rank: int, world: int) -> None:
     ddp = DistributedDataParallel(mlp())
     density = 0.1 if rank == 0 else 0.2

@@ -80,8 +80,15 @@ class HookState:
         store = group.get_group_store()
         # Numbers the hooks of this group: every rank counts its own, all in the same order. A refused call is not counted: whoever corrects
         # it meets the peers that wait for it.
+        # A number that some rank has given up (its peers did not come in time) is nobody's: all go on to the next.
         nth = store.add(f"thinwire/hooks/{group.rank()}", 1)
-        self._engine = native.Engine(store, f"thinwire/{nth}", group.rank(), group.size(), self._config, named, scale, paired is not None)
+        while store.check([f"thinwire/{nth}/given_up"]):
+            nth = store.add(f"thinwire/hooks/{group.rank()}", 1)
+        try:
+            self._engine = native.Engine(store, f"thinwire/{nth}", group.rank(), group.size(), self._config, named, scale, paired is not None)
+        except Exception:
+            store.set(f"thinwire/{nth}/given_up", "1")
+            raise
         # Exit must not find a thread of ours at work; no Python object is needed for it any more.
         self._finalizer = weakref.finalize(self, self._engine.close, _CLOSE_MS)
         if paired is not None and named is not None:
