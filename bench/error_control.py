@@ -16,7 +16,7 @@ PANELS = (("quadratics", None), ("least_squares", 0), ("least_squares", 10), ("l
 def parse():
     parser = argparse.ArgumentParser(prog="bench/run error_control", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the first two tables only, a quarter of a minute")
-    parser.add_argument("--json", metavar="FILE", type=pathlib.Path, help='writes {"command", "version", "machine", "rows"}')
+    parser.add_argument("--json", metavar="FILE", type=report.new_file, help='writes {"command", "version", "machine", "rows"}')
     parser.add_argument("--plot", metavar="PNG", type=pathlib.Path, default=report.ROOT / "build" / "error_control.png", help="where the picture goes (default: %(default)s)")
     return parser.parse_args()
 

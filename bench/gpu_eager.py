@@ -11,6 +11,8 @@ import statistics
 import sys
 import time
 
+import report
+
 DENSITY = 0.01
 
 
@@ -66,7 +68,7 @@ def main() -> int:
     parser.add_argument("kernels", type=pathlib.Path, metavar="KERNELS.json", help="what thinwire_bench_kernels_cuda --json has written")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="where torch runs; cpu shows no more than that this program works")
     parser.add_argument("--reps", type=int, default=7)
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write torch's times and the ratios")
+    parser.add_argument("--json", type=report.new_file, metavar="FILE", help="write torch's times and the ratios")
     options = parser.parse_args()
     try:
         rows = json.loads(options.kernels.read_text())["rows"]

@@ -22,7 +22,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/gpu_training.py", description=__doc__)
     parser.add_argument("--world", type=number(int, 1, 8), action="append", metavar="N", help="ranks; may be repeated; default 1 and 2")
     parser.add_argument("--config", default=CONFIG, metavar="CONFIG", help=f"what to compare with dense training; default {CONFIG}")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the rows")
+    parser.add_argument("--json", type=report.new_file, metavar="FILE", help="write the rows")
     add_training_options(parser)
     parser.set_defaults(epochs=1, device="cuda")
     options = parser.parse_args()

@@ -16,6 +16,8 @@ import tempfile
 import time
 from dataclasses import dataclass
 
+import report
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -122,13 +124,11 @@ def main():
     parser = argparse.ArgumentParser(prog="bench/hook_overhead.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--reps", type=int, default=60, help="steps of each model; default 60")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the rows")
+    parser.add_argument("--json", type=report.new_file, metavar="FILE", help="write the rows")
     options = parser.parse_args()
     if options.reps < 1:
         parser.error("--reps is at least 1")
     import torch
-
-    import report
 
     setup = GPU if options.device == "cuda" else Setup()
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -27,7 +27,7 @@ def arguments():
     parser.add_argument("--reps", type=int, default=11, help="repetitions (default: 11); fewer than 9 are noise")
     parser.add_argument("--isa", choices=("auto", "scalar", "avx2", "avx512"), default="auto", help="auto: the best that this CPU has")
     parser.add_argument("--filter", default="", metavar="REGEX", help="only kernels whose <name>/<density> it finds (see --list)")
-    parser.add_argument("--json", metavar="FILE", help='writes {"command", "version", "machine", "rows"}')
+    parser.add_argument("--json", metavar="FILE", type=report.new_file, help='writes {"command", "version", "machine", "rows"}')
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     args = parser.parse_args()
     if args.numel < 1 or args.reps < 1:

@@ -35,7 +35,7 @@ def arguments():
     parser = argparse.ArgumentParser(prog="bench/run quality", description=__doc__.split(": ", 1)[1], epilog=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=EXPERIMENTS, metavar="NAME", help="one experiment: " + ", ".join(EXPERIMENTS))
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs per method (default: 3)")
-    parser.add_argument("--json", metavar="FILE", help='writes {"command", "version", "machine", "rows"}; a row has its seed')
+    parser.add_argument("--json", metavar="FILE", type=report.new_file, help='writes {"command", "version", "machine", "rows"}; a row has its seed')
     args = parser.parse_args()
     if args.seeds < 1:
         parser.error(f"--seeds {args.seeds}: at least 1")

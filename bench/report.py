@@ -1,5 +1,6 @@
 """What every benchmark writes: one JSON object, and tables for people."""
 
+import argparse
 import json
 import os
 import pathlib
@@ -12,6 +13,14 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def new_file(text):
+    """An argparse type: a file that can be written at the end of a long run, refused at its beginning if not."""
+    path = pathlib.Path(text)
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: it needs a folder that exists and may be written to")
+    return path
 
 
 def version():

@@ -34,7 +34,7 @@ def parse(arguments):
     parser.add_argument("--block", type=number(int, 1), default=4, metavar="S", help="steps of a turn; default 4")
     parser.add_argument("--data", metavar="DIR", help="folder with the four idx files")
     parser.add_argument("--timeout", type=number(float, 1), default=120, metavar="S", help="seconds after which a silent peer is an error; default 120")
-    parser.add_argument("--json", metavar="FILE", type=pathlib.Path)
+    parser.add_argument("--json", metavar="FILE", type=report.new_file)
     parser.add_argument("--output", metavar="DIR", type=pathlib.Path, default=ROOT / "out" / "training", help="where the picture goes; default out/training")
     options = parser.parse_args(arguments)
     options.link, options.config = options.link or ["1gbit"], options.config or list(OURS)
@@ -111,10 +111,10 @@ def main():
         print(f"picture: {picture}")
         if options.json:
             report.write(options.json, report.command_line(), about, [row for rows in groups for row in rows])
-    except thinwire.ConfigError as error:
+    except (thinwire.ConfigError, datasets.DataError) as error:
         print(f"training: {error}", file=sys.stderr)
         return 2
-    except (datasets.DataError, ranks.RankError, OSError) as error:
+    except (ranks.RankError, OSError) as error:
         print(f"training: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -169,6 +169,7 @@ void GradientReducer::Impl::begin_step_if_needed() {
   was_frozen_ = is_frozen();
   changed |= dense != dense_step_;
   dense_step_ = dense;
+  flushed_step_ = flush_next_;
   flush_next_ = false;
   if (changed) ++epoch_;
 }
@@ -293,6 +294,7 @@ std::uint64_t GradientReducer::Impl::reduce(std::span<const std::uint32_t> ids, 
   job.stream = stream;
   job.options = options;
   job.step = step_;
+  job.flushed = flushed_step_;
   job.first = first;
   job.last = complete_step_if_all_seen();
   return queue_->push(std::move(job));
@@ -311,6 +313,7 @@ std::uint64_t GradientReducer::Impl::pass(std::span<const std::uint32_t> ids, st
   job.options = options;
   job.exchange = std::move(exchange);
   job.step = step_;
+  job.flushed = flushed_step_;
   job.last = complete_step_if_all_seen();
   return queue_->push(std::move(job));
 }
@@ -348,6 +351,8 @@ std::exception_ptr GradientReducer::Impl::explain(const Job& job, std::exception
   }
   const std::string where = "rank " + std::to_string(communicator_->rank()) + ", step " + std::to_string(job.step) + ", bucket " +
                             (job.bucket != nullptr ? job.bucket->name : std::string("passed through"));
+  if (job.flushed && (is_of_transport(code) || code == Errc::corrupt_payload))
+    what += "; on this rank flush() was called before the step, so it is a dense one here: all ranks have to call it before the same step";
   communicator_->abort(where + ": " + what);
   return make_error(code, where + ": " + what);
 }

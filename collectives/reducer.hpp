@@ -35,7 +35,7 @@ struct ParameterStats {
   double density = 1;                       ///< configured now
   std::uint64_t kept = 0;                   ///< entries sent at the last step
   double residual_norm = 0, grad_norm = 0;  ///< L2, of this rank; grad_norm of the last step's local gradient (codec=none, and on a GPU: of
-                                            ///< the last step divisible by 16), in unscaled units
+                                            ///< the last step divisible by 16), in unscaled units; 0 for tensors that go by pass()
   std::optional<double> server_residual_norm;  ///< two_phase: of what this rank holds back as the owner of a part
   std::optional<double> momentum_norm;         ///< target=momentum: of the shared momentum
   std::optional<double> estimate_norm;         ///< estimate: of this rank's h

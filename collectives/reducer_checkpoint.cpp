@@ -258,7 +258,7 @@ void GradientReducer::Impl::compare_with_all(const char* call, const Standing& s
   try {
     compare_cards(*parent_, standing, "");
   } catch (const Error& error) {
-    if (error.code() != Errc::transport && error.code() != Errc::timeout && error.code() != Errc::peer_lost) throw;
+    if (!is_of_transport(error.code())) throw;
     fail(error.code(), std::string(call) + " at step " + std::to_string(step_) + " on rank " + std::to_string(parent_->rank()) +
                            ", which all ranks have to call: " + error.what());
   }

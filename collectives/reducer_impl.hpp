@@ -147,6 +147,7 @@ class GradientReducer::Impl {
   bool blank_ = true;              ///< no state was loaded: before the start estimates are 0
   std::uint64_t bad_before_ = 0;   ///< non-finite steps that are accounted for in start_until_
   bool flush_next_ = false;
+  bool flushed_step_ = false;  ///< the current step is dense because of flush()
   bool was_frozen_ = true;
   std::uint64_t freeze_at_ = UINT64_MAX;     ///< target=momentum: the first step that is compressed
   std::optional<FreezeSteps> freeze_steps_;  ///< momentum_elsewhere

@@ -24,6 +24,7 @@ struct Job {
   ReduceOptions options;
   std::uint64_t step = 0;
   bool first = false, last = false;  ///< bucket of the step
+  bool flushed = false;              ///< the step is dense because of flush()
   std::function<bool()> exchange;    ///< a pass's own work; whether its result is finite
   std::uint64_t ticket = 0;
 };

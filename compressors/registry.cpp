@@ -249,10 +249,10 @@ std::vector<std::string> warnings(const Config& config) {
     out.push_back("econtrol: eta=" + feedback.text("eta") + " is above twice the contraction of codec=" + codec.name + ", " +
                   brief(2 * contraction) + ", where the residual grows without bound; eta=auto is " + brief(contraction));
   }
-  if (estimates && codec.name == "sign" && codec.text("scale") == "l2") {
+  if (feedback.name != "none" && config.target().name == "gradient" && codec.name == "sign" && codec.text("scale") == "l2") {
     out.push_back("feedback=" + feedback.name +
-                  " with codec=sign:scale=l2: that is no contraction where a few entries are large, and the estimates may diverge; choose "
-                  "scale=l1, or watch measured_delta in stats");
+                  " with codec=sign:scale=l2: that is no contraction where a few entries are large, and the " +
+                  (estimates ? "estimates" : "residuals") + " may diverge; choose scale=l1, or watch measured_delta in stats");
   }
   if (estimates && is_sparse(codec) && density < 0.05 && feedback.number("worker_ema") == 1) {
     out.push_back("feedback=" + feedback.name + " at density " + brief(density) +
@@ -265,10 +265,8 @@ std::vector<std::string> hints(const Config& config) {
   const Spec &codec = config.codec(), &feedback = config.feedback();
   if (codec.name == "none" || feedback.name == "none" || config.target().name == "momentum") return {};
   const bool estimates = feedback.name == "ef21" || feedback.name == "econtrol";
-  if (!is_sparse(codec)) {
-    if (estimates) return {};
+  if (!is_sparse(codec))
     return {"under Adam choose onebit_adam: signs of the momentum, with the variance frozen, lose less than signs of gradients"};
-  }
   const std::string at = "density " + brief(codec.number("density"));
   if (codec.number("density") < 0.05) {
     if (!estimates)
@@ -291,7 +289,8 @@ std::vector<std::string> hints(const Config& config) {
 
 namespace {
 
-/// The fp32 nearest to `value` inside [lowest, highest]: a momentum just below 1 must not become 1, a clip norm just above 0 not "off".
+/// The fp32 nearest to `value` inside [lowest, highest]: a momentum just below 1 must not become 1, a clip norm or
+/// an eta just above 0 not "off".
 float narrow(double value, float lowest, float highest) { return float(std::clamp(value, double(lowest), double(highest))); }
 
 constexpr float kTiniest = std::numeric_limits<float>::denorm_min();
@@ -339,18 +338,17 @@ std::unique_ptr<const Codec> make_device_codec(const Config& config) {
 Recursion make_recursion(const Config& config) {
   const Spec& feedback = config.feedback();
   Recursion recursion;
-  const auto clip = [](double norm) { return norm == 0 ? 0.0f : narrow(norm, kTiniest, std::numeric_limits<float>::max()); };
+  const auto nonnegative = [](double value) { return value == 0 ? 0.0f : narrow(value, kTiniest, std::numeric_limits<float>::max()); };
   if (feedback.name == "ef14") {
     recursion.kind = Recursion::Kind::error_feedback;
     recursion.decay = narrow(feedback.number("decay"), kTiniest, 1.0f);
     recursion.narrow = feedback.text("residual") == "bf16";
   } else if (feedback.name == "dgc") {
-    const double clip_norm = feedback.number("clip_norm");
     recursion.kind = Recursion::Kind::momentum_correction;
     recursion.momentum = narrow(feedback.number("momentum"), 0.0f, std::nextafter(1.0f, 0.0f));
     recursion.nesterov = feedback.flag("nesterov");
     recursion.mask = feedback.flag("mask");
-    recursion.clip_norm = clip(clip_norm);
+    recursion.clip_norm = nonnegative(feedback.number("clip_norm"));
   }
   if (feedback.name == "ef21" || feedback.name == "econtrol") {
     recursion.kind = Recursion::Kind::estimate;
@@ -365,12 +363,11 @@ Recursion make_recursion(const Config& config) {
                     : eta == "theory" ? Recursion::Eta::theory
                     : eta == "paper"  ? Recursion::Eta::paper
                                       : Recursion::Eta::number;
-    if (recursion.eta == Recursion::Eta::number)
-      recursion.given_eta = narrow(feedback.number("eta"), 0.0f, std::numeric_limits<float>::max());
+    if (recursion.eta == Recursion::Eta::number) recursion.given_eta = nonnegative(feedback.number("eta"));
   }
   if (config.target().name == "momentum") {
     recursion.averaged = true;
-    recursion.clip_norm = clip(config.target().number("clip_norm"));
+    recursion.clip_norm = nonnegative(config.target().number("clip_norm"));
   }
   return recursion;
 }

@@ -104,6 +104,14 @@ def load(folder: str | None = None) -> Dataset:
     return load_digits()
 
 
+def epoch_steps(data: Dataset, subset: int, world: int, batch: int) -> int:
+    """Steps of an epoch over the first `subset` images (0: all) in whole batches of `batch` per rank. Raises DataError where there is none."""
+    images = min(subset or len(data.train_images), len(data.train_images))
+    if images < world * batch:
+        raise DataError(f"{images} images are too few for {world} ranks of batch {batch}")
+    return images // (world * batch)
+
+
 def export(data: Dataset, folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, stem in FILES.items():
@@ -122,7 +130,7 @@ def main() -> int:
         data = load_digits() if options.digits else load(options.data)
     except DataError as error:
         print(f"data: {error}", file=sys.stderr)
-        return 1
+        return 2
     print(f"{data.source}: {len(data.train_images)} images to train on, {len(data.test_images)} to test")
     if options.export:
         export(data, options.export)

@@ -62,9 +62,7 @@ class Trainer:
         self.images, self.labels = (torch.from_numpy(array[:keep].copy()).to(device) for array in (self.data.train_images, self.data.train_labels))
         keep = max(1, options.subset // 5) if options.subset else len(self.data.test_images)
         self.test_images, self.test_labels = (torch.from_numpy(array[:keep].copy()).to(device) for array in (self.data.test_images, self.data.test_labels))
-        self.epoch_steps = len(self.images) // (self.world * options.batch)
-        if self.epoch_steps == 0:
-            raise datasets.DataError(f"{len(self.images)} images are too few for {self.world} ranks of batch {options.batch}")
+        self.epoch_steps = datasets.epoch_steps(self.data, options.subset, self.world, options.batch)
         self.steps = self.epoch_steps * options.epochs
 
         torch.manual_seed(options.seed)
@@ -204,7 +202,7 @@ def main() -> int:
         train(options, device)
     except (datasets.DataError, DeviceError) as error:
         print(f"train_rank: {error}", file=sys.stderr)
-        return 1
+        return 2
     dist.destroy_process_group()
     ranks.leave()
 

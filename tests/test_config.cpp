@@ -558,6 +558,8 @@ TEST(Registry, RoundingToFloatStaysInside) {
   EXPECT_GT(make_recursion(Config::parse("dgc:clip_norm=1e-300")).clip_norm, 0.0f);  // 0 would mean: off
   EXPECT_EQ(make_recursion(Config::parse("dgc:clip_norm=1e300")).clip_norm, std::numeric_limits<float>::max());
   EXPECT_EQ(make_recursion(Config::parse("dgc:clip_norm=0")).clip_norm, 0.0f);
+  EXPECT_GT(make_recursion(Config::parse("econtrol:eta=1e-300")).given_eta, 0.0f);  // 0 would mean: EF21
+  EXPECT_EQ(make_recursion(Config::parse("econtrol:eta=0")).given_eta, 0.0f);
 }
 
 TEST(Registry, Codecs) {

@@ -123,6 +123,28 @@ TEST(ReducerFailures, AStalledRankIsAnErrorWithinTheDeadline) {
   }
 }
 
+TEST(ReducerFailures, AFlushOnOneRankAloneIsNamed) {
+  for (const bool inline_queue : {false, true}) {
+    Meeting end;
+    run_ranks(3, [&](std::shared_ptr<Communicator> communicator) {
+      Rank rank(std::move(communicator), config(" timeout=0.5"), {.inline_queue = inline_queue});
+      rank.step();
+      const bool flushes = rank.reducer->rank() == 1;
+      if (flushes) rank.reducer->flush();
+      std::string what;
+      try {
+        rank.step();
+        ADD_FAILURE() << "no error";
+      } catch (const Error& e) { what = e.what(); }
+      // The others are told by the rank that knows, unless they gave up before it.
+      if (flushes) EXPECT_NE(what.find("flush() was called before the step"), std::string::npos) << what;
+      EXPECT_NE(what.find("step 1"), std::string::npos) << what;
+      rank.expect_sticky(what);
+      end.wait(3);
+    });
+  }
+}
+
 TEST(ReducerFailures, ATransportErrorReleasesThePeers) {
   Meeting end;
   run_ranks(3, [&](std::shared_ptr<Communicator> communicator) {

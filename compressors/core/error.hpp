@@ -21,6 +21,9 @@ enum class Errc {
 /// The code's name as users see it: "invalid_config", "timeout", …
 const char* to_string(Errc code) noexcept;
 
+/// peer_lost, timeout, transport: what a rank meets, too, whose peers are elsewhere in the program.
+constexpr bool is_of_transport(Errc code) noexcept { return code == Errc::peer_lost || code == Errc::timeout || code == Errc::transport; }
+
 class Error : public std::runtime_error {
  public:
   Error(Errc code, const std::string& what) : std::runtime_error(what), code_(code) {}

@@ -116,10 +116,32 @@ def test_replay_refuses(run: Callable[..., Done], tmp_path: Path) -> None:
         (("dgc", "bad.txt"), 2),
         (("dgc:density=9", "flat.npz"), 2),
         (("dgc", "flat.npz"), 2),
-        (("dgc", "flat.npz", "--plot", "a.txt"), 2),
     ):
         done = run("replay", *arguments)
         assert done.returncode == code and done.stderr.startswith("thinwire replay: ") and "Traceback" not in done.stderr, (arguments, done)
+
+
+def test_outputs_are_refused_before_the_work(run: Callable[..., Done], tmp_path: Path) -> None:
+    np.savez(tmp_path / "g.npz", w=np.ones((2, 2, 64, 512), np.float32))
+    for arguments, words in (
+        (("replay", "dgc", "g.npz", "--plot", "a.txt"), "a picture ends in .png, .svg or .pdf"),
+        (("replay", "dgc", "g.npz", "--plot", "no/a.png"), "no/a.png cannot be written"),
+        (("replay", "dgc", "g.npz", "--json", "."), ". cannot be written"),
+        (("check", "dgc", "--json", "no/rows.json"), "no/rows.json cannot be written"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == 2 and words in done.stderr and done.stdout == "", done
+    assert not (tmp_path / "no").exists()
+
+
+def test_replay_warns_and_shows_what_the_feedback_measures(run: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    np.savez(tmp_path / "g.npz", w=np.random.default_rng(0).standard_normal((3, 2, 64, 512)).astype(np.float32))
+    done = run("replay", "econtrol:eta=0.3 exchange=gather", "g.npz")
+    assert done.returncode == 0 and "warning: econtrol: eta=0.3 is above twice the contraction" in done.stdout, done
+    assert all(word in done.stdout for word in ("eta cuts", "stale", "0.3")) and "owner's" not in done.stdout
+    done = run("replay", "codec=sign feedback=ef14 exchange=two_phase", "g.npz")
+    assert done.returncode == 0 and "owner's residual norm" in done.stdout and "eta" not in done.stdout and "warning" not in done.stdout, done
 
 
 @pytest.mark.parametrize("verb", ["info", "check", "replay"])

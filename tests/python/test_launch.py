@@ -62,9 +62,9 @@ def test_bad_data_is_refused_by_name(digits: Path, tmp_path: Path, kind: str) ->
     shutil.copytree(digits, folder)
     damage(folder / "t10k-images-idx3-ubyte")
     found = python("launch/data.py", "--data", folder)
-    assert found.returncode == 1 and "t10k-images-idx3-ubyte" in found.stderr and words in found.stderr and "Traceback" not in found.stderr
+    assert found.returncode == 2 and "t10k-images-idx3-ubyte" in found.stderr and words in found.stderr and "Traceback" not in found.stderr
     result = python("launch/quickstart.py", "--data", folder, "--output", tmp_path)
-    assert result.returncode == 1 and "t10k-images-idx3-ubyte" in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 2 and "t10k-images-idx3-ubyte" in result.stderr and "Traceback" not in result.stderr
 
 
 # --- quickstart -----------------------------------------------------------------------------------------------------------------------------------------------------
@@ -104,6 +104,14 @@ def test_quickstart_refuses_a_bad_config_before_it_trains(tmp_path: Path) -> Non
     assert result.returncode == 2 and "density=2" in result.stderr and "Traceback" not in result.stderr
     assert python("launch/quickstart.py", "--world", "0").returncode == 2
     assert python("launch/quickstart.py", "--epochs", "none").returncode == 2
+    for arguments, words in (
+        (["--subset", "100"], "100 images are too few for 2 ranks of batch 64"),
+        (["--data", tmp_path / "nowhere"], "missing train-images-idx3-ubyte"),
+        (["--json", tmp_path / "no" / "rows.json"], "rows.json cannot be written"),
+    ):
+        result = python("launch/quickstart.py", *arguments, "--output", tmp_path)
+        assert result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr, result.stderr
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize("config, whole", [("codec=none", "codec=none timeout=7.5"), ("codec=none timeout=9", "codec=none timeout=9"), ("timeout=9", "timeout=9")])
@@ -241,7 +249,7 @@ def test_trainer_refuses_gpus_that_are_not_there(tmp_path: Path) -> None:
 def test_a_rank_refuses_gpus_that_are_not_there() -> None:
     gpus = torch.cuda.device_count()
     result = python("launch/train_rank.py", "--device", "cuda", env={"LOCAL_WORLD_SIZE": str(gpus + 1)}, seconds=60)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.returncode == 2 and "Traceback" not in result.stderr
     assert (f"{gpus + 1} ranks for {gpus} GPUs" if gpus else "there is no GPU") in result.stderr
 
 

@@ -57,6 +57,12 @@ def test_survivors_get_an_error(how: str, width: int, device: str, tmp_path: Pat
                 assert said["code"] == "timeout" and f"did not end within {TIMEOUT[device] * 1000:.0f} ms" in said["text"], said
 
 
+def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
+    for rank, said in enumerate(survivors("cpu", "absent", 64, tmp_path)):
+        assert said["code"] == "timeout" and f"on rank {rank}" in said["text"] and "did not come: rank 2" in said["text"], said
+        assert said["seconds"] < TIMEOUT["cpu"] + 20, said
+
+
 @needs_gpu
 def test_a_rank_that_never_comes_is_an_error_on_cuda(tmp_path: Path) -> None:
     """NCCL itself would wait for it for ever."""

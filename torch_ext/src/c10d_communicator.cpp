@@ -98,6 +98,15 @@ void C10dCommunicator::run(const char* what, Start&& start) {
   }
 }
 
+std::string C10dCommunicator::missing(const std::string& place) const {
+  std::string who;
+  try {
+    for (int r = 0; r < size_; ++r)
+      if (!store_->check({place + std::to_string(r)})) who += (who.empty() ? "" : ", ") + std::to_string(r);
+  } catch (const std::exception&) { return {}; }  // the store went with the rank that kept it
+  return who.empty() ? who : "; of these did not come: rank " + who;
+}
+
 std::unique_ptr<Communicator> C10dCommunicator::split(int colour, int key) {
   const std::string place = "split/" + std::to_string(splits_++) + "/";
   std::vector<std::pair<int, int>> members;  // (key, rank) of those who chose this colour
@@ -120,8 +129,8 @@ std::unique_ptr<Communicator> C10dCommunicator::split(int colour, int key) {
     return made;
   } catch (const Error&) { throw; } catch (const std::exception& error) {
     const std::string text = first_line(error.what());
-    fail(code_of(text),
-         "making a group of its own for " + std::to_string(size_) + " ranks, on rank " + std::to_string(rank_) + ": " + text);
+    fail(code_of(text), "making a group of its own for " + std::to_string(size_) + " ranks, on rank " + std::to_string(rank_) + ": " +
+                            text + missing(place));
   }
 }
 

@@ -54,6 +54,8 @@ class C10dCommunicator final : public Communicator {
   void gather_directly(ConstBytes send, Bytes recv);
 
   c10::intrusive_ptr<c10d::Backend> connect();
+  /// In words, the ranks that have written nothing under `place` of the store.
+  std::string missing(const std::string& place) const;
   template <class Start>
   void run(const char* what, Start&& start);
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,9 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rows = arguments.run(arguments, console)
         if arguments.json:
-            Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
             outcome = {"command": arguments.verb, "version": VERSION, "machine": machine(), "rows": rows}
-            Path(arguments.json).write_text(json.dumps(outcome, indent=1) + "\n")
+            arguments.json.write_text(json.dumps(outcome, indent=1) + "\n")
     except (ConfigError, ArgumentError, _Refused) as error:
         print(f"thinwire {arguments.verb}: {error}", file=sys.stderr)
         return 2
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         made = verbs.add_parser(
             name, help=help_, description=help_ + ".", epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        made.add_argument("--json", metavar="FILE", help="write {command, version, machine, rows} there as well")
+        made.add_argument("--json", metavar="FILE", type=_new_file, help="write {command, version, machine, rows} there as well")
         made.set_defaults(run=run)
         return made
 
@@ -79,11 +79,25 @@ def _parser() -> argparse.ArgumentParser:
     rerun = verb("replay", _replay, "run a configuration over recorded gradients, ranks as threads", _REPLAY_FILE + grammar)
     rerun.add_argument("config", metavar="CONFIG")
     rerun.add_argument("file", metavar="FILE", help="gradients: .safetensors or .npz")
-    rerun.add_argument("--plot", metavar="PNG", help="draw bytes and norms per step")
+    rerun.add_argument("--plot", metavar="PNG", type=_new_picture, help="draw bytes and norms per step")
     return parser
 
 
 _REPLAY_FILE = "FILE holds one array per parameter, name -> (steps, world, *shape), all fp32, all bf16 or all fp16:\n  numpy.savez('gradients.npz', **arrays)\n\n"
+
+
+def _new_file(text: str) -> Path:
+    """A file that can be written when the work is done."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: it needs a folder that exists and may be written to")
+    return path
+
+
+def _new_picture(text: str) -> Path:
+    if Path(text).suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"{text}: a picture ends in .png, .svg or .pdf")
+    return _new_file(text)
 
 
 def _count(text: str, most: int) -> int:
@@ -103,6 +117,13 @@ def _info(arguments: argparse.Namespace, console: Console) -> list[dict[str, Any
     return [info]
 
 
+def _print_warnings(config: Config, console: Console) -> list[str]:
+    warnings = native.config_warnings(config)
+    for warning in warnings:
+        console.print(f"warning: {warning}", highlight=False)
+    return warnings
+
+
 def _check(arguments: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     config = Config.parse(arguments.config)
     table = Table("slot", title="configuration")
@@ -110,9 +131,7 @@ def _check(arguments: argparse.Namespace, console: Console) -> list[dict[str, An
     for slot in str(config).split(" "):
         table.add_row(*slot.split("=", 1))
     console.print(table)
-    warnings = native.config_warnings(config)
-    for warning in warnings:
-        console.print(f"warning: {warning}", highlight=False)
+    warnings = _print_warnings(config, console)
     hints = native.config_hints(config)
     for hint in hints:
         console.print(f"hint: {hint}", highlight=False)
@@ -162,8 +181,7 @@ def _bytes(count: float) -> str:
 def _replay(arguments: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     config = Config.parse(arguments.config)
     grads = _load(Path(arguments.file))
-    if arguments.plot and Path(arguments.plot).suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise _Refused(f"--plot {arguments.plot}: a picture ends in .png, .svg or .pdf")
+    _print_warnings(config, console)
     result = replay(config, grads)
     rows = _replay_rows(config, grads, result)
     table = Table(title=f"{arguments.file}: {len(rows)} steps, {rows[0]['world'] if rows else 0} ranks")
@@ -181,18 +199,30 @@ def _replay(arguments: argparse.Namespace, console: Console) -> list[dict[str, A
             f"{row['gradient_norm']:.6g}",
         )
     console.print(table)
+    parameters = result.stats["parameters"]
+    measures = [(key, name) for key, name in _MEASURES if any(key in p for p in parameters.values())]
     stats = Table(title="after the last step, rank 0")
-    for column in ("parameter", "elements", "compressed", "kept", "residual norm", "why not"):
+    for column in ("parameter", "elements", "compressed", "kept", *(name for _, name in measures), "why not"):
         stats.add_column(column, justify="left" if column in ("parameter", "why not") else "right")
-    for name, p in result.stats["parameters"].items():
-        stats.add_row(
-            name, f"{p['numel']:,}", "yes" if p["compressed"] else "no", f"{p['kept']:,}", f"{p['residual_norm']:.6g}", p["reason"]
-        )
+    for name, p in parameters.items():
+        measured = (f"{p[key]:.6g}" if key in p else "-" for key, _ in measures)
+        stats.add_row(name, f"{p['numel']:,}", "yes" if p["compressed"] else "no", f"{p['kept']:,}", *measured, p["reason"])
     console.print(stats)
     if arguments.plot:
-        _plot(rows, str(config), Path(arguments.plot))
+        _plot(rows, str(config), arguments.plot)
         console.print(f"picture: {arguments.plot}")
     return rows
+
+
+_MEASURES = (
+    ("residual_norm", "residual norm"),
+    ("server_residual_norm", "owner's residual norm"),
+    ("measured_delta", "measured delta"),
+    ("stale", "stale"),
+    ("eta", "eta"),
+    ("eta_cuts", "eta cuts"),
+)
+"""Keys of stats and their columns, of which a table has those that the configuration fills."""
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
