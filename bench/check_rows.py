@@ -10,7 +10,7 @@ import tempfile
 KEYS = {"kernel", "isa", "backend", "numel", "density", "bytes_per_element", "seconds_median", "seconds_min", "gb_per_s", "ratio_memcpy", "ratio_axpy"}
 EXPECTED = {"dgc_topk_sampled", "ef14_topk_sampled", "econtrol_topk_sampled", "none_topk_sampled", "dgc_topk_exact", "decode_topk_8", "ef14_sign", "ef14_sign_512", "ef14_sign_tensor", "averaged_ef14_sign",
             "econtrol_sign_512", "none_sign", "decode_sign_8"}
-ALONE = {"cpu": {"memcpy", "axpy", "none_norms", "dgc_dense", "ef21_topk_sampled"}, "cuda": {"dgc_topk_sampled_bf16grad", "ef14_topk_sampled_unordered", "ef14_topk_sampled_u32"}}
+ALONE = {"cpu": {"memcpy", "axpy", "none_norms", "dgc_dense", "ef14_look", "ef21_topk_sampled"}, "cuda": {"dgc_topk_sampled_bf16grad", "ef14_topk_sampled_unordered", "ef14_topk_sampled_u32"}}
 ISA = {"cpu": ("scalar", "avx2", "avx512", None), "cuda": (None,)}
 BYTES = {"ef14_sign": 12.125 + 4 / 1024, "ef14_sign_512": 12.125 + 4 / 512, "averaged_ef14_sign": 16.125 + 4 / 1024, "none_sign": 4.125 + 4 / 1024, "econtrol_sign_512": 20.125 + 4 / 512, "decode_sign_8": 5 + 32 / 1024}
 NUMEL = 70001  # one block of 64 Ki and a ragged second one

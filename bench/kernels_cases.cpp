@@ -6,6 +6,7 @@
 
 #include "compressors/core/config.hpp"
 #include "compressors/core/error.hpp"
+#include "compressors/core/probe.hpp"
 #include "compressors/core/registry.hpp"
 #include "compressors/topk/topk_wire.hpp"
 
@@ -157,11 +158,16 @@ DenseKernel::DenseKernel(What what, const std::string& recursion, Arrays& arrays
   state_ = state_in(recursion_, arrays.momentum(), arrays.residual());
 }
 
-std::string DenseKernel::name() const { return recursion_name_ + (what_ == What::norms ? "_norms" : "_dense"); }
+std::string DenseKernel::name_of(What what, const std::string& recursion) {
+  return recursion + (what == What::norms ? "_norms" : what == What::look ? "_look" : "_dense");
+}
+
+std::string DenseKernel::name() const { return name_of(what_, recursion_name_); }
 
 double DenseKernel::bytes_per_element() const {
   if (what_ == What::norms) return sizeof(float);
-  return sizeof(float) + state_bytes(recursion_, true) + sizeof(float);  // gradient, state, message
+  if (what_ == What::look) return 2 * (sizeof(float) + state_bytes(recursion_, true) / 2);  // each pass reads gradient and state
+  return sizeof(float) + state_bytes(recursion_, true) + sizeof(float);                     // gradient, state, message
 }
 
 void DenseKernel::settle() { arrays_.settle(recursion_, 0.01); }
@@ -173,8 +179,15 @@ void DenseKernel::run(std::size_t repetition) {
     squared_norms(plan_, grad, &norm, Stream::host());
     return;
   }
+  const StateView state{{&state_, 1}, nullptr};
+  if (what_ == What::look) {
+    Probe probe;
+    probe_messages(recursion_, plan_, grad, state, {&probe, 1});
+    probe_rest(recursion_, plan_, grad, state, {&probe, 1});
+    return;
+  }
   std::uint32_t flags = 0;
-  dense_message(recursion_, plan_, grad, {{&state_, 1}, nullptr}, host_bytes(arrays_.out(), arrays_.numel()), &flags, Stream::host());
+  dense_message(recursion_, plan_, grad, state, host_bytes(arrays_.out(), arrays_.numel()), &flags, Stream::host());
 }
 
 }  // namespace thinwire::bench

@@ -101,11 +101,14 @@ class DecodeKernel final : public Kernel {
   double reached_ = 0, entry_bytes_ = 0;
 };
 
-/// The pieces that need no codec: norms for clipping, the message of a dense step. Their loops are compiled per ISA and chosen by the
-/// loader.
+/// The pieces that need no codec: norms for clipping, the message of a dense step, a look at error feedback (the two passes that a step
+/// has more at which it is looked at: every 64th, every 4th where EControl's eta may be unstable). Their loops are compiled per ISA and
+/// chosen by the loader.
 class DenseKernel final : public Kernel {
  public:
-  enum class What { norms, message };
+  enum class What { norms, message, look };
+  /// As names have it: "none_norms", "dgc_dense", "ef14_look".
+  static std::string name_of(What what, const std::string& recursion);
   DenseKernel(What what, const std::string& recursion, Arrays& arrays);
   std::string name() const override;
   std::size_t numel() const override { return arrays_.numel(); }

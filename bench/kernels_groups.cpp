@@ -58,7 +58,7 @@ Group sign_decode_group(int payloads, Isa isa) {
 }
 
 Group dense_group(DenseKernel::What what, const std::string& recursion) {
-  return {{recursion + (what == DenseKernel::What::norms ? "_norms" : "_dense")},
+  return {{DenseKernel::name_of(what, recursion)},
           [=](Arrays& arrays) {
             Kernels kernels;
             kernels.push_back(std::make_unique<DenseKernel>(what, recursion, arrays));
@@ -171,6 +171,7 @@ std::vector<Group> all_groups(Isa isa, std::size_t numel) {
   for (const char* recursion : {"dgc", "ef14"}) groups.push_back(spaced_group(make(recursion, 0.01)));
   groups.push_back(dense_group(DenseKernel::What::norms, "none"));
   for (const char* recursion : {"none", "dgc", "ef14"}) groups.push_back(dense_group(DenseKernel::What::message, recursion));
+  for (const char* recursion : {"dgc", "ef14", "econtrol"}) groups.push_back(dense_group(DenseKernel::What::look, recursion));
   return groups;
 }
 

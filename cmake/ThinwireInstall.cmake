@@ -16,7 +16,7 @@ write_basic_package_version_file(${PROJECT_BINARY_DIR}/thinwireConfigVersion.cma
 
 # What a program may include: the reducer, transports, a codec by its name, and what these are declared with. All other headers are our own.
 set(public
-  collectives/communicator.hpp collectives/reducer.hpp
+  collectives/communicator.hpp collectives/reducer.hpp collectives/watchdog_state.hpp
   compressors/core/codec.hpp compressors/core/config.hpp compressors/core/dtype.hpp compressors/core/error.hpp compressors/core/isa.hpp compressors/core/plan.hpp
   compressors/core/policy.hpp compressors/core/recursion.hpp compressors/core/registry.hpp compressors/core/span.hpp compressors/core/state_array.hpp
   compressors/core/stream.hpp compressors/core/wire.hpp)

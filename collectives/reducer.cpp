@@ -46,6 +46,7 @@ const Config& GradientReducer::config() const noexcept { return impl_->config_; 
 int GradientReducer::rank() const noexcept { return impl_->communicator_->rank(); }
 int GradientReducer::world() const noexcept { return impl_->communicator_->size(); }
 Stats GradientReducer::stats() const { return impl_->stats(); }
+std::string GradientReducer::take_notice() { return impl_->take_notice(); }
 ReducerState GradientReducer::state() const { return impl_->state(); }
 void GradientReducer::load_state(std::span<const ReducerState> states, const std::string& refused) { impl_->load_state(states, refused); }
 
@@ -332,7 +333,10 @@ void GradientReducer::Impl::run(Job& job) {
   }
   if (job.bucket != nullptr) engine_->run(job.bucket, job.grad, job.step, job.options, job.stream);
   if (job.bucket == nullptr) engine_->passed(job.options.dense_bytes, !job.exchange || job.exchange());
-  if (job.last) engine_->finish_step(job.step);
+  if (job.last) {
+    engine_->finish_step(job.step);
+    notice_cuts(job.step);
+  }
   const std::lock_guard lock(counters_);
   traffic_ = communicator_->traffic();
   if (job.last) ++steps_done_;

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "collectives/communicator.hpp"
+#include "collectives/watchdog_state.hpp"
 #include "compressors/core/config.hpp"
 #include "compressors/core/span.hpp"
 #include "compressors/core/stream.hpp"
@@ -59,18 +60,6 @@ struct Stats {
   bool frozen = false;                 ///< target=momentum: whether the next step's momentum is compressed
   std::optional<double> resync_error;  ///< at the last resynchronize(): ‖H − its new value‖ / ‖its new value‖, over all parameters
   std::vector<ParameterStats> parameters;  ///< in id order
-};
-
-/// EControl's watchdog, of one parameter that it has looked at.
-struct WatchdogState {
-  float eta = 0;            ///< what it has lowered eta to; 0: nothing
-  std::uint64_t since = 0;  ///< 1 + the step at which its window began; 0: none has
-  double ratio = 0;         ///< the smallest ‖e‖²/‖g‖² since eta is what it is; 0: not taken yet
-  double recent = 0;        ///< the smallest since the window began
-  double grad = 0;          ///< the largest ‖g‖² of late
-  std::uint32_t grown = 0;  ///< looks in a row at which the ratio had grown too much
-  std::uint32_t cuts = 0;   ///< how often it has lowered eta
-  bool operator==(const WatchdogState&) const = default;
 };
 
 /// State of one rank by parameter and state name ("momentum", "accumulated", "residual", "threshold", …). Arrays are fp32, numel(parameter)
@@ -233,6 +222,9 @@ class GradientReducer {
   int world() const noexcept;
   /// Waits for queued work, then reads; after a failure and after close() too.
   Stats stats() const;
+  /// What a person should be told and is no error, once: empty most of the time, and then it costs nothing. Today: the first time that
+  /// EControl's watchdog has lowered an eta (on a GPU: once stats() or state() have looked). From any thread.
+  std::string take_notice();
   /// Between steps; after close() too. @throws the sticky error: a step that broke off has left no state that could be gone on from.
   ReducerState state() const;
   /// One state of this rank and world, or all ranks' states of another world: momentum, accumulated, residual and threshold become their

@@ -3,6 +3,7 @@
 // state between steps, statistics) and reducer_checkpoint.cpp.
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -54,6 +55,7 @@ class GradientReducer::Impl {
   void reset();
   void close(std::chrono::milliseconds limit) noexcept;
   Stats stats() const;
+  std::string take_notice();
   ReducerState state() const;
   void load_state(std::span<const ReducerState> states, const std::string& refused);
 
@@ -95,6 +97,8 @@ class GradientReducer::Impl {
   void check_place(Bytes grad, Stream stream, const float* loss_scale) const;
   std::shared_ptr<const BucketPlan> find_plan(std::span<const std::uint32_t> ids, DType dtype);
   void run(Job& job);
+  /// After a step, on the queue's thread: whether a watchdog has lowered an eta by now, to be told once.
+  void notice_cuts(std::uint64_t step);
   std::exception_ptr explain(const Job& job, std::exception_ptr error);
   /// @throws the sticky error, or invalid_argument in the middle of a step.
   void between_steps(const char* call) const;
@@ -161,6 +165,9 @@ class GradientReducer::Impl {
   std::vector<std::string> pass_reasons_;  ///< per parameter
 
   // What the queue's thread counts; read after drain() or under this mutex.
+  bool cuts_noticed_ = false;  ///< the queue's thread alone
+  std::atomic<bool> has_notice_ = false;
+  std::string notice_;  ///< under counters_
   mutable std::mutex counters_;
   std::uint64_t steps_done_ = 0;
   Traffic traffic_, traffic_at_reset_;

@@ -1,5 +1,7 @@
 #include <algorithm>
 #include <cmath>
+#include <sstream>
+#include <utility>
 
 #include "collectives/reducer_impl.hpp"
 #include "compressors/core/error.hpp"
@@ -170,6 +172,30 @@ Stats GradientReducer::Impl::stats() const {
     if (recursion_.kind == Recursion::Kind::estimate) s.stale = seen.stale;
   }
   return out;
+}
+
+void GradientReducer::Impl::notice_cuts(std::uint64_t step) {
+  const Watch* const watch = recursion_.control && !cuts_noticed_ ? engine_->watch() : nullptr;
+  for (std::uint32_t p = 0; watch != nullptr && p < slots_.size(); ++p) {
+    const WatchdogState* const state = watch->state(p);
+    if (state == nullptr || state->cuts == 0) continue;
+    std::ostringstream text;
+    text << "rank " << communicator_->rank() << ", after step " << step << ": the watchdog has lowered eta of '" << slots_[p].parameter.name
+         << "' to " << state->eta << ", for its residual grew without bound under " << config_.feedback().name
+         << ":eta=" << config_.feedback().text("eta")
+         << ". It may do so again, and for other parameters: stats has eta and eta_cuts of each";
+    const std::lock_guard lock(counters_);
+    notice_ = text.str();
+    has_notice_ = cuts_noticed_ = true;
+    return;
+  }
+}
+
+std::string GradientReducer::Impl::take_notice() {
+  if (!has_notice_.load(std::memory_order_relaxed)) return {};
+  const std::lock_guard lock(counters_);
+  has_notice_ = false;
+  return std::exchange(notice_, {});
 }
 
 }  // namespace thinwire

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "collectives/reducer.hpp"
+#include "collectives/watchdog_state.hpp"
 #include "compressors/core/dtype.hpp"
 #include "compressors/core/probe.hpp"
 

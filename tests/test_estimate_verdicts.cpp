@@ -244,8 +244,19 @@ TEST(EstimateVerdicts, TheWatchdogKnowsNoiseFromGrowth) {
       for (float& x : g) x *= step == 128 ? 0.05f : 1;
       return g;
     };
+    std::string told[2];
+    s.before_step = [&told](GradientReducer& reducer, int step, int rank) {
+      if (step == 130) (void)reducer.stats();  // a GPU's records come with them
+      told[rank] += reducer.take_notice();
+    };
     const Stats stats = play(s).stats[0];
     for (const std::size_t p : {0u, 2u}) EXPECT_EQ(stats.parameters[p].eta_cuts > 0, eta[0] == '0') << eta;
+    for (int rank = 0; rank < 2; ++rank) {  // once
+      const std::size_t at = told[rank].find("the watchdog has lowered eta of 'w' to ");
+      EXPECT_EQ(told[rank].find("rank " + std::to_string(rank) + ", after step "), eta[0] == '0' ? 0 : std::string::npos) << told[rank];
+      EXPECT_EQ(at != std::string::npos, eta[0] == '0') << told[rank];
+      EXPECT_EQ(told[rank].find("the watchdog", at + 1), std::string::npos) << told[rank];
+    }
     EXPECT_EQ(stats.parameters[0].eta, eta[0] == '0' ? stats.parameters[0].eta : 53.0f / 525);
   }
 }
@@ -306,6 +317,28 @@ TEST(EstimateVerdicts, TheWatchdogLeavesStableEtasAlone) {
     for (const ParameterStats& p : stats.parameters)
       if (p.compressed) EXPECT_EQ(p.eta_cuts, 0u) << one.what << " " << p.name << " eta " << *p.eta;
   }
+}
+
+// At small densities a settled residual is hundreds of times a fresh one: what a flush has emptied grows back, and that is no growth.
+TEST(EstimateVerdicts, TheWatchdogStartsAnewAfterAFlush) {
+  Scenario s = scenario_of(1, topk_method(true), 5600);
+  s.config = "codec=topk:density=0.002,select=exact feedback=econtrol:eta=0.003 exchange=gather min_numel=20";
+  s.parameters = {{"w", {50, 100}}};
+  s.buckets = nullptr;
+  s.device = -1;
+  s.before_step = [](GradientReducer& reducer, int step, int) {
+    if (step == 3000) reducer.flush();
+  };
+  s.grad = [](int step, int, std::uint32_t) {
+    std::mt19937 random{std::uint32_t(step)};
+    std::uniform_real_distribution<float> uniform(-1, 1);
+    Vec g(5000);
+    for (float& x : g) x = uniform(random);
+    return g;
+  };
+  const ParameterStats w = play(s).stats[0].parameters[0];
+  EXPECT_EQ(w.eta_cuts, 0u) << *w.eta;
+  EXPECT_GT(w.residual_norm, 10 * w.grad_norm);  // so without that, its square's growth is more than a hundredfold
 }
 
 // Before anything was started a dense step has no estimates to reduce again: the bytes are those of EF14.

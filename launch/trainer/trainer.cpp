@@ -131,6 +131,8 @@ torch::Tensor Trainer::step(const torch::Tensor& batch) {
     sgd_.step(lr);
   }
   ++done_;
+  if (const std::string notice = reducer_.take_notice(); !notice.empty())
+    std::fprintf(stderr, "thinwire_train: warning: %s\n", notice.c_str());
   return loss.detach();
 }
 

@@ -218,6 +218,22 @@ def test_the_hook_warns_once(alone: None) -> None:
         thinwire.HookState("econtrol", named_parameters=[("w", torch.nn.Parameter(torch.zeros(4, 4)))]).close()
 
 
+def test_the_hook_says_once_that_the_watchdog_has_lowered_eta(alone: None) -> None:
+    torch.manual_seed(0)
+    model = DistributedDataParallel(torch.nn.Linear(40, 50, bias=False))
+    with pytest.warns(UserWarning, match="eta=0.9 is above twice"):
+        state = thinwire.attach(model, f"{TOPK} feedback=econtrol:eta=0.9 {REST}")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(120):
+            model.zero_grad()
+            model(torch.randn(8, 40)).sum().backward()
+    assert state.stats()["parameters"]["weight"]["eta"] < 0.9
+    state.close()
+    assert len(said) == 1 and "rank 0" in str(said[0].message), [str(one.message) for one in said]
+    assert "lowered eta of 'weight' to 0.45" in str(said[0].message) and "econtrol:eta=0.9" in str(said[0].message)
+
+
 def test_a_residual_keeps_its_worth_when_the_learning_rate_changes(alone: None) -> None:
     def train(rescale: int) -> tuple[dict, torch.Tensor]:
         torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/any.h>
+#include <c10/util/Exception.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <unistd.h>
 
@@ -223,6 +224,7 @@ c10::intrusive_ptr<c10::ivalue::Future> Engine::submit(c10d::GradBucket& bucket,
   auto future = c10::make_intrusive<c10::ivalue::Future>(std::move(type), std::move(devices));
   try {
     GradientReducer* reducer = open_reducer();
+    if (const std::string notice = reducer != nullptr ? reducer->take_notice() : ""; !notice.empty()) TORCH_WARN("thinwire: ", notice);
     std::vector<c10::IValue> discarded;  // destroyed here: this thread may take the GIL
     {
       const std::lock_guard lock(mutex_);
