@@ -250,4 +250,27 @@ void starts_from_zero(Report& report) {
   }
 }
 
+/// What estimates are for: how far ranks are from each other costs no steps. The engine alone, to where fp32 allows it at zeta = 100.
+void independence(Report& report) {
+  std::printf("\nThe same over the engine, steps to ‖grad f‖² < 1e-6: equal within 5 %%\n%-22s %10s %10s %10s\n", "method, zeta", "0", "10",
+              "100");
+  for (const Entry& entry : kEntries) {
+    if (entry.method != Method::ef21 && (entry.method != Method::econtrol || entry.eta > 0.1)) continue;
+    Run runs[3];
+    for (std::size_t i = 0; i < 3; ++i) {
+      const LeastSquares problem(16, 20, i == 0 ? 0 : i == 1 ? 10 : 100);
+      const Descent descent{.gamma = 1 / (32 * problem.smoothness()), .stop = 1e-6};
+      runs[i] = run_engine(problem, config_of("codec=topk:density=0.1,select=exact", entry), descent);
+      report.expect(runs[i].reached && std::fabs(double(runs[i].steps) / double(runs[0].steps) - 1) < 0.05,
+                    std::string("independence, ") + entry.name);
+    }
+    std::printf("%-22s %10s %10s %10s\n", entry.name, text_of(runs[0]).c_str(), text_of(runs[1]).c_str(), text_of(runs[2]).c_str());
+    report.rows.push_back({{"section", "independence"},
+                           {"method", entry.name},
+                           {"zeta_0", text_of(runs[0])},
+                           {"zeta_10", text_of(runs[1])},
+                           {"zeta_100", text_of(runs[2])}});
+  }
+}
+
 }  // namespace thinwire::bench

@@ -46,5 +46,9 @@ void signs(Report& report);
 void best_rates(Report& report, double kappa);
 void best_levels(Report& report);
 void starts_from_zero(Report& report);
+void independence(Report& report);
+/// The small network (control_network.cpp), and the search for its rates, a quarter of an hour.
+void network(Report& report);
+void search_rates();
 
 }  // namespace thinwire::bench

@@ -9,7 +9,7 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 
-#include "bench/control_network.hpp"
+#include "bench/control_engine.hpp"
 #include "bench/control_report.hpp"
 #include "compressors/core/error.hpp"
 #include "compressors/core/recursion.hpp"
@@ -106,40 +106,6 @@ void noise(Report& report, int world, std::size_t steps, double scale) {
   }
 }
 
-void network(Report& report) {
-  std::printf(
-      "\nA network 64-128-10 on label-sorted shards, 8 ranks, plain SGD, 3000 steps: loss in training, accuracy in the test\n%-34s %8s "
-      "%12s %10s\n",
-      "method", "rate", "loss", "accuracy%");
-  const auto run = [&](const char* name, const std::string& config, double rate) {
-    Training how;
-    how.rate = rate;
-    const Trained trained = train_network(config, how, 0);
-    std::printf("%-34s %8g %12.4g %10.2f\n", name, rate, trained.loss, trained.accuracy * 100);
-    report.rows.push_back({{"section", "network"},
-                           {"method", name},
-                           {"rate", rate},
-                           {"loss", std::isfinite(trained.loss) ? Json(trained.loss) : Json()},
-                           {"accuracy", trained.accuracy}});
-    return std::isfinite(trained.loss) ? trained.loss : std::numeric_limits<double>::infinity();
-  };
-  const std::string tenth = "codec=topk:density=0.1 exchange=gather min_numel=1 feedback=",
-                    hundredth = "codec=topk:density=0.01 exchange=gather min_numel=1 feedback=";
-  // 2: about the largest rate that the uncompressed run bears.
-  const double dense = run("uncompressed", "codec=none", 2);
-  run("EF14, 10 %", tenth + "ef14", 2);
-  const double ef21 = run("EF21, 10 %", tenth + "ef21", 2), econtrol = run("EControl auto, 10 %", tenth + "econtrol", 2);
-  run("EControl theory, 10 %", tenth + "econtrol:eta=theory", 2);
-  report.expect(econtrol <= 3 * dense, "network: EControl at 10 % within 3 times the uncompressed loss");
-  report.expect(ef21 >= 20 * dense, "network: EF21 at 10 % clearly worse");
-  const double base = run("uncompressed", "codec=none", 0.3);
-  run("EF14, 1 %", hundredth + "ef14", 0.3);
-  run("EF21, 1 %", hundredth + "ef21", 0.3);
-  const double stale = run("EControl auto, 1 %", hundredth + "econtrol", 0.3),
-               averaged = run("EControl auto, average .1, 1 %", hundredth + "econtrol:worker_ema=0.1", 0.3);
-  report.expect(averaged < 3 * base && averaged < stale, "network: at 1 % a worker average repairs EControl");
-}
-
 /// What dtypes cost, on the wire and of the state, and how far H drifts from the mean of h.
 void dtypes(Report& report, std::size_t steps) {
   std::printf(
@@ -188,12 +154,15 @@ void dtypes(Report& report, std::size_t steps) {
 
 int run(int argc, char** argv) {
   std::string file;
-  bool quick = false;
+  bool quick = false, search = false;
   CLI::App app(
       "Error feedback side by side on small problems: over the real engine, ranks as threads, beside a reference in double precision.");
   app.add_flag("--quick", quick, "the first two tables only");
+  app.add_flag("--search", search,
+               "instead of all tables: the losses of the small network at all learning rates of the grid that its rates come from");
   app.add_option("--json", file, "where to write {\"rows\": [...]}, curves of distance and residual among them");
   CLI11_PARSE(app, argc, argv);
+  if (search) return search_rates(), 0;
   const auto begin = std::chrono::steady_clock::now();
   Report report;
   divergence(report);
@@ -205,6 +174,7 @@ int run(int argc, char** argv) {
     best_rates(report, 100);
     best_levels(report);
     starts_from_zero(report);
+    independence(report);
     signs(report);
     noise(report, 4, 8000, 1.5);
     noise(report, 16, 6000, 1.5);

@@ -16,6 +16,7 @@ PANELS = (("quadratics", None), ("least_squares", 0), ("least_squares", 10), ("l
 def parse():
     parser = argparse.ArgumentParser(prog="bench/run error_control", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the first two tables only, a quarter of a minute")
+    parser.add_argument("--search", action="store_true", help="instead of all tables: the losses of the small network at every rate of the grid from which its rates come, a quarter of an hour")
     parser.add_argument("--json", metavar="FILE", type=report.new_file, help='writes {"command", "version", "machine", "rows"}')
     parser.add_argument("--plot", metavar="PNG", type=pathlib.Path, default=report.ROOT / "build" / "error_control.png", help="where the picture goes (default: %(default)s)")
     return parser.parse_args()
@@ -48,6 +49,8 @@ def main():
     args = parse()
     about = report.machine()
     program = pathlib.Path(os.environ["THINWIRE_BUILD"]) / "bench" / "thinwire_bench_error_control"
+    if args.search:
+        return subprocess.run([program, "--search"]).returncode
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "rows.json"
         done = subprocess.run([program, "--json", file, *(["--quick"] if args.quick else [])])

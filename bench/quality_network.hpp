@@ -1,6 +1,6 @@
 #pragma once
-// The student of the teacher-student gates: a perceptron 64-128-10 with softmax cross-entropy, plain C++, so that a gate runs in seconds
-// and tests the engine alone.
+// The students of the gates and of the error-control tables: perceptrons of one hidden layer with softmax cross-entropy, plain C++, so that
+// a training runs in seconds and tests the engine alone.
 
 #include <algorithm>
 #include <array>
@@ -13,10 +13,10 @@
 
 namespace thinwire::bench {
 
-inline constexpr std::size_t kInputs = 64, kHidden = 128, kClasses = 10;
-
-/// Weights as (inputs × outputs), then biases: 9,610 floats, one after the other in `values`.
-struct Network {
+/// Weights as (inputs × outputs), then biases, one after the other in `values`.
+template <std::size_t inputs, std::size_t hidden_units>
+struct Perceptron {
+  static constexpr std::size_t kInputs = inputs, kHidden = hidden_units, kClasses = 10;
   static constexpr std::array<std::size_t, 4> kSizes = {kInputs * kHidden, kHidden, kHidden* kClasses, kClasses};
   static constexpr std::size_t kNumel = kSizes[0] + kSizes[1] + kSizes[2] + kSizes[3];
 
@@ -32,10 +32,10 @@ struct Network {
   const float* b2() const noexcept { return w2() + kSizes[2]; }
 
   /// Weights uniform with He's variance 2/inputs, biases 0.
-  static Network student(std::mt19937_64& random) {
-    Network net;
-    const auto fill = [&random](float* at, std::size_t count, std::size_t inputs) {
-      std::uniform_real_distribution<float> uniform(-std::sqrt(6 / float(inputs)), std::sqrt(6 / float(inputs)));
+  static Perceptron student(std::mt19937_64& random) {
+    Perceptron net;
+    const auto fill = [&random](float* at, std::size_t count, std::size_t fan_in) {
+      std::uniform_real_distribution<float> uniform(-std::sqrt(6 / float(fan_in)), std::sqrt(6 / float(fan_in)));
       std::generate_n(at, count, [&] { return uniform(random); });
     };
     fill(net.w1(), kSizes[0], kInputs);
@@ -43,8 +43,8 @@ struct Network {
     return net;
   }
   /// Normal weights, biases 0: the scale does not matter to the class.
-  static Network teacher(std::mt19937_64& random) {
-    Network net;
+  static Perceptron teacher(std::mt19937_64& random) {
+    Perceptron net;
     std::normal_distribution<float> normal;
     std::generate_n(net.w1(), kSizes[0], [&] { return normal(random); });
     std::generate_n(net.w2(), kSizes[2], [&] { return normal(random); });
@@ -101,12 +101,16 @@ struct Network {
   }
 };
 
+using Network = Perceptron<64, 128>;  ///< of the gates: 9,610 floats
+
 /// Standard normal inputs, labelled by a teacher.
-struct Examples {
+template <class Net>
+struct Labelled {
+  static constexpr std::size_t kInputs = Net::kInputs;
   std::vector<float> inputs;
   std::vector<std::uint8_t> labels;
 
-  Examples(const Network& teacher, std::size_t count, std::mt19937_64& random) : inputs(count * kInputs), labels(count) {
+  Labelled(const Net& teacher, std::size_t count, std::mt19937_64& random) : inputs(count * kInputs), labels(count) {
     std::normal_distribution<float> normal;
     for (float& x : inputs) x = normal(random);
     for (std::size_t i = 0; i < count; ++i) labels[i] = std::uint8_t(teacher.classify(input(i)));
@@ -121,5 +125,7 @@ struct Examples {
   const float* input(std::size_t i) const noexcept { return inputs.data() + i * kInputs; }
   std::size_t size() const noexcept { return labels.size(); }
 };
+
+using Examples = Labelled<Network>;
 
 }  // namespace thinwire::bench

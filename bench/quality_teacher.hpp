@@ -31,8 +31,10 @@ namespace detail {
 inline void train_rank(const Method& method, std::unique_ptr<Communicator> communicator, const Examples& examples, std::uint64_t seed,
                        Network& net, Stats& stats) {
   const int rank = communicator->rank();
-  const std::vector<Parameter> parameters = {
-      {"w1", {kInputs, kHidden}}, {"b1", {kHidden}}, {"w2", {kHidden, kClasses}}, {"b2", {kClasses}}};
+  const std::vector<Parameter> parameters = {{"w1", {Network::kInputs, Network::kHidden}},
+                                             {"b1", {Network::kHidden}},
+                                             {"w2", {Network::kHidden, Network::kClasses}},
+                                             {"b2", {Network::kClasses}}};
   const std::vector<std::uint32_t> bucket = {0, 1, 2, 3};
   const Config config = Config::parse(method.config);
   ReducerOptions options;
