@@ -102,7 +102,8 @@ __global__ void __launch_bounds__(kThreads) unordered_kernel(EncodeCall call) {
   if (atomicAdd(finished, 1u) + 1 != chunks) return;
   const std::uint32_t all = atomicAdd(&call.scratch.hits[s], 0u);
   send_kept(call, s, all < room ? all : room);
-  if (segment.memory != nullptr && segment.sampled != 0) *segment.memory = next_threshold(threshold, all, segment.k);
+  if (segment.memory != nullptr && segment.sampled != 0)
+    *segment.memory = next_threshold(threshold, all, segment.k, call.scratch.steepness[s]);
 }
 
 void launch_unordered(const EncodeCall& call, Form form, Stream stream) {

@@ -210,6 +210,32 @@ TYPED_TEST(TopKSelection, SampledCountsAreWithinTheirBounds) {
   }
 }
 
+// Under feedback all that is above the threshold has come there within a step, so that hits depend on it much more steeply than under any
+// distribution of gradients. The threshold settles all the same: steps with too many hits and steps with hardly any do not take turns.
+TYPED_TEST(TopKSelection, TheThresholdSettlesUnderFeedback) {
+  const std::size_t n = 40000;
+  const int steps = 160, last = 80;
+  for (const auto& recursion : {ef14(), dgc(0.9f)}) {
+    TopKRig rig(TypeParam::kBackend, with(false), recursion, {n}, 0.01);
+    std::mt19937 random(3);
+    std::normal_distribution<float> normal;
+    std::vector<float> grad(rig.numel);
+    std::vector<double> kept;
+    for (rig.step = 0; rig.step < steps; ++rig.step) {
+      for (auto& x : grad) x = normal(random);
+      rig.stream(grad);
+      if (rig.step >= steps - last) kept.push_back(double(rig.entries()[0].size()) / 400);
+    }
+    double mean = 0, square = 0, turns = 0;
+    for (const double x : kept) mean += x / last;
+    for (int i = 0; i < last; ++i) square += (kept[i] - mean) * (kept[i] - mean);
+    for (int i = 1; i < last; ++i) turns += (kept[i] - mean) * (kept[i - 1] - mean);
+    EXPECT_NEAR(mean, 1.05, 0.15);              // there is room for 1.25
+    EXPECT_LT(std::sqrt(square / last), 0.12);  // a count of 400 scatters by .05 by itself
+    EXPECT_GT(turns / square, -0.6);            // -1: every second step
+  }
+}
+
 TYPED_TEST(TopKSelection, SmallSegmentsAreTheirOwnSample) {
   for (const std::size_t n : {1u, 16u, 100u, 4096u}) {
     TopKRig rig(TypeParam::kBackend, with(false), no_feedback(), {n}, 0.05);

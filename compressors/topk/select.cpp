@@ -20,23 +20,28 @@ std::size_t take_sample(const SegmentPass& pass, const Workspace& workspace) {
 
 /// The carried threshold where the sample does not contradict it, else the sample's statistic that is nearest to it; the middle one for
 /// want of a carried threshold or where the sample is the segment.
-float sampled_threshold(const SegmentPass& pass, std::size_t k, float carried, const Workspace& workspace) {
+struct SampledThreshold {
+  float value, steepness;
+};
+SampledThreshold sampled_threshold(const SegmentPass& pass, std::size_t k, float carried, const Workspace& workspace) {
   std::size_t m = take_sample(pass, workspace);
   const SampleRanks ranks(pass.segment.count, m, k);
   const bool steady = carried > 0 && m != pass.segment.count;
   std::uint32_t *sample = workspace.magnitudes, *scratch = workspace.scratch;
   std::uint32_t floor = 0;  // of what is left of the sample
+  std::size_t near = 0;
   if (carried > 0) {
     // The wanted ranks are among those few, unless messages have shrunk since.
-    const std::size_t near = keep_at_least(sample, m, float_bits(kNear * carried), scratch);
+    near = keep_at_least(sample, m, float_bits(kNear * carried), scratch);
     if (near >= ranks.low) {
       m = near;
       floor = float_bits(kNear * carried);
       std::swap(sample, scratch);
     }
   }
-  if (steady) return std::max(clamp_between(carried, sample, m, floor, ranks, scratch), pass.floor);
-  return std::max(bits_float(order_statistic(sample, m, ranks.middle, scratch)), pass.floor);
+  if (!steady) return {std::max(bits_float(order_statistic(sample, m, ranks.middle, scratch)), pass.floor), kUnknownSteepness};
+  const float threshold = std::max(clamp_between(carried, sample, m, floor, ranks, scratch), pass.floor);
+  return {threshold, steepness_of(near, ranks.middle, carried, threshold)};
 }
 
 /// Each block goes the way that suits the density of the block before it: the same bits at the better speed. The gradient's norm is taken
@@ -169,7 +174,8 @@ SegmentResult stream_sampled(const SegmentPass& pass, const SegmentWire& wire, f
                              SegmentPacker& packer) {
   const std::size_t n = pass.segment.count;
   const bool all = wire.k == n;  // nothing to choose: no sample may hold back the smallest
-  const float threshold = all ? pass.floor : sampled_threshold(pass, wire.k, memory != nullptr ? *memory : 0.0f, workspace);
+  const auto [threshold, steepness] = all ? SampledThreshold{pass.floor, kUnknownSteepness}
+                                          : sampled_threshold(pass, wire.k, memory != nullptr ? *memory : 0.0f, workspace);
 
   SegmentResult result;
   std::size_t hits = 0;
@@ -184,7 +190,7 @@ SegmentResult stream_sampled(const SegmentPass& pass, const SegmentWire& wire, f
     hits += emitted.hits;
     result.flags |= emitted.flags;
   }
-  if (memory != nullptr && !all) *memory = next_threshold(threshold, hits, wire.k);
+  if (memory != nullptr && !all) *memory = next_threshold(threshold, hits, wire.k, steepness);
   return result;
 }
 

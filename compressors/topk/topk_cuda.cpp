@@ -90,6 +90,7 @@ DeviceScratch carve(const DeviceShape& shape, bool exact, std::byte* base, std::
   out.above = at.place<std::uint32_t>(shape.sample_blocks);
   out.at_least = at.place<std::uint32_t>(shape.sample_blocks);
   out.threshold = at.place<float>(shape.segments);
+  out.steepness = at.place<float>(shape.segments);
   out.block_sums = at.place<double>(shape.chunks);
   if (exact) {
     out.candidate_index = at.place<std::uint32_t>(shape.candidates);

@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kSelectThreads) threshold_kernel(EncodeCall ca
   if (s >= call.shape.segments) return;
   if (threadIdx.x == 0 && call.kept != nullptr) call.kept[s] = 0;  // segments without elements are in no chunk
   const DeviceSegment& segment = call.table.segments[s];
-  float threshold = call.floor;
+  float threshold = call.floor, steepness = kUnknownSteepness;
   if (segment.sampled != 0) {
     const std::uint32_t b = segment.first_sample_block, blocks = (segment.sampled + kSampleBlock - 1) / kSampleBlock;
     if (threadIdx.x == 0) near = above = at_least = 0;
@@ -154,8 +154,9 @@ __global__ void __launch_bounds__(kSelectThreads) threshold_kernel(EncodeCall ca
       statistic = bits_float(select(lists, segment.middle, histogram, found));
     }
     threshold = statistic < call.floor ? call.floor : statistic;
+    if (steady) steepness = steepness_of(near, segment.middle, carried, threshold);
   }
-  if (threadIdx.x == 0) call.scratch.threshold[s] = threshold;
+  if (threadIdx.x == 0) call.scratch.threshold[s] = threshold, call.scratch.steepness[s] = steepness;
 }
 
 // --- 3. The pass -------------------------------------------------------------------------------------------------------------------------
@@ -365,7 +366,8 @@ __global__ void __launch_bounds__(kThreads) stream_kernel(EncodeCall call) {
       call.scratch.hits[s] = std::uint32_t(all);
     } else {
       send_kept(call, s, std::uint32_t(all < room ? all : room));
-      if (segment.memory != nullptr && segment.sampled != 0) *segment.memory = next_threshold(threshold, all, segment.k);
+      if (segment.memory != nullptr && segment.sampled != 0)
+        *segment.memory = next_threshold(threshold, all, segment.k, call.scratch.steepness[s]);
     }
   }
 }

@@ -54,7 +54,7 @@ struct DeviceTable {
 struct DeviceScratch {
   std::uint32_t *magnitudes = nullptr, *near = nullptr;                        ///< kSampleBlock per sample block
   std::uint32_t *near_count = nullptr, *above = nullptr, *at_least = nullptr;  ///< per sample block
-  float* threshold = nullptr;                                                  ///< per segment
+  float *threshold = nullptr, *steepness = nullptr;                            ///< per segment
   double* block_sums = nullptr;                                                ///< per chunk, of the norms
   std::uint32_t* candidate_index = nullptr;                                    ///< exact
   float* candidate_value = nullptr;                                            ///< exact
