@@ -8,6 +8,7 @@ import sys
 import tempfile
 
 KEYS = {"kernel", "isa", "backend", "numel", "density", "bytes_per_element", "seconds_median", "seconds_min", "gb_per_s", "ratio_memcpy", "ratio_axpy"}
+PAIRED = {"cpu": {"paired_time"}, "cuda": set()}
 EXPECTED = {"dgc_topk_sampled", "ef14_topk_sampled", "econtrol_topk_sampled", "none_topk_sampled", "dgc_topk_exact", "decode_topk_8", "ef14_sign", "ef14_sign_512", "ef14_sign_tensor", "averaged_ef14_sign",
             "econtrol_sign_512", "none_sign", "decode_sign_8"}
 ALONE = {"cpu": {"memcpy", "axpy", "none_norms", "dgc_dense", "ef14_look", "ef21_topk_sampled"}, "cuda": {"dgc_topk_sampled_bf16grad", "ef14_topk_sampled_unordered", "ef14_topk_sampled_u32"}}
@@ -24,8 +25,8 @@ def main():
         rows = json.loads(file.read_text())["rows"]
     wrong = []
     for row in rows:
-        if set(row) != KEYS:
-            wrong.append(f"{row.get('kernel')}: keys {sorted(set(row) ^ KEYS)} are missing or unknown")
+        if set(row) != KEYS | PAIRED[backend]:
+            wrong.append(f"{row.get('kernel')}: keys {sorted(set(row) ^ (KEYS | PAIRED[backend]))} are missing or unknown")
             continue
         numbers = [row[key] for key in KEYS - {"kernel", "isa", "backend", "density"} - ({"ratio_axpy"} if backend == "cuda" else set())]
         if not all(math.isfinite(x) and x > 0 for x in numbers) or row["seconds_min"] > row["seconds_median"]:

@@ -15,11 +15,12 @@ def number(x, digits=2):
 
 
 def kernel_table(rows):
-    yield "| kernel | isa | elements | density | bytes/element | ms | GB/s | x memcpy | x axpy |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield "| kernel | isa | elements | density | bytes/element | ms | GB/s | x memcpy | x axpy | time, paired |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     for row in rows:
         cells = [f"`{row['kernel']}`", row["isa"] or "–", f"{row['numel']:,}", percent(row["density"]), number(row["bytes_per_element"]),
-                 number(row["seconds_median"] * 1e3), number(row["gb_per_s"], 1), number(row["ratio_memcpy"]), number(row["ratio_axpy"])]  # fmt: skip
+                 number(row["seconds_median"] * 1e3), number(row["gb_per_s"], 1), number(row["ratio_memcpy"]), number(row["ratio_axpy"]),
+                 number(row.get("paired_time"), 3)]  # fmt: skip
         yield "| " + " | ".join(cells) + " |"
 
 

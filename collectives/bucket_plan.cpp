@@ -110,11 +110,18 @@ std::size_t scratch_bytes(const BucketPlan& bucket, std::size_t world) noexcept 
   return arrived + std::max(bucket.sent_bytes(), bucket.phases.slot * world) + bucket.phases.own_count * sizeof(float) + workspace;
 }
 
-bool dense_sends_less(const Codec& codec, const Segment& segment, DType dtype, int world) {
+bool uses_two_phase(const Config& config, const Codec& codec) noexcept {
+  return codec.combine() == Combine::reencode && config.exchange().name != "gather";
+}
+
+DenseRule dense_rule(const Config& config, const Codec& codec, const Segment& segment, DType dtype, int world) {
+  const bool two_phase = uses_two_phase(config, codec);
+  if (world == 1 && (two_phase || config.target().name == "momentum")) return DenseRule::alone;
+  if (two_phase || config.exchange().name != "auto") return DenseRule::none;
   const std::uint32_t end = 1;
   const double capacity = double(codec.layout({std::span(&segment, 1), std::span(&end, 1), 0}).part_capacity - sizeof(wire::Header));
   const double n = world;
-  return capacity * (n - 1) >= 2 * (n - 1) / n * double(segment.count * size_of(dtype));
+  return capacity * (n - 1) >= 2 * (n - 1) / n * double(segment.count * size_of(dtype)) ? DenseRule::sends_less : DenseRule::none;
 }
 
 BucketPlan make_bucket_plan(std::span<const std::uint32_t> ids, DType dtype, bool whole_dense, const std::vector<ParameterSlot>& slots,

@@ -145,9 +145,16 @@ struct BucketPlan {
 /// Passengers of at most this many bytes travel raw in the gather and are summed by everyone: one collective less.
 inline constexpr std::size_t kRawPassengerBytes = 64 * 1024;
 
-/// exchange=auto's rule: whether gathering this segment sends no less than a ring all-reduce of it. With one rank nothing is sent either
-/// way, and dense is simpler.
-bool dense_sends_less(const Codec& codec, const Segment& segment, DType dtype, int world);
+/// Whether owners decode, sum and encode again: exchange=two_phase, and auto with a codec that allows it.
+bool uses_two_phase(const Config& config, const Codec& codec) noexcept;
+
+/// Why a tensor that may be compressed is sent densely all the same.
+enum class DenseRule {
+  none,
+  alone,      ///< a world of one, where owners or a shared momentum would only round
+  sends_less  ///< exchange=auto: gathering it sends no less than a ring all-reduce; with one rank nothing is sent either way
+};
+DenseRule dense_rule(const Config& config, const Codec& codec, const Segment& segment, DType dtype, int world);
 
 /// Bytes of scratch that an engine takes for one bucket.
 std::size_t scratch_bytes(const BucketPlan& bucket, std::size_t world) noexcept;

@@ -192,12 +192,8 @@ Recursion GradientReducer::Impl::recursion_now() const noexcept {
 }
 
 bool GradientReducer::Impl::dense_by_rule(const ParameterSlot& slot, DType dtype) const {
-  if (two_phase_ || recursion_.averaged) {
-    if (communicator_->size() == 1) return true;  // nothing is sent: exact
-    if (two_phase_) return false;
-  }
-  if (config_.exchange().name != "auto") return false;
-  return dense_sends_less(*codec_, {0, 0, slot.numel, slot.rows, slot.columns, slot.setting, nullptr}, dtype, communicator_->size());
+  const Segment segment{0, 0, slot.numel, slot.rows, slot.columns, slot.setting, nullptr};
+  return dense_rule(config_, *codec_, segment, dtype, communicator_->size()) != DenseRule::none;
 }
 
 bool GradientReducer::Impl::complete_step_if_all_seen() {

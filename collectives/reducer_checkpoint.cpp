@@ -240,8 +240,11 @@ std::span<const ReducerState> GradientReducer::Impl::check_states(std::span<cons
                       "' 'estimate' holds values that are no bf16 numbers, which estimate=grid needs: it was saved with estimate=fp32";
         }
       }
-      if (found->second.size() > n)
-        problems += "; '" + name + "' has " + std::to_string(found->second.size()) + " arrays, this config keeps " + std::to_string(n);
+      for (const auto& [array, ignored] : found->second) {
+        const bool kept =
+            std::any_of(arrays.begin(), arrays.begin() + std::ptrdiff_t(n), [&](const Array& own) { return own.name == array; });
+        if (!kept) problems += "; '" + name + "' has '" + array + "', which this config does not keep";
+      }
     }
     for (const auto& [name, ignored] : source.parameters)
       if (!mine.contains(name)) problems += "; '" + name + "' is not a parameter here";

@@ -91,7 +91,7 @@ class GradientReducer::Impl {
   /// Marks the ids as reduced in this step. @throws invalid_argument, nothing changed.
   void mark(std::span<const std::uint32_t> ids);
   bool complete_step_if_all_seen();
-  /// Whether exchange=auto makes this parameter dense at its setting.
+  /// Whether a rule makes this parameter dense at its setting.
   bool dense_by_rule(const ParameterSlot& slot, DType dtype) const;
   /// @throws invalid_argument where bucket and stream are not both in the reducer's place.
   void check_place(Bytes grad, Stream stream, const float* loss_scale) const;

@@ -56,7 +56,7 @@ GradientReducer::Impl::Impl(std::shared_ptr<Communicator> communicator, const Co
       codec_(options_.device < 0 ? make_codec(config) : make_device_codec(config)),
       recursion_(make_recursion(config)),
       before_freeze_{Recursion::Kind::none},
-      two_phase_(codec_ != nullptr && codec_->combine() == Combine::reencode && config.exchange().name != "gather"),
+      two_phase_(codec_ != nullptr && uses_two_phase(config, *codec_)),
       policy_(make_policy(config)) {
   before_freeze_.clip_norm = recursion_.clip_norm;
   dense_steps_ = config.start_step();

@@ -133,6 +133,8 @@ def refusals(rank: int, world: int) -> None:
     refused("same", lambda: thinwire.attach(ddp, dgc, thinwire.optim.DGCSGD(parameters, 0.1, momentum=0.9, weight_decay=0.1)))
     refused("density", lambda: thinwire.attach(ddp, "dgc:density=2"))
     refused("DistributedDataParallel", lambda: thinwire.attach(ddp.module, dgc))
+    refused("a Config or a string, not int", lambda: thinwire.attach(ddp, 3))
+    refused("GradScaler", lambda: thinwire.attach(ddp, dgc, grad_scaler=3))
     refused("GradScaler", lambda: thinwire.attach(ddp, dgc, grad_scaler=type("Scaler", (), {"is_enabled": lambda self: True})()))
     refused("not a member", lambda: thinwire.HookState(dgc, process_group=dist.GroupMember.NON_GROUP_MEMBER))
     thinwire.attach(ddp, dgc, thinwire.optim.DGCSGD(parameters, 0.1, momentum=0.5, weight_decay=0.1))  # nothing had changed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -172,6 +173,17 @@ def test_training_benchmark(digits: Path, tmp_path: Path) -> None:
     for name, row in rows.items():
         assert row["seconds_median"] > 0 and row["steps"] == 6 + 2 * 2 and (row["fingerprint"] is None) == (name == "compute alone")
     assert (tmp_path / "training.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# --- bench/results --------------------------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent.name for path in (ROOT / "bench" / "results").glob("*/README.md")))
+def test_results_are_shown_as_they_are(folder: str, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "bench" / "results" / folder, tmp_path / folder)
+    result = python("bench/report_results.py", tmp_path / folder)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / folder / "README.md").read_text() == (ROOT / "bench" / "results" / folder / "README.md").read_text(), f"python bench/report_results.py bench/results/{folder}"
 
 
 # --- bench/run error_control --------------------------------------------------------------------------------------------------------------------------------------------

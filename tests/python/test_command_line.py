@@ -140,6 +140,11 @@ def test_replay_warns_and_shows_what_the_feedback_measures(run: Callable[..., Do
     done = run("replay", "econtrol:eta=0.3 exchange=gather", "g.npz")
     assert done.returncode == 0 and "warning: econtrol: eta=0.3 is above twice the contraction" in done.stdout, done
     assert all(word in done.stdout for word in ("eta cuts", "stale", "0.3")) and "owner's" not in done.stdout
+    bad = np.ones((3, 2, 64, 512), np.float32)
+    bad[1, 0, 5, 5] = np.nan
+    np.savez(tmp_path / "nan.npz", w=bad)
+    done = run("replay", "dgc", "nan.npz")
+    assert done.returncode == 0 and "not finite, NaN on all ranks: 1" in done.stdout, done
     done = run("replay", "codec=sign feedback=ef14 exchange=two_phase", "g.npz")
     assert done.returncode == 0 and "owner's residual norm" in done.stdout and "eta" not in done.stdout and "warning" not in done.stdout, done
 

@@ -284,7 +284,8 @@ def test_empty_and_odd_gradients() -> None:
         ({}, "no gradients"),
         ({"w": torch.ones(3)}, "steps, world"),
         ({"w": torch.ones(3, 0, 2)}, "steps, world"),
-        ({"w": torch.ones(3, 2, 2, dtype=torch.float64)}, "Double"),
+        ({"w": torch.ones(3, 2, 2, dtype=torch.float64)}, "gradients of w are Double"),
+        (3, "not be a int"),
         ({"w": torch.ones(3, 2, 2), "b": torch.ones(3, 2, 2, dtype=torch.bfloat16)}, "dtype"),
         ({"w": torch.ones(3, 2, 2), "b": torch.ones(3, 3, 2)}, "3 ranks"),
         ({"w": [1, 2]}, "tensor"),
@@ -318,5 +319,7 @@ except thinwire.Error as error:
 
 
 def test_bad_config_is_refused() -> None:
+    with pytest.raises(thinwire.Error, match="a Config or a string, not int"):
+        replay(4, {"w": torch.ones(1, 1, 2)})
     with pytest.raises(thinwire.ConfigError, match="density"):
         replay("dgc:density=7", {"w": torch.ones(1, 1, 2)})

@@ -322,8 +322,8 @@ py::dict replay_dict(const Config& config, const py::dict& grads, bool record_pa
   } else if (*type == at::kHalf) {
     dtype = DType::fp16;
   } else if (*type != at::kFloat) {
-    fail(Errc::invalid_argument,
-         std::string("replay: gradients of ") + c10::toString(*type) + "; float32, bfloat16 or float16 are possible");
+    fail(Errc::invalid_argument, "replay: gradients of " + recordings.front().name + " are " + c10::toString(*type) +
+                                     "; float32, bfloat16 or float16 are possible");
   }
 
   ReplayResult result;

@@ -23,12 +23,7 @@ struct Sent {
 class Buckets {
  public:
   Buckets(const Config& config, const Codec& codec, int world)
-      : codec_(codec),
-        recursion_(make_recursion(config)),
-        world_(world),
-        two_phase_(codec.combine() == Combine::reencode && config.exchange().name != "gather") {}
-
-  bool two_phase() const noexcept { return two_phase_; }
+      : codec_(codec), recursion_(make_recursion(config)), world_(world), two_phase_(uses_two_phase(config, codec)) {}
 
   /// A compressed tensor alone in its bucket.
   Sent compressed(std::size_t numel, const Setting& setting) const { return of({slot(numel, setting, true)}); }
@@ -104,9 +99,9 @@ std::vector<Estimate> estimate(const Config& config, std::uint64_t numel, int wo
   const auto stage = [&](std::uint64_t step, const char* name) {
     const Setting setting = policy->setting(step, 0);
     const Segment segment{0, 0, std::size_t(numel), 1, std::uint32_t(numel), setting, nullptr};
-    if (world == 1 && (buckets.two_phase() || averaged)) return passenger(std::string(name) + ", a world of one is exact", step);
-    if (!buckets.two_phase() && config.exchange().name == "auto" && dense_sends_less(*codec, segment, DType::fp32, world))
-      return passenger(std::string(name) + ", dense sends less", step);
+    const DenseRule rule = dense_rule(config, *codec, segment, DType::fp32, world);
+    if (rule == DenseRule::alone) return passenger(std::string(name) + ", a world of one is exact", step);
+    if (rule == DenseRule::sends_less) return passenger(std::string(name) + ", dense sends less", step);
     const Sent sent = buckets.compressed(std::size_t(numel), setting);
     return Estimate{name, at(step), setting.density, true, std::uint64_t(sent.payload), sent.wire, ring};
   };

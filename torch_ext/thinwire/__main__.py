@@ -208,6 +208,8 @@ def _replay(arguments: argparse.Namespace, console: Console) -> list[dict[str, A
         measured = (f"{p[key]:.6g}" if key in p else "-" for key, _ in measures)
         stats.add_row(name, f"{p['numel']:,}", "yes" if p["compressed"] else "no", f"{p['kept']:,}", *measured, p["reason"])
     console.print(stats)
+    if result.stats["nonfinite_steps"]:
+        console.print(f"steps with a gradient that is not finite, NaN on all ranks: {result.stats['nonfinite_steps']}", highlight=False)
     if arguments.plot:
         _plot(rows, str(config), arguments.plot)
         console.print(f"picture: {arguments.plot}")

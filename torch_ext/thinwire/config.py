@@ -5,9 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from ._extension import native
-from .errors import ConfigError
+from .errors import ArgumentError, ConfigError
 
 Config = native.Config
+
+
+def as_config(config: Config | str) -> Config:
+    """@raises ConfigError, ArgumentError."""
+    if isinstance(config, str):
+        return Config.parse(config)
+    if not isinstance(config, Config):
+        raise ArgumentError(f"config must be a Config or a string, not {type(config).__name__}")
+    return config
 
 
 def _parse(text: str) -> Config:

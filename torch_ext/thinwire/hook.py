@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ._extension import native
 from .checkpoint import FORMAT, checked_states, copied
-from .config import Config
+from .config import Config, as_config
 from .errors import ArgumentError, ConfigError, Error, UnsupportedError, warn
 from .learning_rate import LearningRates, follow
 from .onebit_adam import OneBitAdam
@@ -54,10 +54,7 @@ class HookState:
         grad_scaler: Any = None,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
-        self._config = Config.parse(config) if isinstance(config, str) else config
-        if not isinstance(self._config, Config):
-            raise ArgumentError(f"config must be a Config or a string, not {type(config).__name__}")
-        self._config = paired_config(self._config, optimizer)
+        self._config = paired_config(as_config(config), optimizer)
         named = None if named_parameters is None else _named(named_parameters)
         paired = optimizer if isinstance(optimizer, OneBitAdam) else None
         if paired is not None and named is None:
@@ -198,7 +195,8 @@ class HookState:
         self._live("reset").reset()
 
     def close(self) -> None:
-        """Ends the hook's thread and group; idempotent. A backward pass with a closed hook raises; step, stats() and state_dict() stay."""
+        """Ends the hook's thread and group; idempotent. A backward pass with a closed hook raises; step, stats() and state_dict() stay.
+        After a lost peer or a corrupt payload only stats() does: the ranks are in the midst of a step, and the last checkpoint is what there is to go on from."""
         if self._kept is None:
             self._finalizer()
             if self._optimizer is not None:
@@ -257,7 +255,7 @@ def attach(
     hook, so it takes
     ``optim.DGCSGD`` or SGD without momentum; ``target=momentum`` takes ``optim.OneBitAdam``, and is paired with it. ``grad_scaler``: see HookState. @raises ConfigError, Error, with nothing changed.
     """
-    config = Config.parse(config) if isinstance(config, str) else config
+    config = as_config(config)
     _check_model(ddp)
     if optimizer is None and config.target.startswith("momentum"):
         raise ArgumentError(
@@ -332,9 +330,11 @@ def _reduced_by(ddp: DistributedDataParallel) -> list[tuple[str, torch.nn.Parame
 
 def _scale_of(grad_scaler: Any, device: torch.device | None) -> torch.Tensor | None:
     """The scaler's scale, which the hook reads without Python. ``device``: of the gradients; None: not known yet."""
-    if grad_scaler is None or not grad_scaler.is_enabled():
+    if grad_scaler is None:
         return None
     try:
+        if not grad_scaler.is_enabled():
+            return None
         # The first scale() makes it, where the loss is; from then on it is the same tensor for ever.
         if grad_scaler._scale is None:
             grad_scaler._lazy_init_scale_growth_tracker(torch.device(grad_scaler._device) if device is None else device)

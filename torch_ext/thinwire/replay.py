@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ._extension import native
-from .config import Config
+from .config import Config, as_config
+from .errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ def replay(config: Config | str, grads: Mapping[str, torch.Tensor], *, record_pa
     order. Each rank's part
     is its local, undivided gradient. @raises ConfigError, Error.
     """
-    out = native.replay(Config.parse(config) if isinstance(config, str) else config, dict(grads), record_payloads)
+    if not isinstance(grads, Mapping):
+        raise ArgumentError(f"replay: grads must map names to tensors (steps, world, *shape), not be a {type(grads).__name__}")
+    out = native.replay(as_config(config), dict(grads), record_payloads)
     shapes = {name: tensor.shape[1:] for name, tensor in out["mean"].items()}
     state = [{name: shaped(arrays, shapes[name]) for name, arrays in rank["parameters"].items()} for rank in out["state"]]
     return Replay(out["mean"], out["payload_bytes"], state, out["payloads"], out["stats"])
