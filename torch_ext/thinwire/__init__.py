@@ -3,8 +3,7 @@
 >>> state = thinwire.attach(ddp, "dgc:density=0.001", optimizer)
 
 makes a DistributedDataParallel model send 0.1 % of its gradients, with momentum correction and error feedback. ``Config`` says what can be
-chosen, ``replay`` shows
-what a choice does to recorded gradients, ``HookState.stats()`` what it did to yours.
+chosen, ``replay`` shows what a choice does to recorded gradients, ``HookState.stats()`` what it did to yours.
 """
 
 from __future__ import annotations

@@ -39,8 +39,7 @@ def dgc(
     """Deep Gradient Compression: top-k with momentum correction, factor masking and, if asked for, local clipping.
 
     Use it with ``optim.DGCSGD``, or SGD without momentum: the momentum is here. ``warmup_steps``: synchronised steps per entry of the
-    paper's warm-up sequence of
-    densities. ``slots``: any other slot, such as ``min_numel`` or ``timeout``.
+    paper's warm-up sequence of densities. ``slots``: any other slot, such as ``min_numel`` or ``timeout``.
     """
     warmup = {"policy": f"warmup:steps={warmup_steps}"} if warmup_steps else {}
     return Config(
@@ -84,10 +83,10 @@ def econtrol(
 ) -> Config:
     """EControl: every rank sends the change of an estimate of its gradient, and feeds back its residual by degrees.
 
-    Use it with any optimizer: what comes back is dense. ``eta``: ``"auto"`` (the codec's contraction), ``"theory"``, ``"paper"`` or a number;
-    ``worker_ema``: the new gradient's share in a rank's running average, 1 = off; ``init``: of the estimates, ``"dense"`` (by a dense first
-    step), ``"compressed"`` or ``"zero"``; ``residual="bf16"`` and ``estimate="grid"`` (top-k with fp32 values) take 2 bytes per parameter
-    instead of 4. ``slots``: any other slot.
+    Use it with any optimizer: what comes back is dense. ``eta``: ``"auto"`` (the codec's contraction), ``"theory"``, ``"paper"`` or a
+    number; ``worker_ema``: the new gradient's share in a rank's running average, 1 = off; ``init``: of the estimates, ``"dense"`` (by a
+    dense first step), ``"compressed"`` or ``"zero"``; ``residual="bf16"`` and ``estimate="grid"`` (top-k with fp32 values) take 2 bytes per
+    parameter instead of 4. ``slots``: any other slot.
     """
     if "feedback" in slots:
         raise ConfigError(f"econtrol is feedback=econtrol; feedback={slots['feedback']!r} is another one: error_feedback(kind, codec=...)")
@@ -96,8 +95,8 @@ def econtrol(
 
 
 def error_feedback(kind: str = "ef14", *, codec: str, **keys_and_slots: Any) -> Config:
-    """Error feedback around any codec: ``"ef14"`` adds what was not sent to the next message, ``"ef21"`` and ``"econtrol"`` send the change of an
-    estimate. Use it with any optimizer.
+    """Error feedback around any codec: ``"ef14"`` adds what was not sent to the next message, ``"ef21"`` and ``"econtrol"`` send the change
+    of an estimate. Use it with any optimizer.
 
     ``keys_and_slots``: keys of the feedback (``decay=0.9``, ``worker_ema=0.1``) and other slots (``min_numel=0``).
     """

@@ -18,8 +18,7 @@ class Error(RuntimeError):
     """What went wrong is in the text, which kind it is in ``code``.
 
     After ``corrupt_payload, peer_lost, timeout`` or ``transport`` the hook's group is gone: every later step raises the same error; build a
-    new process group and
-    attach again. After ``invalid_config`` and ``invalid_argument`` nothing has changed.
+    new process group and attach again. After ``invalid_config`` and ``invalid_argument`` nothing has changed.
     """
 
     code: str = "internal"

@@ -28,21 +28,16 @@ class HookState:
     """One model's compressed all-reduce on one rank: counters, error feedback, checkpoints.
 
     ``attach`` makes one and installs the C++ hook. By torch's own convention it is ``ddp.register_comm_hook(HookState(config,
-    named_parameters=...), thinwire.hook)``.
-    Making it is collective over ``process_group`` (default: the default group), in the same order on all its ranks: it builds a Gloo group
-    of its own, so that DDP's
-    and your own collectives never meet its.
+    named_parameters=...), thinwire.hook)``. Making it is collective over ``process_group`` (default: the default group), in the same order
+    on all its ranks: it builds a Gloo group of its own, so that DDP's and your own collectives never meet its.
 
     ``named_parameters``: the (name, parameter) pairs that DDP reduces (``model.named_parameters()``; those without ``requires_grad`` are
-    left out). Without them the
-    parameters are learnt from the first step, whose buckets then wait for its last one; the state has no names, so ``state_dict()``
-    refuses. ``grad_scaler``: the
-    GradScaler that scales the loss, so that the state holds unscaled gradients. ``optimizer``: the OneBitAdam of a config whose target is
-    the momentum, or another, which is only checked against the config.
+    left out). Without them the parameters are learnt from the first step, whose buckets then wait for its last one; the state has no names,
+    so ``state_dict()`` refuses. ``grad_scaler``: the GradScaler that scales the loss, so that the state holds unscaled gradients.
+    ``optimizer``: the OneBitAdam of a config whose target is the momentum, or another, which is only checked against the config.
 
     A copy or a pickle holds the configuration and the state, but no process group: it reads (``state_dict()``, ``step``), but reduces
-    nothing. To go on from it:
-    ``attach(ddp, copy.config).load_state_dict(copy.state_dict())``.
+    nothing. To go on from it: ``attach(ddp, copy.config).load_state_dict(copy.state_dict())``.
     """
 
     def __init__(
@@ -106,13 +101,14 @@ class HookState:
 
         ``step``; ``payload_bytes`` handed to the transport, each call's send buffer once; ``wire_bytes`` that left this rank;
         ``dense_bytes`` that a ring all-reduce of the same gradients would have sent; ``factor`` = dense_bytes / wire_bytes;
-        ``nonfinite_steps``; ``state_bytes``, kept between steps; ``resync_error`` once ``resynchronize()`` was called; ``parameters``: name -> ``numel,
-        compressed, reason`` (why
-        not), ``density`` (configured now), ``kept`` (entries sent at the last step), ``residual_norm, grad_norm`` (this rank's; under ``two_phase`` also ``server_residual_norm``, of what it holds back as an owner;
-        with ``codec=none`` the gradient's is taken at every 16th step; 0 for sparse and fp64 gradients, which pass by), ``momentum_norm`` and ``masked`` (elements whose frozen variance is 0) where the target is the momentum; ``frozen``:
-        whether it is compressed by now. With error feedback ``measured_delta``, at every 64th step; of EF21 and EControl also
-        ``estimate_norm``, ``stale`` (‖g − h‖/‖g‖), ``eta`` and ``eta_cuts``, how often the watchdog has lowered it. With OneBitAdam ``freeze``: ``step`` and ``reason``, once it has frozen, and ``max_update``, the
-        largest update seen since, in units of the learning rate.
+        ``nonfinite_steps``; ``state_bytes``, kept between steps; ``resync_error`` once ``resynchronize()`` was called; ``parameters``: name
+        -> ``numel, compressed, reason`` (why not), ``density`` (configured now), ``kept`` (entries sent at the last step), ``residual_norm,
+        grad_norm`` (this rank's; under ``two_phase`` also ``server_residual_norm``, of what it holds back as an owner; with ``codec=none``
+        the gradient's is taken at every 16th step; 0 for sparse and fp64 gradients, which pass by), ``momentum_norm`` and ``masked``
+        (elements whose frozen variance is 0) where the target is the momentum; ``frozen``: whether it is compressed by now. With error
+        feedback ``measured_delta``, at every 64th step; of EF21 and EControl also ``estimate_norm``, ``stale`` (‖g − h‖/‖g‖), ``eta`` and
+        ``eta_cuts``, how often the watchdog has lowered it. With OneBitAdam ``freeze``: ``step`` and ``reason``, once it has frozen, and
+        ``max_update``, the largest update seen since, in units of the learning rate.
         """
         stats = dict(self._live("stats").stats())
         if self._optimizer is not None:
@@ -144,8 +140,7 @@ class HookState:
         on all ranks.
 
         With another world size every new rank gets the mean over the old ranks: the mean is what the output divides by. Names or shapes
-        that do not fit are
-        refused, and nothing has changed then.
+        that do not fit are refused, and nothing has changed then.
         """
         engine = self._live("load_state_dict")
         shapes = self._shapes
@@ -166,8 +161,9 @@ class HookState:
             self._optimizer._hand_over(momenta=False)
 
     def on_lr_change(self, ratio: float | Mapping[str, float]) -> None:
-        """The learning rate has become ``ratio`` times what it was, of all parameters or by name: what was not sent is divided by it, so that it
-        moves the parameters as far as it would have. Between steps, on all ranks alike. ``attach`` calls it under ``feedback=ef14:lr_rescale=1``."""
+        """The learning rate has become ``ratio`` times what it was, of all parameters or by name: what was not sent is divided by it, so
+        that it moves the parameters as far as it would have. Between steps, on all ranks alike. ``attach`` calls it under
+        ``feedback=ef14:lr_rescale=1``."""
         engine = self._live("on_lr_change")
         if self._shapes is None:
             raise ArgumentError("on_lr_change: this HookState was made without named_parameters")
@@ -184,19 +180,20 @@ class HookState:
         self._live("flush").flush()
 
     def resynchronize(self) -> None:
-        """EF21 and EControl: makes the mean estimate H the mean of the ranks' estimates again, without what fp32 rounding has moved it by; of
-        other configs nothing changes. Before a checkpoint of a long run. Collective: between steps, on all ranks at the same step.
+        """EF21 and EControl: makes the mean estimate H the mean of the ranks' estimates again, without what fp32 rounding has moved it by;
+        of other configs nothing changes. Before a checkpoint of a long run. Collective: between steps, on all ranks at the same step.
         ``stats()["resync_error"]`` is the distance that H has moved, relative to its norm."""
         self._live("resynchronize").resynchronize()
 
     def reset(self) -> None:
-        """Empties all state and counters, not the step. Between steps, on all ranks; under EF21 and EControl they wait for each other, and the
-        estimates are started anew."""
+        """Empties all state and counters, not the step. Between steps, on all ranks; under EF21 and EControl they wait for each other, and
+        the estimates are started anew."""
         self._live("reset").reset()
 
     def close(self) -> None:
         """Ends the hook's thread and group; idempotent. A backward pass with a closed hook raises; step, stats() and state_dict() stay.
-        After a lost peer or a corrupt payload only stats() does: the ranks are in the midst of a step, and the last checkpoint is what there is to go on from."""
+        After a lost peer or a corrupt payload only stats() does: the ranks are in the midst of a step, and the last checkpoint is what
+        there is to go on from."""
         if self._kept is None:
             self._finalizer()
             if self._optimizer is not None:
@@ -252,8 +249,8 @@ def attach(
     process group.
 
     ``optimizer``: the one that will apply the gradients; it is only checked against the config: ``feedback=dgc`` has the momentum in the
-    hook, so it takes
-    ``optim.DGCSGD`` or SGD without momentum; ``target=momentum`` takes ``optim.OneBitAdam``, and is paired with it. ``grad_scaler``: see HookState. @raises ConfigError, Error, with nothing changed.
+    hook, so it takes ``optim.DGCSGD`` or SGD without momentum; ``target=momentum`` takes ``optim.OneBitAdam``, and is paired with it.
+    ``grad_scaler``: see HookState. @raises ConfigError, Error, with nothing changed.
     """
     config = as_config(config)
     _check_model(ddp)

@@ -10,8 +10,8 @@ from .errors import ConfigError
 
 
 class LearningRates:
-    """Follows an optimizer's learning rates, parameter by parameter. What was not sent at a step with rate a is worth a·residual; at rate b it is worth
-    the same times a/b. A rate of 0 applies nothing and is passed over."""
+    """Follows an optimizer's learning rates, parameter by parameter. What was not sent at a step with rate a is worth a·residual; at rate b
+    it is worth the same times a/b. A rate of 0 applies nothing and is passed over."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, named: list[tuple[str, torch.nn.Parameter]]) -> None:
         self._optimizer = optimizer

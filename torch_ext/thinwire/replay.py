@@ -33,8 +33,7 @@ def replay(config: Config | str, grads: Mapping[str, torch.Tensor], *, record_pa
     """Runs ``config`` over ``grads`` with ranks as threads of this process: the same engine as in training.
 
     ``grads``: name -> tensor (steps, world, *shape), fp32, bf16 or fp16, one dtype for all; together they are one bucket, in the mapping's
-    order. Each rank's part
-    is its local, undivided gradient. @raises ConfigError, Error.
+    order. Each rank's part is its local, undivided gradient. @raises ConfigError, Error.
     """
     if not isinstance(grads, Mapping):
         raise ArgumentError(f"replay: grads must map names to tensors (steps, world, *shape), not be a {type(grads).__name__}")
@@ -45,8 +44,8 @@ def replay(config: Config | str, grads: Mapping[str, torch.Tensor], *, record_pa
 
 
 def shaped(arrays: Mapping[str, torch.Tensor], shape: torch.Size, layout: Sequence[int] = ()) -> dict[str, torch.Tensor]:
-    """State arrays that have one element per element of the parameter get its shape; a codec's own memory stays flat. ``layout``: the order of the
-    dimensions in which the elements lie, the slowest first; empty: that of a contiguous tensor."""
+    """State arrays that have one element per element of the parameter get its shape; a codec's own memory stays flat. ``layout``: the order
+    of the dimensions in which the elements lie, the slowest first; empty: that of a contiguous tensor."""
     return {key: _laid_out(value, shape, layout) if key not in FLAT and value.numel() == shape.numel() else value for key, value in arrays.items()}
 
 

@@ -16,9 +16,9 @@ class VarianceWatch:
     """Looks at the bias-corrected L1 norms of v every 1 / (1 − beta2) steps. Two-sided: a rising variance is as little settled as a falling
     one, and one that is all 0 has not begun.
 
-    Two clocks: the ranks compare at synchronised steps, which all of them count alike, so a look falls on the first step in a window of WITHIN
-    of those, from each multiple of `every` on; v moves with the optimizer's steps, of which one may take several synchronised backward passes,
-    so windows are passed over until it has had its time."""
+    Two clocks: the ranks compare at synchronised steps, which all of them count alike, so a look falls on the first step in a window of
+    WITHIN of those, from each multiple of `every` on; v moves with the optimizer's steps, of which one may take several synchronised
+    backward passes, so windows are passed over until it has had its time."""
 
     def __init__(self, every: int, not_before: int) -> None:
         self.every = every
