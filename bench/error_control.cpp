@@ -177,9 +177,9 @@ int run(int argc, char** argv) {
     independence(report);
     signs(report);
     noise(report, 4, 8000, 1.5);
-    noise(report, 16, 6000, 1.5);
-    noise(report, 64, 2000, 1.5);
-    dtypes(report, 4000);
+    noise(report, 16, 4000, 1.5);
+    noise(report, 64, 1000, 1.5);
+    dtypes(report, 3000);
     network(report);
   }
   if (!file.empty()) {
