@@ -60,8 +60,13 @@ def problem_table(rows):
     yield "| problem | method | reference | engine |"
     yield "|---|---|---|---|"
     for row in rows:
-        about = [row["section"]] + [f"{key} {row[key]:g}" for key in ("zeta", "kappa", "world", "rate") if key in row]
-        engine = [row["engine"]] if "engine" in row else [f"loss {number(row['loss'], 4)}, accuracy {percent(row['accuracy'])}"]
+        about = [row["section"]] + [f"{key} {row[key]:g}" for key in ("zeta", "kappa", "world", "density", "rate") if key in row] + ([row["optimizer"]] if "optimizer" in row else [])
+        if "engine" in row:
+            engine = [row["engine"]]
+        elif "loss" in row:
+            engine = [f"loss {number(row['loss'], 4)}, accuracy {percent(row['accuracy'])}"]
+        else:
+            engine = [" / ".join(row[f"zeta_{zeta}"] for zeta in (0, 10, 100)) + " at zeta 0 / 10 / 100"]
         cells = [", ".join(about), row.get("method", "EControl auto"), row.get("reference"), *engine]
         yield "| " + " | ".join("–" if cell is None else f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |"
 
