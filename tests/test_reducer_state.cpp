@@ -229,7 +229,8 @@ TEST(ReducerState, WhatDoesNotFitIsRefusedByNameAndChangesNothing) {
     refused({"'w' has no 'accumulated'"}, changed([](ReducerState& s) { s.parameters.at("w").erase("accumulated"); }));
     refused({"'w' has no 'threshold'"}, {exact.state[me]});
     refused({"'w' has no 'momentum'", "'bias' has no 'momentum'"}, {ef.state[me]});
-    refused({"'bias' has 'residual', which this config does not keep"}, changed([](ReducerState& s) { s.parameters.at("bias")["residual"] = Vec(50); }));
+    refused({"'bias' has 'residual', which this config does not keep"},
+            changed([](ReducerState& s) { s.parameters.at("bias")["residual"] = Vec(50); }));
     refused({"'w' 'momentum'", "999", "1000"}, changed([](ReducerState& s) { s.parameters.at("w").at("momentum").pop_back(); }));
     refused({"'other' 'accumulated'", "not finite"},
             changed([](ReducerState& s) { s.parameters.at("other").at("accumulated")[7] = std::numeric_limits<float>::quiet_NaN(); }));
