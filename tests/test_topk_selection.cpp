@@ -236,6 +236,40 @@ TYPED_TEST(TopKSelection, TheThresholdSettlesUnderFeedback) {
   }
 }
 
+// After a single large gradient its residual drains through a threshold that has to fall at every step.
+TYPED_TEST(TopKSelection, TheThresholdFollowsAfterASpike) {
+  TopKRig rig(TypeParam::kBackend, with(false), ef14(), {40000}, 0.01);
+  std::mt19937 random(4);
+  std::normal_distribution<float> normal;
+  std::vector<float> grad(rig.numel);
+  double mean = 0;
+  for (rig.step = 0; rig.step < 80; ++rig.step) {
+    for (auto& x : grad) x = normal(random) * (rig.step == 10 ? 1000 : 1);
+    rig.stream(grad);
+    if (rig.step >= 20) mean += double(rig.entries()[0].size()) / 400 / 60;
+  }
+  EXPECT_GT(mean, 0.75);
+  EXPECT_LT(mean, 1.25);
+}
+
+// Where hardly one of the wanted elements is in the sample, its largest one bounds nothing: the end of a layer is sent too.
+TYPED_TEST(TopKSelection, WhatIsRareIsSentFromEverywhere) {
+  const std::size_t n = 100000;
+  TopKRig rig(TypeParam::kBackend, with(false), no_feedback(), {n}, 1e-4);
+  std::mt19937 random(5);
+  std::normal_distribution<float> normal;
+  std::vector<float> grad(rig.numel);
+  std::size_t first = 0, last = 0;
+  for (rig.step = 0; rig.step < 100; ++rig.step) {
+    for (auto& x : grad) x = normal(random);
+    rig.stream(grad);
+    if (rig.step < 20) continue;
+    const auto entries = rig.entries();
+    for (const auto& e : entries[0]) first += e.index < n / 5, last += e.index >= n - n / 5;
+  }
+  EXPECT_GT(double(last), 0.3 * double(first));
+}
+
 TYPED_TEST(TopKSelection, SmallSegmentsAreTheirOwnSample) {
   for (const std::size_t n : {1u, 16u, 100u, 4096u}) {
     TopKRig rig(TypeParam::kBackend, with(false), no_feedback(), {n}, 0.05);
@@ -343,9 +377,9 @@ TEST(OrderStatistics, AreThoseOfTheSortedList) {
     }
 }
 
-// The carried threshold stays where the statistics of both ranks allow it, else it becomes the nearer one; wherever the floor is that the
-// sample was thinned by.
-TEST(OrderStatistics, AThresholdIsClampedBetweenTwoOfThem) {
+// The carried threshold stays where the statistics of both ranks allow it, else it becomes one nearer to the middle; wherever the floor is
+// that the sample was thinned by.
+TEST(OrderStatistics, AThresholdIsCorrectedWhereTheyContradictIt) {
   std::mt19937 random(6);
   int below = 0, between = 0, above = 0;
   for (const std::size_t n : {2, 200, 300, 4096, 20000})
@@ -357,13 +391,20 @@ TEST(OrderStatistics, AThresholdIsClampedBetweenTwoOfThem) {
         std::sort(sorted.begin(), sorted.end(), std::greater<>());
         topk::SampleRanks ranks(32 * n, n, std::max<std::size_t>(1, 32 * n / 5));
         ASSERT_LE(ranks.high, ranks.low);
+        if (ranks.high == 0) {  // nothing is too high
+          const float carried = bits_float(sorted.front() + 1000);
+          ASSERT_EQ(topk::corrected(carried, bits.data(), n, 0, ranks, scratch.data()), carried);
+          continue;
+        }
         const std::uint32_t low = sorted[ranks.low - 1], high = sorted[ranks.high - 1];
+        ASSERT_TRUE(ranks.high <= ranks.to_high && ranks.to_high <= ranks.middle && ranks.middle <= ranks.to_low &&
+                    ranks.to_low <= ranks.low);
         for (const std::uint32_t carried :
              {low - 1000, low - 1, low, low + 1, low + (high - low) / 2, high - 1, high, high + 1, high + 1000})
           for (const std::uint32_t floor : {0u, sorted.back() - 5, sorted.back()}) {
-            const std::uint32_t clamped = std::clamp(carried, low, high);
-            const float got = topk::clamp_between(bits_float(carried), bits.data(), n, floor, ranks, scratch.data());
-            ASSERT_EQ(float_bits(got), clamped) << n << " " << distinct << " " << octaves << " " << carried - low << " " << floor;
+            const std::uint32_t expected = carried < low ? sorted[ranks.to_low - 1] : carried > high ? sorted[ranks.to_high - 1] : carried;
+            const float got = topk::corrected(bits_float(carried), bits.data(), n, floor, ranks, scratch.data());
+            ASSERT_EQ(float_bits(got), expected) << n << " " << distinct << " " << octaves << " " << carried - low << " " << floor;
             (carried < low ? below : carried > high ? above : between) += 1;
           }
       }

@@ -18,7 +18,7 @@ std::size_t take_sample(const SegmentPass& pass, const Workspace& workspace) {
   return pass.kernels.sample[std::size_t(pass.form)][std::size_t(pass.grad_dtype)](pass.segment, pass.step, workspace.magnitudes);
 }
 
-/// The carried threshold where the sample does not contradict it, else the sample's statistic that is nearest to it; the middle one for
+/// The carried threshold where the sample does not contradict it, else a statistic of the sample nearer to the middle one; that one for
 /// want of a carried threshold or where the sample is the segment.
 struct SampledThreshold {
   float value, steepness;
@@ -40,7 +40,7 @@ SampledThreshold sampled_threshold(const SegmentPass& pass, std::size_t k, float
     }
   }
   if (!steady) return {std::max(bits_float(order_statistic(sample, m, ranks.middle, scratch)), pass.floor), kUnknownSteepness};
-  const float threshold = std::max(clamp_between(carried, sample, m, floor, ranks, scratch), pass.floor);
+  const float threshold = std::max(corrected(carried, sample, m, floor, ranks, scratch), pass.floor);
   return {threshold, steepness_of(near, ranks.middle, carried, threshold)};
 }
 

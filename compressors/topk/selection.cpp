@@ -116,11 +116,13 @@ std::uint32_t order_statistic(const std::uint32_t* bits, std::size_t count, std:
 }
 
 SampleRanks::SampleRanks(std::size_t count, std::size_t sampled, std::size_t k) noexcept {
-  middle = high = low = sample_rank(count, sampled, k);
+  middle = high = low = to_high = to_low = sample_rank(count, sampled, k);
   if (sampled == count) return;
-  const double spread = 2 * std::sqrt(double(middle));  // two standard deviations of a count of r
-  high = std::size_t(std::max(1.0, std::floor(double(middle) - spread)));
-  low = std::min(sampled, std::size_t(std::ceil(double(middle) + spread)));
+  const double deviation = std::sqrt(double(middle));  // of a count of r
+  high = std::size_t(std::max(0.0, std::floor(double(middle) - 2 * deviation)));
+  low = std::min(sampled, std::size_t(std::ceil(double(middle) + 2 * deviation)));
+  to_high = std::size_t(std::max(1.0, std::floor(double(middle) - deviation)));
+  to_low = std::min(low, std::size_t(std::ceil(double(middle) + deviation)));
 }
 
 std::size_t candidate_rank(std::size_t count, std::size_t sampled, std::size_t k) noexcept {
@@ -129,8 +131,8 @@ std::size_t candidate_rank(std::size_t count, std::size_t sampled, std::size_t k
   return std::min(sampled, std::size_t(std::ceil(double(r) + 3 * std::sqrt(double(r)) + 2)));
 }
 
-float clamp_between(float carried, const std::uint32_t* bits, std::size_t count, std::uint32_t floor, const SampleRanks& ranks,
-                    std::uint32_t* scratch) {
+float corrected(float carried, const std::uint32_t* bits, std::size_t count, std::uint32_t floor, const SampleRanks& ranks,
+                std::uint32_t* scratch) {
   const std::uint32_t threshold = float_bits(carried);
   std::uint32_t above = 0, at_least = 0;
   for (std::size_t i = 0; i < count; ++i) {
@@ -138,7 +140,7 @@ float clamp_between(float carried, const std::uint32_t* bits, std::size_t count,
     at_least += bits[i] >= threshold;
   }
   if (above < ranks.low && at_least >= ranks.high) return carried;
-  return bits_float(statistic_near(bits, count, floor, above >= ranks.low ? ranks.low : ranks.high, scratch));
+  return bits_float(statistic_near(bits, count, floor, above >= ranks.low ? ranks.to_low : ranks.to_high, scratch));
 }
 
 }  // namespace thinwire::topk

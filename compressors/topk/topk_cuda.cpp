@@ -46,6 +46,8 @@ DeviceShape walk(const Plan& plan, const TopKOptions& options, Visit&& visit) {
       out.high = std::uint32_t(ranks.high);
       out.middle = std::uint32_t(options.exact ? candidate_rank(segment.count, out.sampled, wire.k) : ranks.middle);
       out.low = std::uint32_t(ranks.low);
+      out.to_high = std::uint32_t(ranks.to_high);
+      out.to_low = std::uint32_t(ranks.to_low);
     }
     if (options.exact) out.candidates = std::uint32_t(candidate_capacity(segment.count, wire.k));
     visit(segment, out);

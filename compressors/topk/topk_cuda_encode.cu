@@ -146,10 +146,7 @@ __global__ void __launch_bounds__(kSelectThreads) threshold_kernel(EncodeCall ca
     const Lists lists = few ? Lists{call.scratch.near + std::size_t(b) * kSampleBlock, counts, blocks, near} : all;
     float statistic = carried;
     if (steady && !(above < segment.low && at_least >= segment.high)) {
-      const float low = bits_float(select(lists, segment.low, histogram, found));
-      const float high = bits_float(select(lists, segment.high, histogram, found));
-      statistic = carried < low ? low : carried;
-      statistic = high < statistic ? high : statistic;
+      statistic = bits_float(select(lists, above >= segment.low ? segment.to_low : segment.to_high, histogram, found));
     } else if (!steady) {
       statistic = bits_float(select(lists, segment.middle, histogram, found));
     }

@@ -33,6 +33,7 @@ struct DeviceSegment : DeviceStates {
   std::uint32_t form = 0;                       ///< IndexForm
   std::uint32_t sampled = 0;                    ///< elements in the sample; 0: the threshold is the floor
   std::uint32_t high = 0, middle = 0, low = 0;  ///< SampleRanks; exact: middle is the candidate rank
+  std::uint32_t to_high = 0, to_low = 0;
   std::uint32_t first_sample_block = 0, first_unit = 0;
   std::uint32_t candidates = 0;  ///< exact: how many are kept
   std::uint64_t first_candidate = 0;

@@ -62,7 +62,9 @@ THINWIRE_HD inline float steepness_of(std::size_t near, std::size_t rank, float 
 
 /// The threshold to carry to the next step after `hits` of k were found: half of the way to where k are expected, so that it neither swings
 /// nor follows every step's noise. A gain that does not know the steepness swings between too many and hardly any.
+/// @returns 0, none, where there were no hits: it is far off, and the next sample knows better.
 THINWIRE_HD inline float next_threshold(float threshold, std::size_t hits, std::size_t k, float steepness) noexcept {
+  if (hits == 0) return 0.0f;
   const float excess = 2.0f * (float(hits) - float(k)) / (float(hits) + float(k));  // about log(hits / k), within 2
   const float next = threshold * (1.0f + 0.5f * excess / steepness);
   return next < std::numeric_limits<float>::max() ? next : std::numeric_limits<float>::max();

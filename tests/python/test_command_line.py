@@ -127,6 +127,7 @@ def test_outputs_are_refused_before_the_work(run: Callable[..., Done], tmp_path:
         (("replay", "dgc", "g.npz", "--plot", "a.txt"), "a picture ends in .png, .svg or .pdf"),
         (("replay", "dgc", "g.npz", "--plot", "no/a.png"), "no/a.png cannot be written"),
         (("replay", "dgc", "g.npz", "--json", "."), ". cannot be written"),
+        (("replay", "dgc", "g.npz", "--json", "./g.npz"), "--json g.npz would overwrite the gradients"),
         (("check", "dgc", "--json", "no/rows.json"), "no/rows.json cannot be written"),
     ):
         done = run(*arguments)

@@ -180,6 +180,9 @@ def _bytes(count: float) -> str:
 
 def _replay(arguments: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     config = Config.parse(arguments.config)
+    for flag, target in (("--json", arguments.json), ("--plot", arguments.plot)):
+        if target and target.exists() and Path(arguments.file).exists() and target.samefile(arguments.file):
+            raise _Refused(f"{flag} {target} would overwrite the gradients")
     grads = _load(Path(arguments.file))
     _print_warnings(config, console)
     result = replay(config, grads)
