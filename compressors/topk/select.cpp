@@ -18,11 +18,12 @@ std::size_t take_sample(const SegmentPass& pass, const Workspace& workspace) {
   return pass.kernels.sample[std::size_t(pass.form)][std::size_t(pass.grad_dtype)](pass.segment, pass.step, workspace.magnitudes);
 }
 
-/// The carried threshold where the sample does not contradict it, else a statistic of the sample nearer to the middle one; that one for
-/// want of a carried threshold or where the sample is the segment.
 struct SampledThreshold {
   float value, steepness;
 };
+
+/// The carried threshold where the sample does not contradict it, else a statistic of the sample nearer to the middle one; that one for
+/// want of a carried threshold or where the sample is the segment.
 SampledThreshold sampled_threshold(const SegmentPass& pass, std::size_t k, float carried, const Workspace& workspace) {
   std::size_t m = take_sample(pass, workspace);
   const SampleRanks ranks(pass.segment.count, m, k);

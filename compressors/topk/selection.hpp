@@ -15,8 +15,8 @@ std::size_t keep_at_least(const std::uint32_t* bits, std::size_t count, std::uin
 
 /// What a sample of `sampled` of `count` elements says about the k-th largest of all.
 struct SampleRanks {
-  std::size_t high, middle,
-      low;  ///< ranks in the sample: r − 2√r (0: none, so few are expected), r, r + 2√r; all r where the sample is the segment
+  /// Ranks in the sample: r − 2√r (0: none, so few are expected), r, r + 2√r; all r where the sample is the segment.
+  std::size_t high, middle, low;
   std::size_t to_high, to_low;  ///< r − √r, r + √r: half way to where the sample says that a threshold outside of them should be
   SampleRanks(std::size_t count, std::size_t sampled, std::size_t k) noexcept;
 };

@@ -49,9 +49,10 @@ constexpr std::size_t candidate_capacity(std::size_t count, std::size_t k) noexc
 /// Where the elements lie among which a steady threshold's ranks are sought: from a little below the carried threshold on.
 inline constexpr float kNear = 0.8f;
 
-/// How much hits grow, relative to k, as the threshold sinks, relative to itself: 7.5 under a Gaussian at 1 %, 12 at .1 %; under error
-/// feedback, where all above the threshold has come there within a step, threshold by step, many hundreds. From a sample: `near` of it are
-/// at least kNear · carried, and `rank` are expected above the threshold.
+/// How much hits grow, relative to k, as the threshold sinks, relative to itself: the secant from kNear · carried up to the threshold,
+/// which is steeper than the tangent at it, so that corrections are rather too small. Under error feedback it is large: all above the
+/// threshold has come there within a step. From a sample: `near` of it are at least kNear · carried, `rank` are expected above the
+/// threshold.
 inline constexpr float kLeastSteepness = 4.0f, kUnknownSteepness = 16.0f;
 THINWIRE_HD inline float steepness_of(std::size_t near, std::size_t rank, float carried, float threshold) noexcept {
   const float width = 1.0f - kNear * carried / threshold;
@@ -60,8 +61,8 @@ THINWIRE_HD inline float steepness_of(std::size_t near, std::size_t rank, float 
   return steepness > kLeastSteepness ? steepness : kLeastSteepness;
 }
 
-/// The threshold to carry to the next step after `hits` of k were found: half of the way to where k are expected, so that it neither swings
-/// nor follows every step's noise. A gain that does not know the steepness swings between too many and hardly any.
+/// The threshold to carry to the next step after `hits` of k were found: at most half of the way to where k are expected, so that it
+/// neither swings nor follows every step's noise. A gain that does not know the steepness swings between too many and hardly any.
 /// @returns 0, none, where there were no hits: it is far off, and the next sample knows better.
 THINWIRE_HD inline float next_threshold(float threshold, std::size_t hits, std::size_t k, float steepness) noexcept {
   if (hits == 0) return 0.0f;
