@@ -135,6 +135,17 @@ std::uint64_t GradientReducer::Impl::start_goes_on_until() const {
   return engine_->nonfinite_steps() != bad_before_ ? std::max(start_until_, step_ + 2) : start_until_;
 }
 
+bool GradientReducer::Impl::is_first_compressed(bool dense) {
+  if (dense && step_ == compressed_from_) ++compressed_from_;
+  if (dense || recursion_.kind != Recursion::Kind::estimate || init_ == Init::dense) return false;
+  if (options_.step_verdict && step_ == compressed_from_ + 1) {  // where the scaler skipped that step, there is no state yet
+    queue_->drain();
+    engine_->wait();
+    if (!engine_->started()) compressed_from_ = step_;
+  }
+  return step_ == compressed_from_;
+}
+
 void GradientReducer::Impl::begin_step_if_needed() {
   if (step_begun_) return;
   if (const std::uint64_t until = start_goes_on_until(); until != start_until_) {
@@ -144,8 +155,9 @@ void GradientReducer::Impl::begin_step_if_needed() {
   step_begun_ = true;
   bool changed = epoch_ == 0;
   bool dense = codec_ == nullptr || step_ < std::max(dense_steps_, start_until_) || flush_next_ || !is_frozen();
-  bool starting = (init_ == Init::dense && step_ < dense_steps_) || step_ < start_until_ ||
-                  (init_ == Init::compressed && recursion_.control && step_ == dense_steps_);
+  const bool first = is_first_compressed(dense);
+  bool starting = (init_ == Init::dense && step_ + 1 == dense_steps_) || step_ < start_until_ ||
+                  (init_ == Init::compressed && recursion_.control && first);
   for (std::size_t p = 0; p < slots_.size() && !dense; ++p) {
     if (!slots_[p].compressible) continue;
     const Setting setting = setting_at(step_, std::uint32_t(p));
@@ -164,8 +176,9 @@ void GradientReducer::Impl::begin_step_if_needed() {
     engine_->wait();
     bad_before_ = engine_->nonfinite_steps();
   }
-  changed |= starting != starting_step_;
+  changed |= starting != starting_step_ || first != first_compressed_;
   starting_step_ = starting;
+  first_compressed_ = first;
   changed |= is_frozen() != was_frozen_;
   was_frozen_ = is_frozen();
   changed |= dense != dense_step_;
@@ -187,6 +200,7 @@ Recursion GradientReducer::Impl::recursion_now() const noexcept {
   if (!is_frozen()) return before_freeze_;
   Recursion recursion = recursion_;
   recursion.starting = starting_step_;
+  recursion.first = first_compressed_;
   recursion.blank = blank_ && dense_step_ && step_ < dense_steps_;
   return recursion;
 }

@@ -206,7 +206,8 @@ class GradientReducer {
   /// target=momentum: whether what comes back of this parameter is its momentum once that is compressed; false: its mean gradient, always.
   bool averages(std::uint32_t parameter) const;
   /// What was not sent is multiplied by `factors`, one per parameter, in id order: after a change of the learning rate, with the old rate
-  /// by the new one, it moves the parameters as far as it would have. Owners' residuals too. Between steps, on all ranks.
+  /// by the new one, it moves the parameters as far as it would have. Owners' residuals too, but for EF21 and EControl, whose owners hold
+  /// back no gradient. Between steps, on all ranks.
   /// @throws invalid_argument on a factor that is no positive number; nothing changed.
   /// @source BytePS; Karimireddy et al. 2019 have the learning rate inside the residual.
   void rescale_residuals(std::span<const float> factors);

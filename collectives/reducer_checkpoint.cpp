@@ -340,15 +340,21 @@ void GradientReducer::Impl::load_state(std::span<const ReducerState> states, con
     }
   }
   for (std::uint32_t p = 0; p < slots_.size() && engine_->watch() != nullptr; ++p) {
-    const auto watchdog = front.watchdog.find(slots_[p].parameter.name);
-    engine_->watch()->set_state(p, watchdog != front.watchdog.end() ? &watchdog->second : nullptr);
+    const WatchdogState* lowest = nullptr;  // of another world: whoever has lowered eta most
+    for (const ReducerState& source : sources) {
+      const auto watchdog = source.watchdog.find(slots_[p].parameter.name);
+      if (watchdog == source.watchdog.end()) continue;
+      const WatchdogState& found = watchdog->second;
+      if (lowest == nullptr || (found.eta > 0 && (lowest->eta == 0 || found.eta < lowest->eta))) lowest = &found;
+    }
+    engine_->watch()->set_state(p, lowest);
   }
   if (Watch* watch = sources.size() > 1 ? engine_->watch() : nullptr) watch->restart();  // the mean of residuals is smaller than each
   step_ = front.step;
   flush_next_ = front.flush;
   start_until_ = front.start_until;
   blank_ = false;
-  starting_step_ = false;
+  starting_step_ = first_compressed_ = false;
   bad_before_ = step_ + 1 < dense_steps_ ? 0 : front.nonfinite_steps;
   for (ParameterSlot& slot : slots_) {
     const auto dense = front.dense.find(slot.parameter.name);

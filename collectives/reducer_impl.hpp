@@ -88,6 +88,9 @@ class GradientReducer::Impl {
   /// one in which the message is the gradient alone. The host waits to know, from the last such step of a start on.
   /// @returns start_until_ as it should be.
   std::uint64_t start_goes_on_until() const;
+  /// Estimates that start without a dense step: whether this step, unless it is dense, sends their first payload. The host waits to
+  /// know, after such a step under a step verdict.
+  bool is_first_compressed(bool dense);
   /// Marks the ids as reduced in this step. @throws invalid_argument, nothing changed.
   void mark(std::span<const std::uint32_t> ids);
   bool complete_step_if_all_seen();
@@ -146,7 +149,9 @@ class GradientReducer::Impl {
   std::size_t seen_count_ = 0;
   bool step_begun_ = false;
   bool dense_step_ = false;
-  bool starting_step_ = false;     ///< init=dense: a dense step that sets the estimates
+  bool starting_step_ = false;     ///< of Recursion::starting
+  bool first_compressed_ = false;  ///< of Recursion::first
+  std::uint64_t compressed_from_ = 0;  ///< estimates that start without a dense step: the step of their first payload
   std::uint64_t start_until_ = 0;  ///< steps before this one are such steps, after a bad verdict, a reset, or for tensors that come back
   bool blank_ = true;              ///< no state was loaded: before the start estimates are 0
   std::uint64_t bad_before_ = 0;   ///< non-finite steps that are accounted for in start_until_

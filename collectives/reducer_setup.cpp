@@ -65,6 +65,7 @@ GradientReducer::Impl::Impl(std::shared_ptr<Communicator> communicator, const Co
     init_ = init == "dense" ? Init::dense : init == "compressed" ? Init::compressed : Init::zero;
     if (init_ == Init::dense) dense_steps_ = std::max<std::uint64_t>(dense_steps_, 1);
   }
+  compressed_from_ = dense_steps_;
   if (recursion_.averaged && !options_.momentum_elsewhere) {
     if (config.target().text("freeze") == "auto")
       fail(Errc::invalid_config, "target=momentum: freeze=auto is decided by an optimizer, and there is none here; give freeze=STEP");

@@ -87,7 +87,8 @@ void GradientReducer::Impl::rescale_residuals(std::span<const float> factors) {
   for (std::size_t p = 0; p < slots_.size(); ++p) {
     const ParameterSlot& slot = slots_[p];
     if (slot.compressible) rescale(residual_of(recursion_, slot.state), slot.numel, factors[p]);
-    rescale(slot.server_residual, slot.owned.count, factors[p]);
+    // What an owner lacks of the mean of all estimates is no gradient that waits.
+    if (recursion_.kind != Recursion::Kind::estimate) rescale(slot.server_residual, slot.owned.count, factors[p]);
   }
   if (Watch* watch = engine_->watch()) watch->restart();
 }
@@ -109,6 +110,8 @@ void GradientReducer::Impl::reset() {
   bad_before_ = 0;
   blank_ = true;
   start_until_ = init_ == Init::dense ? step_ + 1 : 0;
+  compressed_from_ = std::max(step_, dense_steps_);
+  first_compressed_ = false;
   for (ParameterSlot& slot : slots_) slot.dense_now = false;
   ++epoch_;
   const std::lock_guard counters(counters_);

@@ -81,7 +81,7 @@ THINWIRE_HD inline void watch_growth(const WatchedSegment& segment, WatchdogStat
     state.since = step + 1;
   } else if (ratio > kWatchGrowth * state.recent || ratio > kWatchSlowGrowth * state.ratio) {
     if (++state.grown < kLooksGrown || double(state.grown) * gap * rate < kPersistence) return;
-    lower(eta / 2 > segment.proven ? eta / 2 : segment.proven);
+    if (eta > segment.proven) lower(eta / 2 > segment.proven ? eta / 2 : segment.proven);
     state.ratio = state.recent = ratio;
     state.since = step + 1;
     state.grown = 0;

@@ -239,7 +239,7 @@ std::vector<std::string> warnings(const Config& config) {
   const double density = is_sparse(codec) ? codec.number("density") : 1.0;
   const double contraction = is_sparse(codec) ? density : kSignDelta;
   const bool leaves_out = is_sparse(codec) ? density < 1 : codec.name != "none";
-  if (leaves_out && feedback.name == "none" && config.target().name == "gradient") {
+  if (leaves_out && feedback.name == "none") {
     out.push_back("feedback=none with codec=" + codec.name +
                   ": what is not sent is lost, and training may diverge where error feedback converges (three quadratics of Beznosikov et "
                   "al. 2020, ./bench/run error_control); choose feedback=ef14");

@@ -71,8 +71,13 @@ struct EstimateOracle {
     if (was_dense_start_ && step + 1 >= dense_steps && bad_steps != bad_before_) start_until_ = step + 2, bad_before_ = bad_steps;
     if (options.restart != nullptr && options.restart(step)) start_until_ = step + 2, bad_before_ = bad_steps;
     const bool dense = step < std::max(dense_steps, start_until_) || s.flush;
-    const bool starting = step < start_until_ || (options.init == Init::dense && step < dense_steps) ||
-                          (options.init == Init::compressed && options.control && step == dense_steps);
+    if (step == 0) compressed_from_ = dense_steps;
+    if (dense && step == compressed_from_) ++compressed_from_;
+    // Where the first payload's step was skipped, all begins anew.
+    if (options.step_verdict && !started_ && step == compressed_from_ + 1) compressed_from_ = step;
+    const bool first = options.init != Init::dense && step == compressed_from_;
+    const bool starting = step < start_until_ || (options.init == Init::dense && step + 1 == dense_steps) ||
+                          (options.init == Init::compressed && options.control && step == compressed_from_);
     const auto is_bad = [&](const std::vector<std::uint32_t>& bucket) {
       for (const std::uint32_t p : bucket)
         for (std::size_t r = 0; r < world; ++r)
@@ -88,7 +93,7 @@ struct EstimateOracle {
         if (!compressed[p] || dense || (options.dense_now != nullptr && options.dense_now(step, p))) {
           out[p] = dense_step(s, p, starting && dense, lost);
         } else {
-          out[p] = compressed_step(step, s, p, starting, lost);
+          out[p] = compressed_step(step, s, p, starting, first, lost);
         }
         for (const double x : out[p]) largest = std::fmax(largest, std::fabs(x));
         if (bad) std::fill(out[p].begin(), out[p].end(), std::numeric_limits<double>::quiet_NaN());
@@ -134,7 +139,7 @@ struct EstimateOracle {
     return mean;
   }
 
-  Values compressed_step(int step, const Step& s, std::uint32_t p, bool starting, bool lost) {
+  Values compressed_step(int step, const Step& s, std::uint32_t p, bool starting, bool first, bool lost) {
     const std::size_t n = numel[p];
     const std::size_t k =
         options.density == nullptr ? 0 : std::max<std::size_t>(1, std::size_t(std::ceil(options.density(step) * double(n) - 1e-9)));
@@ -145,7 +150,7 @@ struct EstimateOracle {
       for (std::size_t i = 0; i < n; ++i) {
         double g = s.grad[r][p][i];
         if (!std::isfinite(g)) g = h[i];
-        if (options.fresh < 1) g = v[i] = (1 - options.fresh) * v[i] + options.fresh * g;
+        if (options.fresh < 1) g = v[i] = first ? g : (1 - options.fresh) * v[i] + options.fresh * g;
         const double t = g - h[i];
         x[i] = (options.control ? eta * e[i] : 0) + t;
         e[i] = options.control ? e[i] + t : 0;
@@ -196,7 +201,7 @@ struct EstimateOracle {
   }
 
   bool started_ = false, was_dense_start_ = false;
-  int start_until_ = 0, bad_before_ = 0;
+  int start_until_ = 0, bad_before_ = 0, compressed_from_ = 0;
 };
 
 }  // namespace thinwire::test

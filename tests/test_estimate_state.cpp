@@ -14,7 +14,8 @@ using Init = EstimateOracle::Init;
 // A reset is a start: the same as a fresh run from there on, with its dense step.
 TEST(EstimateState, AResetStartsAnew) {
   for (const Method& method :
-       {topk_method(true, 0.5), topk_method(false, 1, Init::zero), topk_method(true, 1, Init::dense, 2), sign_method(true, true)}) {
+       {topk_method(true, 0.5), topk_method(false, 1, Init::zero), topk_method(false, 0.25, Init::zero),
+        topk_method(true, 0.25, Init::compressed), topk_method(true, 1, Init::dense, 2), sign_method(true, true)}) {
     SCOPED_TRACE(method.config);
     Scenario s = scenario_of(2, method, 8);
     s.before_step = [](GradientReducer& reducer, int step, int) {
@@ -249,6 +250,37 @@ TEST(EstimateState, ResynchronizeMakesHTheMeanAgain) {
       EXPECT_LT(*plain.stats[0].resync_error, bound);
       EXPECT_NEAR(*back.stats[0].resync_error, std::sqrt(moved_by / norm), 0.01 * std::sqrt(moved_by / norm));
     }
+}
+
+// What an owner holds back is what H lacks of the mean of h: another learning rate changes nothing of it.
+TEST(EstimateState, AnotherLearningRateLeavesHTheMean) {
+  for (const float factor : {8.0f, 0.125f}) {
+    const Method method = sign_method(true, true);
+    Scenario s = scenario_of(3, method, 8);
+    s.before_step = [factor](GradientReducer& reducer, int step, int) {
+      if (step == 4) reducer.rescale_residuals(std::vector<float>(kModel.size(), factor));
+    };
+    const Outcome out = play(s);
+    expect_mean_of_estimates(out, true, 8 * double(3 + 6) * 0x1p-24 * 64);
+    double held = 0;
+    for (const double x : server_residual(out, "w")) held = std::max(held, std::fabs(x));
+    EXPECT_GT(held, 0.01) << "the owners hold nothing, so nothing was shown";
+  }
+}
+
+// The lowest eta that any rank of another world had.
+TEST(EstimateState, AnotherWorldTakesTheLowestEta) {
+  const Method method = topk_method(true);
+  std::vector<ReducerState> states = play(scenario_of(3, method, 4)).state;
+  for (ReducerState& state : states) state.watchdog["w"] = {.eta = 0, .cuts = 0};
+  states[1].watchdog["w"] = {.eta = 0.04f, .cuts = 3};
+  states[2].watchdog["w"] = {.eta = 0.07f, .cuts = 1};
+  run_ranks(2, [&](std::shared_ptr<Communicator> communicator) {
+    GradientReducer reducer(communicator, Config::parse(method.config), kModel);
+    reducer.load_state(states);
+    EXPECT_EQ(reducer.state().watchdog.at("w").eta, 0.04f);
+    EXPECT_EQ(reducer.state().watchdog.at("w").cuts, 3u);
+  });
 }
 
 // A sequence of old ranks' states must agree on H as well.

@@ -68,6 +68,23 @@ TEST(NarrowState, TheGridLosesNothing) {
     }
 }
 
+// Only the dense step that sets the estimates sends what bf16 can hold; those before it leave nothing out.
+TEST(NarrowState, DenseStepsBeforeTheStartSendAll) {
+  for (const Method& method : {with(topk_method(true, 1, EstimateOracle::Init::dense, 3), "residual=bf16"),
+                               with(topk_method(true, 1, EstimateOracle::Init::dense, 3), "residual=bf16,estimate=grid"),
+                               with(topk_method(false, 1, EstimateOracle::Init::dense, 3), "estimate=grid")}) {
+    SCOPED_TRACE(method.config);
+    Scenario s = scenario_of(2, method, 3);
+    s.grad = [](int, int, std::uint32_t p) { return Vec(kNumel[p], 1.0009765625f); };  // eleven bits
+    const Outcome out = play(s);
+    for (const std::uint32_t p : {0u, 2u}) {
+      EXPECT_EQ(out.mean[0][0][p], Vec(kNumel[p], 1.0009765625f));
+      EXPECT_EQ(out.mean[1][0][p], Vec(kNumel[p], 1.0009765625f));
+      EXPECT_EQ(out.mean[2][0][p], Vec(kNumel[p], 1.0f));
+    }
+  }
+}
+
 // A stored residual is off by 2^-9 of itself, twice a step and once more after a bad one; it is no larger than twice the largest gradient
 // of every step before, be it a neighbour's, whose share a block's scale is.
 TEST(NarrowState, AResidualInBf16LosesItsRoundingOnly) {

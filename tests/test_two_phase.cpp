@@ -209,6 +209,28 @@ TEST(TwoPhase, ResumesToTheBit) {
   }
 }
 
+// Under EF14 owners hold back gradient as the workers do, and both keep its worth at another learning rate.
+TEST(TwoPhase, AnotherLearningRateRescalesOwnersToo) {
+  const auto grad = numbers(real_number, 6, kParameters);
+  Scenario s{.world = 3, .config = "codec=sign:block=64 feedback=ef14 min_numel=1", .parameters = kParameters, .steps = 3, .grad = grad};
+  s.after_step = [](GradientReducer& reducer, int step, int) {
+    if (step != 2) return;
+    const ReducerState before = reducer.state();
+    reducer.rescale_residuals(std::vector<float>(kParameters.size(), 4.0f));
+    const ReducerState after = reducer.state();
+    for (const auto& [name, arrays] : before.parameters)
+      for (const auto& [array, values] : arrays) {
+        double held = 0;
+        for (std::size_t i = 0; i < values.size(); ++i) {
+          EXPECT_EQ(after.parameters.at(name).at(array)[i], 4 * values[i]) << name << "." << array << " element " << i;
+          held += std::fabs(values[i]);
+        }
+        EXPECT_TRUE(held > 0 || values.size() < 2) << name << "." << array << " is empty, so nothing was shown";
+      }
+  };
+  (void)play(s);
+}
+
 TEST(TwoPhase, OwnedPartsAreCutAnewForAnotherWorld) {
   const auto grad = numbers(real_number, 6, kParameters);
   const Outcome four =

@@ -49,10 +49,19 @@ struct Recursion {
   /// it costs nothing of H = mean h.
   bool grid = false;
   bool starting = false;  ///< estimate: a dense step that sets it (init=dense), or the first that is compressed (init=compressed)
+  bool first = false;     ///< estimate: the first step that is compressed, where no dense one set the estimates: v ← g
   bool blank = false;     ///< estimate: of a dense step before anything was started: h and H are 0
 
   bool operator==(const Recursion&) const = default;
 };
+
+/// v ← keep·v + fresh·g
+struct AverageShares {
+  float keep, fresh;
+};
+constexpr AverageShares average_shares(const Recursion& recursion) noexcept {
+  return recursion.first ? AverageShares{0.0f, 1.0f} : AverageShares{1.0f - recursion.fresh, recursion.fresh};
+}
 
 inline constexpr std::size_t kMaxStateArrays = 4;
 

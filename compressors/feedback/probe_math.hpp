@@ -23,7 +23,7 @@ THINWIRE_HD inline double probed_message(const Recursion& recursion, const Probe
                                          const ProbedElement& own) noexcept {
   const double rate = rate_of(recursion);
   if (recursion.kind == Recursion::Kind::estimate) {
-    double x = segment.averages ? average(1 - recursion.fresh, recursion.fresh, own.average, g) : g;
+    double x = segment.averages ? average(average_shares(recursion).keep, average_shares(recursion).fresh, own.average, g) : g;
     x -= double(own.estimate);
     return recursion.control ? x + double(segment.eta) * double(own.residual) : x;
   }

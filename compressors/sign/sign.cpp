@@ -223,8 +223,8 @@ void Sign::run(const Recursion& recursion, const Plan& plan, ConstBytes grad, co
       pass.whole.factor = state.grad_factor != nullptr ? state.grad_factor[s] : 1.0f;
       pass.whole.rate =
           feedback::has_estimate(form) ? feedback::limited_eta(segment.setting.eta, own.eta_limit) : feedback::rate_of(recursion);
-      pass.whole.fresh = recursion.fresh;
-      pass.whole.keep = 1.0f - recursion.fresh;
+      pass.whole.keep = average_shares(recursion).keep;
+      pass.whole.fresh = average_shares(recursion).fresh;
       pass.whole.beta = recursion.averaged ? state.beta1[s] : 0.0f;
       const std::size_t block = block_of(options_, segment.count);
       for (std::size_t from = 0; from < segment.count; from += block) {

@@ -258,8 +258,8 @@ class SignCuda final : public Codec {
     call.output = plan.output;
     call.output_factor = plan.output_factor;
     call.rate = feedback::rate_of(recursion);
-    call.keep = 1.0f - recursion.fresh;
-    call.fresh = recursion.fresh;
+    call.keep = average_shares(recursion).keep;
+    call.fresh = average_shares(recursion).fresh;
     call.narrow = recursion.narrow;
     call.dtype = grad.dtype;
     call.scale = options_.scale;

@@ -166,8 +166,8 @@ void TopK::run(const Recursion& recursion, const Plan& plan, ConstBytes grad, co
     pass.segment.factor = state.grad_factor != nullptr ? state.grad_factor[s] : 1.0f;
     pass.segment.rate =
         feedback::has_estimate(form) ? feedback::limited_eta(segment.setting.eta, own.eta_limit) : feedback::rate_of(recursion);
-    pass.segment.fresh = recursion.fresh;
-    pass.segment.keep = 1.0f - recursion.fresh;
+    pass.segment.keep = average_shares(recursion).keep;
+    pass.segment.fresh = average_shares(recursion).fresh;
     pass.segment.wire = options_.wire;
     pass.segment.mask = recursion.mask;
     pass.segment.narrow = recursion.narrow;

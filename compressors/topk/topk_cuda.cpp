@@ -300,8 +300,8 @@ class TopKCuda final : public Codec {
     call.header = payload_header(plan, options_, wire.size, 0);
     call.step = plan.step;
     call.rate = feedback::rate_of(recursion);
-    call.keep = 1.0f - recursion.fresh;
-    call.fresh = recursion.fresh;
+    call.keep = average_shares(recursion).keep;
+    call.fresh = average_shares(recursion).fresh;
     call.grid = recursion.grid;
     call.narrow = recursion.narrow;
     call.floor = wire_floor(options_.wire);

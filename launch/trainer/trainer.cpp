@@ -115,14 +115,18 @@ std::vector<Parameter> Trainer::described() const {
   return parameters;
 }
 
+double Trainer::rate_at(std::int64_t done) const { return learning_rate(options_, config_) * (1 - double(done) / double(steps_)); }
+
 torch::Tensor Trainer::step(const torch::Tensor& batch) {
+  const double lr = rate_at(done_);
+  if (done_ > 0 && config_.feedback().name == "ef14" && config_.feedback().flag("lr_rescale"))
+    reducer_.rescale_residuals(std::vector<float>(parameters_.size(), float(rate_at(done_ - 1) / lr)));
   buckets_.zero();
   const torch::Tensor images = pixels(train_.images.index_select(0, batch));
   const torch::Tensor loss =
       torch::nn::functional::cross_entropy(net_->forward(images), train_.labels.index_select(0, batch).to(torch::kLong));
   loss.backward();
   buckets_.finish();
-  const double lr = learning_rate(options_, config_) * (1 - double(done_) / double(steps_));
   if (adam_) {
     if (adam_->step(lr) && rank_ == 0)
       std::printf("%svariance frozen at step %llu: freeze=%s\n", isatty(STDERR_FILENO) ? "\r\033[K" : "",

@@ -46,6 +46,8 @@ class Trainer {
   std::vector<Parameter> described() const;
   /// @returns the batch's mean loss, on the device: nobody waits for it.
   torch::Tensor step(const torch::Tensor& batch);
+  /// Of step `done`: it falls to 0 linearly.
+  double rate_at(std::int64_t done) const;
   /// Share of the test images that are classified right; each rank takes every world-th.
   double accuracy();
   /// The hash of the parameters. @throws internal if it is not the same on all ranks.

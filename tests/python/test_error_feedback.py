@@ -131,6 +131,22 @@ def test_the_watchdog_lowers_an_eta_that_is_too_large() -> None:
     assert tame["estimate_norm"] == pytest.approx(tame["grad_norm"], rel=0.3)
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_measured_delta_is_what_the_codec_did(world: int) -> None:
+    # 10 of 100 columns carry all: the l2 scale of a row is sqrt(.1)·s, and the error 2·(1 − sqrt(.1)) of the energy; l1 scales lose 1 − .1.
+    row = torch.zeros(100)
+    row[::10] = 1
+    grads = row.repeat(1, world, 80, 1).contiguous()
+    for scale, delta in (("l1", 0.1), ("l2", 1 - 2 * (1 - 0.1**0.5))):
+        run = thinwire.replay(f"codec=sign:scale={scale},block=tensor feedback=ef14 exchange=gather min_numel=10", {"w": grads})
+        assert run.stats["parameters"]["w"]["measured_delta"] == pytest.approx(delta, abs=1e-6)
+    # Of n magnitudes 1, 2, … n the largest tenth has this share of the energy.
+    ramp = torch.arange(1.0, 8001.0).reshape(80, 100).repeat(1, world, 1, 1)
+    run = thinwire.replay(f"codec=topk:density=0.1,select=exact feedback=ef14 {REST}", {"w": ramp})
+    energy = torch.arange(1.0, 8001.0, dtype=torch.float64).square()
+    assert run.stats["parameters"]["w"]["measured_delta"] == pytest.approx(float(energy[-800:].sum() / energy.sum()), abs=1e-6)
+
+
 def test_presets_are_slots() -> None:
     assert thinwire.econtrol() == thinwire.Config.parse("econtrol")
     assert thinwire.econtrol(codec="sign", eta=0.3, worker_ema=0.1, init="zero", min_numel=5) == thinwire.Config.parse("codec=sign feedback=econtrol:eta=0.3,worker_ema=0.1,init=zero min_numel=5")
@@ -147,6 +163,7 @@ def test_presets_are_slots() -> None:
     [
         ("codec=topk:density=0.1 feedback=none", ["diverge", "ef14"]),
         ("codec=sign feedback=none", ["diverge", "ef14"]),
+        ("codec=sign feedback=none target=momentum:freeze=5", ["diverge", "ef14"]),
         ("codec=topk:density=1 feedback=none", []),
         ("econtrol:eta=0.3", ["eta=0.3", "0.2", "eta=auto is 0.1"]),
         ("econtrol:density=0.01", ["stale", "worker_ema=0.1"]),
@@ -234,12 +251,18 @@ def test_the_hook_says_once_that_the_watchdog_has_lowered_eta(alone: None) -> No
     assert "lowered eta of 'weight' to 0.45" in str(said[0].message) and "econtrol:eta=0.9" in str(said[0].message)
 
 
-def test_a_residual_keeps_its_worth_when_the_learning_rate_changes(alone: None) -> None:
+@pytest.mark.parametrize("by_attach", [True, False])
+def test_a_residual_keeps_its_worth_when_the_learning_rate_changes(alone: None, by_attach: bool) -> None:
     def train(rescale: int) -> tuple[dict, torch.Tensor]:
         torch.manual_seed(0)
         model = DistributedDataParallel(torch.nn.Linear(40, 50, bias=False))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-        state = thinwire.attach(model, f"codec=topk:density=0.1 feedback=ef14:lr_rescale={rescale} {REST}", optimizer)
+        config = f"codec=topk:density=0.1 feedback=ef14:lr_rescale={rescale} {REST}"
+        if by_attach:
+            state = thinwire.attach(model, config, optimizer)
+        else:
+            state = thinwire.HookState(config, named_parameters=model.module.named_parameters(), optimizer=optimizer)
+            model.register_comm_hook(state, thinwire.hook)
         x = torch.randn(8, 40, generator=torch.Generator().manual_seed(1))
         before = None
         for step in range(3):
@@ -267,6 +290,10 @@ def test_following_a_learning_rate_needs_one(alone: None) -> None:
     model = DistributedDataParallel(torch.nn.Linear(4, 4))
     with pytest.raises(thinwire.ConfigError, match="lr_rescale=1 follows the optimizer"):
         thinwire.attach(model, "codec=topk:density=0.1 feedback=ef14:lr_rescale=1")
+    with pytest.raises(thinwire.ConfigError, match="lr_rescale=1 follows the optimizer"):
+        thinwire.HookState("codec=topk:density=0.1 feedback=ef14:lr_rescale=1", named_parameters=model.module.named_parameters())
+    with pytest.raises(thinwire.ConfigError, match="a recording has none"):
+        thinwire.replay("codec=topk:density=0.1 feedback=ef14:lr_rescale=1", {"w": torch.zeros(1, 1, 4)})
     state = thinwire.attach(model, "codec=topk:density=0.1 feedback=ef14")
     for bad in (0.0, -1.0, float("inf"), "x"):
         with pytest.raises(thinwire.Error, match="not a positive number"):

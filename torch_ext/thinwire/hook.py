@@ -56,7 +56,7 @@ class HookState:
             raise ArgumentError("OneBitAdam hands its momentum over by parameter: give named_parameters as well")
         self._shapes = None if named is None else {name: p.shape for name, p in named}
         self._kept: dict[str, Any] | None = None  # a copy's state, in place of an engine
-        self._rates: LearningRates | None = None
+        self._rates = _followed_rates(self._config, optimizer, named)
         scale = _scale_of(grad_scaler, None if named is None else named[0][1].device)
         self._group = group = _group(process_group)
         self._optimizer = paired
@@ -162,8 +162,8 @@ class HookState:
 
     def on_lr_change(self, ratio: float | Mapping[str, float]) -> None:
         """The learning rate has become ``ratio`` times what it was, of all parameters or by name: what was not sent is divided by it, so
-        that it moves the parameters as far as it would have. Between steps, on all ranks alike. ``attach`` calls it under
-        ``feedback=ef14:lr_rescale=1``."""
+        that it moves the parameters as far as it would have. Between steps, on all ranks alike. Under ``feedback=ef14:lr_rescale=1``
+        it is called for you."""
         engine = self._live("on_lr_change")
         if self._shapes is None:
             raise ArgumentError("on_lr_change: this HookState was made without named_parameters")
@@ -231,7 +231,10 @@ class HookState:
 def hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """The hook by torch's convention: ``ddp.register_comm_hook(state, thinwire.hook)``. The same engine as ``attach`` installs, with the
     GIL taken once per bucket."""
-    return state._live("hook").submit(bucket)
+    engine = state._live("hook")
+    if state._rates is not None and bucket.index() == 0 and (ratios := state._rates.changed()):  # the step before is over
+        state.on_lr_change(ratios)
+    return engine.submit(bucket)
 
 
 # torch compares these as objects, not as the strings that the future import makes of them.
@@ -259,28 +262,34 @@ def attach(
             "target=momentum puts the momentum into the gradients once the variance is frozen, and only OneBitAdam takes it for that: "
             "attach(ddp, config, OneBitAdam(...))"
         )
-    named, rates = _reduced_by(ddp), None
+    named = _reduced_by(ddp)
     if isinstance(optimizer, torch.optim.Optimizer) and not isinstance(optimizer, OneBitAdam):  # which says more
         applied = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(p) in applied for _, p in named):
             raise ArgumentError("the optimizer has none of the parameters that DDP reduces: it is another model's; make it of ddp.parameters()")
-    if config.keys_of("feedback").get("lr_rescale") == "1":
-        if optimizer is None:
-            raise ConfigError("feedback=ef14:lr_rescale=1 follows the optimizer's learning rate: attach(ddp, config, optimizer)")
-        rates = LearningRates(optimizer, named)
     state = HookState(config, ddp.process_group, named_parameters=named, grad_scaler=grad_scaler, optimizer=optimizer)
     try:
         native.install(ddp.reducer, state._engine)
     except Exception:
         state.close()
         raise
-    if rates is not None:
-        state._rates = rates
-        follow(ddp, rates, state.on_lr_change)
+    if state._rates is not None:
+        follow(ddp, state._rates, state.on_lr_change)
     ddp.logger._set_comm_hook_name(f"thinwire.attach({state.config})")
     ddp._comm_hooks.append((hook, state))
     weakref.finalize(ddp, state.close)
     return state
+
+
+def _followed_rates(config: Config, optimizer: Any, named: list[tuple[str, torch.nn.Parameter]] | None) -> LearningRates | None:
+    if config.keys_of("feedback").get("lr_rescale") != "1":
+        return None
+    if optimizer is None or named is None:
+        raise ConfigError(
+            "feedback=ef14:lr_rescale=1 follows the optimizer's learning rate, parameter by parameter: attach(ddp, config, optimizer), or "
+            "HookState(config, named_parameters=..., optimizer=...)"
+        )
+    return LearningRates(optimizer, named)
 
 
 def _group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
