@@ -109,6 +109,8 @@ void GradientReducer::Impl::flush() {
   flush_next_ = true;
 }
 
+bool GradientReducer::Impl::has_flush_failed() const { return flushed_step_ && engine_->nonfinite_steps() != bad_before_flush_; }
+
 void GradientReducer::Impl::mark(std::span<const std::uint32_t> ids) {
   for (std::size_t i = 0; i < ids.size(); ++i) {
     const std::uint32_t id = ids[i];
@@ -129,7 +131,8 @@ void GradientReducer::Impl::mark(std::span<const std::uint32_t> ids) {
 }
 
 std::uint64_t GradientReducer::Impl::start_goes_on_until() const {
-  if (!starting_step_ || !dense_step_ || step_ + 1 < dense_steps_) return start_until_;
+  const bool before_start = init_ == Init::dense && step_ + 1 == dense_steps_;  // what a bad step held back would be in the estimates
+  if (!dense_step_ || !(starting_step_ || before_start) || step_ + 1 < dense_steps_) return start_until_;
   queue_->drain();
   engine_->wait();
   return engine_->nonfinite_steps() != bad_before_ ? std::max(start_until_, step_ + 2) : start_until_;
@@ -153,6 +156,12 @@ void GradientReducer::Impl::begin_step_if_needed() {
     bad_before_ = engine_->nonfinite_steps();
   }
   step_begun_ = true;
+  if (flushed_step_ || flush_next_) {
+    queue_->drain();
+    engine_->wait();
+    flush_next_ |= has_flush_failed();
+    bad_before_flush_ = engine_->nonfinite_steps();
+  }
   bool changed = epoch_ == 0;
   bool dense = codec_ == nullptr || step_ < std::max(dense_steps_, start_until_) || flush_next_ || !is_frozen();
   const bool first = is_first_compressed(dense);
@@ -176,9 +185,10 @@ void GradientReducer::Impl::begin_step_if_needed() {
     engine_->wait();
     bad_before_ = engine_->nonfinite_steps();
   }
-  changed |= starting != starting_step_ || first != first_compressed_;
+  const bool first_average = first && recursion_.fresh < 1;
+  changed |= starting != starting_step_ || first_average != first_average_;
   starting_step_ = starting;
-  first_compressed_ = first;
+  first_average_ = first_average;
   changed |= is_frozen() != was_frozen_;
   was_frozen_ = is_frozen();
   changed |= dense != dense_step_;
@@ -200,7 +210,7 @@ Recursion GradientReducer::Impl::recursion_now() const noexcept {
   if (!is_frozen()) return before_freeze_;
   Recursion recursion = recursion_;
   recursion.starting = starting_step_;
-  recursion.first = first_compressed_;
+  recursion.first = first_average_;
   recursion.blank = blank_ && dense_step_ && step_ < dense_steps_;
   return recursion;
 }

@@ -180,7 +180,8 @@ class GradientReducer {
   Work pass(std::span<const std::uint32_t> parameters, std::string reason, std::function<bool()> exchange,
             const ReduceOptions& options = {});
 
-  /// The next step is dense, so that it empties the residuals. Call it on all ranks, between steps.
+  /// The next step is dense, so that it empties the residuals; where a gradient in it is not finite, so is the one after it. Call it on all
+  /// ranks, between steps.
   void flush();
   /// Recursions with an estimate: H becomes the mean of the ranks' h again (less what an owner holds back, under two_phase), without what
   /// fp32 rounding has moved it; nothing else changes. A choice for checkpoints of long runs. Collective, between steps, on all ranks at

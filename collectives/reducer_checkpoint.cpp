@@ -145,7 +145,7 @@ ReducerState GradientReducer::Impl::state() const {
   out.started = engine_->started();
   out.nonfinite_steps = engine_->nonfinite_steps();
   if (recursion_.averaged && freeze_at_ != UINT64_MAX) out.frozen = freeze_at_;
-  out.flush = flush_next_;
+  out.flush = flush_next_ || has_flush_failed();
   if (recursion_.kind == Recursion::Kind::estimate) {
     if (const std::uint64_t until = start_goes_on_until(); until > step_) out.start_until = until;
     for (const ParameterSlot& slot : slots_)
@@ -352,9 +352,10 @@ void GradientReducer::Impl::load_state(std::span<const ReducerState> states, con
   if (Watch* watch = sources.size() > 1 ? engine_->watch() : nullptr) watch->restart();  // the mean of residuals is smaller than each
   step_ = front.step;
   flush_next_ = front.flush;
+  flushed_step_ = false;
   start_until_ = front.start_until;
   blank_ = false;
-  starting_step_ = first_compressed_ = false;
+  starting_step_ = first_average_ = false;
   bad_before_ = step_ + 1 < dense_steps_ ? 0 : front.nonfinite_steps;
   for (ParameterSlot& slot : slots_) {
     const auto dense = front.dense.find(slot.parameter.name);

@@ -84,13 +84,15 @@ class GradientReducer::Impl {
   Recursion recursion_now() const noexcept;
   bool is_frozen() const noexcept { return !recursion_.averaged || step_ >= freeze_at_; }
   void begin_step_if_needed();
-  /// A dense step that sets the estimates and meets a gradient that is not finite is followed by two more: one that sends what waited, and
-  /// one in which the message is the gradient alone. The host waits to know, from the last such step of a start on.
+  /// A dense step that sets the estimates and meets a gradient that is not finite, or follows such steps, is followed by two more: one that
+  /// sends what waited, and one in which the message is the gradient alone. The host waits to know, from the step before a start on.
   /// @returns start_until_ as it should be.
   std::uint64_t start_goes_on_until() const;
   /// Estimates that start without a dense step: whether this step, unless it is dense, sends their first payload. The host waits to
   /// know, after such a step under a step verdict.
   bool is_first_compressed(bool dense);
+  /// Whether the step before was a flushed one whose gradients were not finite: what it held back is still there. After engine_->wait().
+  bool has_flush_failed() const;
   /// Marks the ids as reduced in this step. @throws invalid_argument, nothing changed.
   void mark(std::span<const std::uint32_t> ids);
   bool complete_step_if_all_seen();
@@ -149,14 +151,15 @@ class GradientReducer::Impl {
   std::size_t seen_count_ = 0;
   bool step_begun_ = false;
   bool dense_step_ = false;
-  bool starting_step_ = false;     ///< of Recursion::starting
-  bool first_compressed_ = false;  ///< of Recursion::first
+  bool starting_step_ = false;         ///< of Recursion::starting
+  bool first_average_ = false;         ///< of Recursion::first
   std::uint64_t compressed_from_ = 0;  ///< estimates that start without a dense step: the step of their first payload
   std::uint64_t start_until_ = 0;  ///< steps before this one are such steps, after a bad verdict, a reset, or for tensors that come back
   bool blank_ = true;              ///< no state was loaded: before the start estimates are 0
   std::uint64_t bad_before_ = 0;   ///< non-finite steps that are accounted for in start_until_
   bool flush_next_ = false;
-  bool flushed_step_ = false;  ///< the current step is dense because of flush()
+  bool flushed_step_ = false;           ///< the current step is dense because of flush()
+  std::uint64_t bad_before_flush_ = 0;  ///< non-finite steps before it
   bool was_frozen_ = true;
   std::uint64_t freeze_at_ = UINT64_MAX;     ///< target=momentum: the first step that is compressed
   std::optional<FreezeSteps> freeze_steps_;  ///< momentum_elsewhere

@@ -106,12 +106,12 @@ void GradientReducer::Impl::reset() {
   engine_->set_started(!options_.step_verdict);
   engine_->set_nonfinite_steps(0);
   engine_->forget_bytes();
-  starting_step_ = false;
+  starting_step_ = flushed_step_ = false;
   bad_before_ = 0;
   blank_ = true;
   start_until_ = init_ == Init::dense ? step_ + 1 : 0;
   compressed_from_ = std::max(step_, dense_steps_);
-  first_compressed_ = false;
+  first_average_ = false;
   for (ParameterSlot& slot : slots_) slot.dense_now = false;
   ++epoch_;
   const std::lock_guard counters(counters_);

@@ -88,7 +88,7 @@ constexpr Slot kSlots[] = {
      {"min_numel", Kind::integer, "16384", "[0, inf)", "tensors with fewer elements, or fewer than two dimensions, stay dense"}},
     {"start_step", {}, {"start_step", Kind::integer, "0", "[0, inf)", "synchronised steps that stay dense first"}},
     {"timeout", {}, {"timeout", Kind::number, "600", "(0, 1e9]", "seconds per blocking call"}},
-    {"seed", {}, {"seed", Kind::integer, "0", "[0, inf)", "of all random numbers"}},
+    {"seed", {}, {"seed", Kind::integer, "0", "[0, inf)", "of all random numbers: where samples are taken"}},
     {"check_every", {}, {"check_every", Kind::integer, "0", "[0, inf)", "steps between fingerprints of the replicas; 0 = off"}},
 };
 
@@ -308,8 +308,13 @@ TopKOptions::Index index_of(const Spec& codec) {
   return word == "u32" ? Index::u32 : word == "u16" ? Index::u16 : word == "bitmap" ? Index::bitmap : Index::automatic;
 }
 
-TopKOptions topk_options(const Spec& codec) {
-  return {.density = codec.number("density"), .wire = wire_type(codec), .exact = codec.text("select") == "exact", .index = index_of(codec)};
+TopKOptions topk_options(const Config& config) {
+  const Spec& codec = config.codec();
+  return {.density = codec.number("density"),
+          .wire = wire_type(codec),
+          .exact = codec.text("select") == "exact",
+          .index = index_of(codec),
+          .seed = config.seed()};
 }
 
 SignOptions sign_options(const Spec& codec) {
@@ -322,7 +327,7 @@ SignOptions sign_options(const Spec& codec) {
 std::unique_ptr<const Codec> make_codec(const Config& config, Isa isa) {
   const Spec& codec = config.codec();
   if (codec.name == "none") return nullptr;
-  if (codec.name == "topk") return make_topk(topk_options(codec), isa);
+  if (codec.name == "topk") return make_topk(topk_options(config), isa);
   if (codec.name == "sign") return make_sign(sign_options(codec), isa);
   fail(Errc::internal, "codec=" + codec.name + " is in the grammar, but nothing makes it");
 }
@@ -330,7 +335,7 @@ std::unique_ptr<const Codec> make_codec(const Config& config, Isa isa) {
 std::unique_ptr<const Codec> make_device_codec(const Config& config) {
   const Spec& codec = config.codec();
   if (codec.name == "none") return nullptr;
-  if (codec.name == "topk") return make_topk_cuda(topk_options(codec));
+  if (codec.name == "topk") return make_topk_cuda(topk_options(config));
   if (codec.name == "sign") return make_sign_cuda(sign_options(codec));
   fail(Errc::internal, "codec=" + codec.name + " is in the grammar, but nothing makes it for a GPU");
 }

@@ -81,7 +81,11 @@ class Trainer:
                 betas, not_after = (float(target["beta1"]), options.beta2), max(1, self.steps // 4) if target["freeze"] == "auto" else None
                 self.optimizer = thinwire.optim.OneBitAdam(self.model.parameters(), betas=betas, weight_decay=options.weight_decay, not_after=not_after)
             elif config.feedback.startswith("dgc") and not self.adam:
-                self.optimizer = thinwire.optim.DGCSGD(self.model.parameters(), lr=0, momentum=options.momentum, weight_decay=options.weight_decay)
+                feedback = config.keys_of("feedback")
+                momentum, nesterov = float(feedback["momentum"]), bool(int(feedback["nesterov"]))
+                self.optimizer = thinwire.optim.DGCSGD(
+                    self.model.parameters(), lr=0, momentum=momentum, weight_decay=options.weight_decay, nesterov=nesterov
+                )
             else:
                 self.optimizer = self.plain()
             self.state, self.config = thinwire.attach(self.ddp, config, self.optimizer), str(config)

@@ -68,8 +68,12 @@ struct EstimateOracle {
         if (s.joined[r]) std::fill(g.begin(), g.end(), 0.0);
     const int dense_steps = std::max(options.start_step, options.init == Init::dense ? 1 : 0);
     // A start that was bad is made again, twice: the first sends what was kept back, so that only the second has h = g.
-    if (was_dense_start_ && step + 1 >= dense_steps && bad_steps != bad_before_) start_until_ = step + 2, bad_before_ = bad_steps;
+    const bool before_start = was_dense_ && options.init == Init::dense && step + 1 == dense_steps;
+    if ((was_dense_start_ || before_start) && step + 1 >= dense_steps && bad_steps != bad_before_)
+      start_until_ = step + 2, bad_before_ = bad_steps;
     if (options.restart != nullptr && options.restart(step)) start_until_ = step + 2, bad_before_ = bad_steps;
+    if (was_flush_ && bad_steps != bad_before_flush_) s.flush = true;  // it is made again until it is good
+    was_flush_ = s.flush, bad_before_flush_ = bad_steps;
     const bool dense = step < std::max(dense_steps, start_until_) || s.flush;
     if (step == 0) compressed_from_ = dense_steps;
     if (dense && step == compressed_from_) ++compressed_from_;
@@ -99,6 +103,7 @@ struct EstimateOracle {
         if (bad) std::fill(out[p].begin(), out[p].end(), std::numeric_limits<double>::quiet_NaN());
       }
     }
+    was_dense_ = dense;
     was_dense_start_ = dense && starting;
     bad_steps += bad_step ? 1 : 0;
     started_ = started_ || !bad_step;
@@ -200,7 +205,9 @@ struct EstimateOracle {
     return out;
   }
 
-  bool started_ = false, was_dense_start_ = false;
+  bool was_flush_ = false;
+  int bad_before_flush_ = 0;
+  bool started_ = false, was_dense_ = false, was_dense_start_ = false;
   int start_until_ = 0, bad_before_ = 0, compressed_from_ = 0;
 };
 

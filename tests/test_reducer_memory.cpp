@@ -73,6 +73,10 @@ INSTANTIATE_TEST_SUITE_P(
     Models, ReducerMemory,
     testing::Values(MemoryCase{"dgc:density=0.01", DType::fp32, {{"w", {2048, 4096}}}},
                     MemoryCase{"codec=topk:density=0.05 feedback=ef14", DType::bf16, {{"w", {2048, 4096}}, {"bias", {5000}}}},
+                    MemoryCase{"dgc:density=0.01,select=exact exchange=gather", DType::fp32, {{"w", {2048, 4096}}}},
+                    MemoryCase{"dgc:density=0.25,select=exact exchange=gather", DType::fp32, {{"w", {2048, 4096}}}},
+                    MemoryCase{"dgc:density=0.33,select=exact exchange=gather", DType::fp32, {{"w", {2048, 4096}}}},
+                    MemoryCase{"codec=topk:density=0.5,select=exact feedback=ef14 exchange=gather", DType::fp32, {{"w", {2048, 4096}}}},
                     // Almost all of it travels through owners, with momentum as fp32 and without state as it is.
                     MemoryCase{"dgc:density=0.01", DType::fp32, {{"w", {64, 64}}, {"big", {12 * kMiB + 5}}}},
                     MemoryCase{"codec=topk:density=0.01 feedback=ef14", DType::bf16, {{"w", {64, 64}}, {"big", {12 * kMiB + 5}}}},

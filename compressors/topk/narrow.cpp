@@ -88,7 +88,7 @@ std::size_t sample_narrow(const SegmentPass& pass, std::uint32_t* magnitudes) {
   const Block& segment = pass.segment;
   const SampleKernel kernel = pass.kernels.sample[std::size_t(pass.form)][std::size_t(pass.grad_dtype)];
   if (sample_size(segment.count) == segment.count) {
-    for_pieces(pass, 0, segment, false, [&](const Block& piece, std::uint32_t from) { kernel(piece, pass.step, magnitudes + from); });
+    for_pieces(pass, 0, segment, false, [&](const Block& piece, std::uint32_t from) { kernel(piece, pass.draw, magnitudes + from); });
     return segment.count;
   }
   // A kernel takes all of a block as short as a piece, in order: so it is given groups side by side.
@@ -103,7 +103,7 @@ std::size_t sample_narrow(const SegmentPass& pass, std::uint32_t* magnitudes) {
   together.estimate = estimate;
   together.average = average;
   if (segment.live != nullptr) together.live = live;
-  SampleGroups groups(segment.count, pass.step);
+  SampleGroups groups(segment.count, pass.draw);
   for (std::uint64_t taken = 0; taken < groups.taken();) {
     const std::size_t count = std::min<std::size_t>(kGroups, groups.taken() - taken);
     for (std::size_t j = 0; j < count; ++j) {
@@ -115,7 +115,7 @@ std::size_t sample_narrow(const SegmentPass& pass, std::uint32_t* magnitudes) {
       if (segment.live != nullptr) std::memcpy(live + to / 8, segment.live + from / 8, kSampleGroup / 8);
     }
     together.count = std::uint32_t(count * kSampleGroup);
-    kernel(together, pass.step, magnitudes + taken * kSampleGroup);
+    kernel(together, pass.draw, magnitudes + taken * kSampleGroup);
     taken += count;
   }
   return sample_size(segment.count);

@@ -15,7 +15,7 @@ namespace {
 
 std::size_t take_sample(const SegmentPass& pass, const Workspace& workspace) {
   if (pass.narrow()) return sample_narrow(pass, workspace.magnitudes);
-  return pass.kernels.sample[std::size_t(pass.form)][std::size_t(pass.grad_dtype)](pass.segment, pass.step, workspace.magnitudes);
+  return pass.kernels.sample[std::size_t(pass.form)][std::size_t(pass.grad_dtype)](pass.segment, pass.draw, workspace.magnitudes);
 }
 
 struct SampledThreshold {
@@ -228,9 +228,9 @@ SegmentResult stream_exact(const SegmentPass& pass, const SegmentWire& wire, con
     cut = cut_message(pass, k);
   } else if (candidates > k) {
     for (std::size_t i = 0; i < candidates; ++i) workspace.magnitudes[i] = float_bits(magnitude(workspace.candidate_value[i]));
-    cut.bits = order_statistic(workspace.magnitudes, candidates, k, workspace.scratch);
+    cut.bits = order_statistic(workspace.magnitudes, candidates, k, workspace.magnitudes);
     std::size_t above = 0;
-    for (std::size_t i = 0; i < candidates; ++i) above += workspace.magnitudes[i] > cut.bits;
+    for (std::size_t i = 0; i < candidates; ++i) above += float_bits(magnitude(workspace.candidate_value[i])) > cut.bits;
     cut.ties = k - above;
   }
 

@@ -6,7 +6,7 @@
 
 namespace thinwire::topk {
 
-/// The rank-th largest (1 is the largest) of bits[0, count), rank in [1, count]. `scratch`: count words.
+/// The rank-th largest (1 is the largest) of bits[0, count), rank in [1, count]. `scratch`: count words, `bits` perhaps.
 /// @complexity reads bits twice: for a histogram of 2048 bins, and for the bin that the rank falls into; exact.
 std::uint32_t order_statistic(const std::uint32_t* bits, std::size_t count, std::size_t rank, std::uint32_t* scratch);
 

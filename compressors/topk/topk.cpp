@@ -24,6 +24,7 @@ std::size_t carve(const Plan& plan, const TopKOptions& options, std::byte* base,
     magnitudes = std::max(magnitudes, sample_size(segment.count));
     if (options.exact) candidates = std::max(candidates, candidate_capacity(segment.count, segment_wire(segment, options).k));
   }
+  const std::size_t scratch = magnitudes + kSampleGroup;
   magnitudes = std::max(magnitudes, candidates) + kSampleGroup;
   std::size_t end = 0;
   const auto place = [&](auto*& pointer, std::size_t count) {
@@ -35,7 +36,7 @@ std::size_t carve(const Plan& plan, const TopKOptions& options, std::byte* base,
   place(workspace.value, staging);
   place(workspace.bitmap, kBlock / 32);
   place(workspace.magnitudes, magnitudes);
-  place(workspace.scratch, magnitudes);
+  place(workspace.scratch, scratch);
   place(workspace.candidate_index, candidates);
   place(workspace.candidate_value, candidates);
   const std::size_t encoding = end;
@@ -152,7 +153,7 @@ void TopK::run(const Recursion& recursion, const Plan& plan, ConstBytes grad, co
                      {},
                      residual_of(recursion, own),
                      estimate_of(recursion, own),
-                     plan.step,
+                     draw_of(options_.seed, plan.step),
                      segment.setting.density,
                      wire_floor(options_.wire)};
     pass.norm = counts.norms != nullptr ? &norm : nullptr;

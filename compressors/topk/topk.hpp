@@ -18,6 +18,7 @@ struct TopKOptions {
   DType wire = DType::fp32;        ///< fp32, bf16 or fp16 values; the rounding error stays in the residual
   bool exact = false;              ///< exactly k, or those above a threshold taken from a sample
   Index index = Index::automatic;  ///< automatic: the form with the fewest bytes at capacity, per segment
+  std::uint64_t seed = 0;          ///< of the samples
 };
 
 /// k = max(1, ceil(density·n − 1e-9)) entries are meant to be sent of a segment of n > 0 elements; zeros and what rounds to zero on the

@@ -19,7 +19,7 @@ struct Workspace {
   float* value = nullptr;
   std::uint32_t* bitmap = nullptr;      ///< of one block
   std::uint32_t* magnitudes = nullptr;  ///< of the sample, or of the candidates
-  std::uint32_t* scratch = nullptr;     ///< as many again
+  std::uint32_t* scratch = nullptr;     ///< of the sample, once more
   std::uint32_t* candidate_index = nullptr;
   float* candidate_value = nullptr;
   float* tile = nullptr;             ///< kTile sums, zero between uses
@@ -40,7 +40,7 @@ struct SegmentPass {
   DType grad_dtype;
   Block segment;                  ///< without the arrays below where they are narrow
   StateArray residual, estimate;  ///< as they are stored
-  std::uint64_t step;
+  std::uint64_t draw;
   double density;
   float floor;
   feedback::SquaredNorm* norm = nullptr;  ///< of the gradient, where somebody asks

@@ -298,7 +298,7 @@ class TopKCuda final : public Codec {
     call.flags = flags;
     call.kept = counts.kept;
     call.header = payload_header(plan, options_, wire.size, 0);
-    call.step = plan.step;
+    call.draw = draw_of(options_.seed, plan.step);
     call.rate = feedback::rate_of(recursion);
     call.keep = average_shares(recursion).keep;
     call.fresh = average_shares(recursion).fresh;

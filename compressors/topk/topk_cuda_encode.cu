@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(EncodeCall call) {
 
   const bool whole = segment.sampled == segment.range.count;
   // Four consecutive samples lie in one group.
-  const std::size_t first = whole ? from : SampleStrata(segment.range.count, call.step).first_of(from / kSampleGroup) + from % kSampleGroup;
+  const std::size_t first = whole ? from : SampleStrata(segment.range.count, call.draw).first_of(from / kSampleGroup) + from % kSampleGroup;
   for (unsigned j = 0; j < 4 && from + j < segment.sampled; ++j) {
     const std::size_t i = first + j;
     std::uint32_t bits = 0;

@@ -75,7 +75,7 @@ struct EncodeCall {
   std::uint32_t* flags = nullptr;      ///< may be null
   std::uint32_t* kept = nullptr;       ///< per segment; may be null
   wire::Header header;                 ///< but for the flags
-  std::uint64_t step = 0;
+  std::uint64_t draw = 0;
   float rate = 0, floor = 0;
   float keep = 0, fresh = 1;  ///< smoothed forms: the shares of the average and of the gradient
   bool grid = false;          ///< Recursion::grid

@@ -61,7 +61,7 @@ using AdvanceKernel = void (*)(const Block& block);
 /// Forms with an estimate: the message of element i, from a state that is not advanced yet; 0 where nothing may be sent.
 using MessageKernel = float (*)(const Block& segment, std::size_t i);
 /// |x| bits of the sample of a segment; dead elements and messages that overflow count as 0. @returns how many: sample_size(count).
-using SampleKernel = std::size_t (*)(const Block& segment, std::uint64_t step, std::uint32_t* magnitudes);
+using SampleKernel = std::size_t (*)(const Block& segment, std::uint64_t draw, std::uint32_t* magnitudes);
 /// out = factor × tile, rounded once to dtype; the tile is zero afterwards. @returns whether all of out is finite. `streaming`: past the
 /// caches.
 using FinishKernel = bool (*)(float* tile, std::size_t count, float factor, DType dtype, void* out, bool streaming);
@@ -97,7 +97,7 @@ MessageKernel message_kernel(Form form, DType grad) noexcept;
 /// The groups of a sample one after the other, without a division each.
 class SampleGroups {
  public:
-  SampleGroups(std::size_t count, std::uint64_t step) noexcept : strata_(count, step) {}
+  SampleGroups(std::size_t count, std::uint64_t draw) noexcept : strata_(count, draw) {}
 
   std::uint64_t taken() const noexcept { return strata_.taken; }
   /// First element of the next group.

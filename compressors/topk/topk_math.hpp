@@ -19,16 +19,19 @@ THINWIRE_HD constexpr std::size_t sample_size(std::size_t count) noexcept {
   return count <= m ? count : m / kSampleGroup * kSampleGroup;
 }
 
+/// A sample's number: the steps of a seed have their own ones.
+THINWIRE_HD constexpr std::uint64_t draw_of(std::uint64_t seed, std::uint64_t step) noexcept { return step + seed * 0xa0761d6478bd642full; }
+
 /// Where the groups of a sample start. They are stratified, group j at floor(j · groups / taken), and hashed within their stratum: a fixed
 /// stride would always meet the same columns of a matrix.
 struct SampleStrata {
   std::uint64_t taken, stride, remainder, seed;
 
-  THINWIRE_HD constexpr SampleStrata(std::size_t count, std::uint64_t step) noexcept
+  THINWIRE_HD constexpr SampleStrata(std::size_t count, std::uint64_t draw) noexcept
       : taken(sample_size(count) / kSampleGroup),
         stride(count / kSampleGroup / taken),
         remainder(count / kSampleGroup % taken),
-        seed((step + 1) * 0xd1b54a32d192ed03ull) {}
+        seed((draw + 1) * 0xd1b54a32d192ed03ull) {}
 
   /// Group j's place within its stratum.
   THINWIRE_HD constexpr std::uint64_t jitter(std::uint64_t j) const noexcept {
@@ -43,8 +46,15 @@ struct SampleStrata {
   }
 };
 
-/// Candidates that exact selection keeps before it cuts; more than that and it reads the whole message again.
-constexpr std::size_t candidate_capacity(std::size_t count, std::size_t k) noexcept { return count < 2 * k + 4096 ? count : 2 * k + 4096; }
+/// Candidates that exact selection keeps before it cuts; more than that and it reads the whole message again. Where much is sent there is
+/// less room to spare, and where more than a third is, none: they would take more memory than a payload and the bucket in fp32.
+constexpr std::size_t candidate_capacity(std::size_t count, std::size_t k) noexcept {
+  constexpr std::size_t kFew = 4096;
+  if (count <= 4 * kFew) return count;
+  if (k > count / 3) return 0;
+  const std::size_t ample = 2 * k + kFew, close = k + k / 4 + kFew;
+  return std::min(ample, std::max(close, count / 4));
+}
 
 /// Where the elements lie among which a steady threshold's ranks are sought: from a little below the carried threshold on.
 inline constexpr float kNear = 0.8f;

@@ -109,13 +109,13 @@ std::uint32_t magnitude_at(const Block& s, std::size_t i) noexcept {
 }
 
 template <Form form, DType dtype>
-std::size_t sample(const Block& segment, std::uint64_t step, std::uint32_t* magnitudes) {
+std::size_t sample(const Block& segment, std::uint64_t draw, std::uint32_t* magnitudes) {
   const std::size_t m = sample_size(segment.count);
   if (m == segment.count) {
     for (std::size_t i = 0; i < m; ++i) magnitudes[i] = magnitude_at<form, dtype>(segment, i);
     return m;
   }
-  SampleGroups groups(segment.count, step);
+  SampleGroups groups(segment.count, draw);
   for (std::uint64_t j = 0; j < groups.taken(); ++j) {
     const std::size_t first = groups.next();
     for (std::size_t i = 0; i < kSampleGroup; ++i) magnitudes[j * kSampleGroup + i] = magnitude_at<form, dtype>(segment, first + i);

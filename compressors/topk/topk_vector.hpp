@@ -288,8 +288,8 @@ template <class L, Form form, DType dtype>
 
 /// Reads the sampled cache lines of gradient and state, writes 4 bytes per sampled element. Bit-exact.
 template <class L, Form form, DType dtype>
-std::size_t sample(const Block& s, std::uint64_t step, std::uint32_t* magnitudes) {
-  if (s.live != nullptr) return kernels_scalar().sample[std::size_t(form)][std::size_t(dtype)](s, step, magnitudes);
+std::size_t sample(const Block& s, std::uint64_t draw, std::uint32_t* magnitudes) {
+  if (s.live != nullptr) return kernels_scalar().sample[std::size_t(form)][std::size_t(dtype)](s, draw, magnitudes);
   const Factors<L> factors(s);
   if (sample_size(s.count) == s.count) {  // all of it, in order
     const std::size_t whole = s.count / L::kWidth * L::kWidth;
@@ -301,9 +301,9 @@ std::size_t sample(const Block& s, std::uint64_t step, std::uint32_t* magnitudes
     if constexpr (feedback::has_estimate(form)) tail.estimate += whole;
     if constexpr (feedback::is_smoothed(form)) tail.average += whole;
     tail.count -= std::uint32_t(whole);
-    return whole + kernels_scalar().sample[std::size_t(form)][std::size_t(dtype)](tail, step, magnitudes + whole);
+    return whole + kernels_scalar().sample[std::size_t(form)][std::size_t(dtype)](tail, draw, magnitudes + whole);
   }
-  SampleGroups groups(s.count, step);
+  SampleGroups groups(s.count, draw);
   constexpr std::uint64_t kAhead = 64;  // groups whose lines are on their way to L2: no hardware prefetcher knows the hash
   std::size_t ring[kAhead];
   const auto ask = [&](std::uint64_t j) {

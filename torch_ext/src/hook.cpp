@@ -291,7 +291,15 @@ void Engine::start(std::unique_ptr<Pending> pending) {
            std::string(buffer.is_sparse() ? "sparse gradients" : c10::toString(buffer.scalar_type()) + std::string(" gradients")) +
                " on a GPU: fp32, bf16 and fp16 are reduced there; have DDP ignore these parameters");
     if (buffer.is_sparse() || !dtype) {
-      const std::string reason = buffer.is_sparse() ? "sparse gradient" : std::string("dtype ") + c10::toString(buffer.scalar_type());
+      std::string reason = buffer.is_sparse() ? "sparse gradient" : std::string("dtype ") + c10::toString(buffer.scalar_type());
+      if (config_.feedback().name == "dgc") {
+        if (!std::exchange(said_no_momentum_, true) && rank() == 0)
+          TORCH_WARN("thinwire: a parameter's gradient (", reason,
+                     ") is reduced as it is and gets no momentum, which feedback=dgc keeps in ",
+                     "the hook and DGCSGD does not apply. Make such gradients dense and float32, bfloat16 or float16, or choose ",
+                     "feedback=ef14 with an optimizer that has the momentum");
+        reason += ", no momentum";
+      }
       options.dense_bytes = std::size_t(buffer.numel()) * buffer.element_size();
       auto exchange = [this, &bucket] {
         const at::NoGradGuard no_grad;

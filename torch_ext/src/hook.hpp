@@ -110,6 +110,7 @@ class Engine {
 
   mutable std::mutex mutex_;  // guards closed_, discarded_ and layouts_
   bool closed_ = false;
+  bool said_no_momentum_ = false;  // the submitting thread's
   std::vector<c10::IValue> discarded_;
   std::unique_ptr<GradientReducer> reducer_;
 };

@@ -41,6 +41,9 @@ def dgc(
     Use it with ``optim.DGCSGD``, or SGD without momentum: the momentum is here. ``warmup_steps``: synchronised steps per entry of the
     paper's warm-up sequence of densities. ``slots``: any other slot, such as ``min_numel`` or ``timeout``.
     """
+    _refuse_fixed("dgc", slots, codec="topk", feedback="dgc")
+    if warmup_steps and "policy" in slots:
+        raise ConfigError(f"dgc: warmup_steps={warmup_steps} is a policy, and policy={slots['policy']!r} another; give one of them")
     warmup = {"policy": f"warmup:steps={warmup_steps}"} if warmup_steps else {}
     return Config(
         codec=f"topk:density={density},wire={wire},select={select}",
@@ -63,6 +66,7 @@ def onebit_adam(
     Use it with ``optim.OneBitAdam``, whose groups' beta1 counts. ``freeze``: ``"auto"``, or synchronised steps that stay dense first.
     ``slots``: any other slot.
     """
+    _refuse_fixed("onebit_adam", slots, codec="sign", feedback="ef14", target="momentum")
     return Config(
         codec=f"sign:scale={scale},block={block}",
         feedback="ef14",
@@ -88,8 +92,7 @@ def econtrol(
     dense first step), ``"compressed"`` or ``"zero"``; ``residual="bf16"`` and ``estimate="grid"`` (top-k with fp32 values) take 2 bytes per
     parameter instead of 4. ``slots``: any other slot.
     """
-    if "feedback" in slots:
-        raise ConfigError(f"econtrol is feedback=econtrol; feedback={slots['feedback']!r} is another one: error_feedback(kind, codec=...)")
+    _refuse_fixed("econtrol", slots, feedback="econtrol")
     keys = f"eta={eta},worker_ema={worker_ema},init={init},residual={residual},estimate={estimate}"
     return Config(codec=codec, feedback=f"econtrol:{keys}", **slots)
 
@@ -105,6 +108,12 @@ def error_feedback(kind: str = "ef14", *, codec: str, **keys_and_slots: Any) -> 
         f"{name}={int(value) if isinstance(value, bool) else value}" for name, value in keys_and_slots.items() if name not in _SLOTS
     )
     return Config(codec=codec, feedback=f"{kind}:{keys}" if keys else kind, **slots)
+
+
+def _refuse_fixed(preset: str, slots: dict[str, Any], **fixed: str) -> None:
+    for slot, name in fixed.items():
+        if slot in slots:
+            raise ConfigError(f"{preset} is {slot}={name}; {slot}={slots[slot]!r} is another one: error_feedback(kind, codec=...), or Config(codec=..., feedback=...)")
 
 
 _SLOTS = frozenset({"target", "exchange", "policy", "min_numel", "start_step", "timeout", "seed", "check_every"})

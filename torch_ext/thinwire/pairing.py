@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .config import Config
-from .errors import ArgumentError, ConfigError
+from .errors import ArgumentError, ConfigError, warn
 from .onebit_adam import OneBitAdam
 from .optim import DGCSGD
 
@@ -82,3 +82,8 @@ def _check_momentum(config: Config, optimizer: Any) -> None:
                 f"feedback=dgc applies momentum in the hook; SGD(momentum={group['momentum']}) would apply it a second time. "
                 f"Use thinwire.optim.DGCSGD(params, lr, momentum={momentum})"
             )
+    if any(group["weight_decay"] != 0 for group in optimizer.param_groups):
+        warn(
+            f"feedback=dgc with SGD(weight_decay=...): the momentum is in the hook, so that the decay has none and acts 1 - momentum = {1 - momentum:g} times as "
+            f"strongly as under SGD with momentum. Use thinwire.optim.DGCSGD(params, lr, momentum={momentum}, weight_decay=...)"
+        )
