@@ -34,6 +34,20 @@ void launch(const char* name, void (*kernel)(Parameters...), std::size_t blocks,
   }
 }
 
+/// A two-byte element of a gradient or a payload. fp16 by the hardware's conversion where there is one: fp16_to_float's bits, but for those
+/// of a NaN, which no result keeps.
+template <DType dtype>
+__device__ inline float half_to_float(std::uint16_t h) {
+  if constexpr (dtype == DType::bf16) return bf16_to_float(h);
+#ifdef __CUDA_ARCH__
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h));
+  return x;
+#else
+  return fp16_to_float(h);
+#endif
+}
+
 /// Rounds x once to `dtype` and stores it as element i. @returns whether what is stored is finite.
 __device__ inline bool store_element(std::byte* base, DType dtype, std::size_t i, float x) {
   if (dtype == DType::fp32) {

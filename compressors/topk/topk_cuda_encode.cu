@@ -174,8 +174,7 @@ __device__ inline void to_floats(const uint4& raw, float* g) {
     if constexpr (dtype == DType::fp32) {
       g[j] = bits_float(words[j]);
     } else {
-      const auto half = std::uint16_t(words[j / 2] >> (j % 2 * 16));
-      g[j] = dtype == DType::bf16 ? bf16_to_float(half) : fp16_to_float(half);
+      g[j] = half_to_float<dtype>(std::uint16_t(words[j / 2] >> (j % 2 * 16)));
     }
   }
 }
