@@ -215,6 +215,7 @@ class Nccl final : public Communicator {
         problem = error_of(result, name, communicator_);
       } else {
         put_in_flight(name, stream, deadline);
+        raise_failure();
       }
     }
     if (problem) {
