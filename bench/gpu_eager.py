@@ -1,5 +1,5 @@
 """Rows of thinwire_bench_kernels_cuda beside what torch's own operations need for as many elements, measured here: exact selection at 1 % beside torch.topk on as
-many magnitudes (and beside the fused EF14 step), ef14_sign beside a DeepSpeed-style 1-bit step as a sequence of operations.
+many magnitudes (and, per element, beside the fused EF14 step), ef14_sign beside a DeepSpeed-style 1-bit step as a sequence of operations.
 
     python bench/gpu_eager.py KERNELS.json --json FILE
 """
@@ -80,7 +80,8 @@ def main() -> int:
     clock = clock_of(torch, options.device)
     topk = median_seconds(clock, topk_step(torch, options.device, exact["numel"]), options.reps)
     steps = median_seconds(clock, sign_step(torch, options.device, sign["numel"]), options.reps)
-    result = {"topk_seconds": topk, "topk_to_exact": topk / exact["seconds_median"], "exact_to_fused": exact["seconds_median"] / fused["seconds_median"],
+    exact_to_fused = exact["seconds_median"] / exact["numel"] / (fused["seconds_median"] / fused["numel"])  # the fused step's row may have more elements
+    result = {"topk_seconds": topk, "topk_to_exact": topk / exact["seconds_median"], "exact_to_fused": exact_to_fused,
               "eager_sign_seconds": steps, "eager_to_ef14_sign": steps / sign["seconds_median"]}  # fmt: skip
     print(f"torch.topk {topk * 1e3:.3f} ms, exact {exact['seconds_median'] * 1e3:.3f} ms: {result['topk_to_exact']:.1f} x faster; "
           f"{result['exact_to_fused']:.2f} x the fused EF14 step")  # fmt: skip

@@ -26,6 +26,9 @@ struct DeviceGroup {
   std::string pair;  ///< what the last case's time is compared with the first's for; empty: nothing
 };
 
+/// Elements of exact selection at most: what torch.topk is compared with on as many.
+inline constexpr std::size_t kExactNumel = std::size_t(64) << 20;
+
 /// All that fit arrays of this size. Cases allocate when they are settled: workspaces of all together would not fit.
 std::vector<DeviceGroup> all_device_groups(DeviceArrays& arrays);
 

@@ -1,8 +1,6 @@
 #include "bench/kernels_cuda_data.hpp"
 
-#include <algorithm>
-#include <vector>
-
+#include "bench/fill.hpp"
 #include "bench/kernels_data.hpp"
 
 namespace thinwire::bench {
@@ -11,15 +9,9 @@ DeviceArrays::DeviceArrays(std::size_t numel, Stream stream) : numel_(numel), st
   const std::size_t bytes = 4 * (numel + Arrays::kSlack);
   for (DeviceBuffer* buffer : {&grad_, &momentum_, &residual_, &from_, &out_}) buffer->reserve(bytes, kDevice);
   half_.reserve(bytes / 2, kDevice);
-  std::vector<float> host(numel + Arrays::kSlack);
-  fill_normal(host.data(), host.size(), 1.0f, 1);
-  device_copy(grad_.data(), host.data(), bytes, stream);
-  device_copy(from_.data(), host.data(), bytes, stream);
-  device_wait(stream);
-  std::vector<std::uint16_t> half(host.size());
-  std::transform(host.begin(), host.end(), half.begin(), [](float x) { return float_to_bf16(x); });
-  device_copy(half_.data(), half.data(), bytes / 2, stream);
-  device_wait(stream);
+  fill_normal(grad_.bytes(DType::fp32), 1.0f, 1, stream);
+  fill_normal(from_.bytes(DType::fp32), 1.0f, 1, stream);
+  fill_normal(half_.bytes(DType::bf16), 1.0f, 1, stream);
 }
 
 ConstBytes DeviceArrays::grad(std::size_t repetition, DType dtype, std::size_t numel) const {
@@ -30,13 +22,8 @@ ConstBytes DeviceArrays::grad(std::size_t repetition, DType dtype, std::size_t n
 
 void DeviceArrays::settle(const Recursion& recursion, double density) {
   const Settled to = settled(recursion, density);
-  std::vector<float> host(numel_);
-  fill_normal(host.data(), numel_, to.momentum, 2);
-  device_copy(momentum_.data(), host.data(), 4 * numel_, stream_);
-  device_wait(stream_);
-  fill_uniform(host.data(), numel_, to.residual, 3);
-  device_copy(residual_.data(), host.data(), 4 * numel_, stream_);
-  device_wait(stream_);
+  fill_normal({momentum_.data(), 4 * numel_, DType::fp32, Place::cuda, kDevice}, to.momentum, 2, stream_);
+  fill_uniform({residual_.data(), 4 * numel_, DType::fp32, Place::cuda, kDevice}, to.residual, 3, stream_);
 }
 
 }  // namespace thinwire::bench

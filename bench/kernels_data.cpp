@@ -18,12 +18,6 @@ namespace {
 constexpr std::size_t kHugePage = std::size_t(2) << 20;
 constexpr std::size_t kBadDistance = std::size_t(128) << 20;
 
-inline std::uint64_t hash(std::uint64_t x) noexcept {  // splitmix64's finisher
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-  return x ^ (x >> 31);
-}
-
 constexpr std::size_t round_up(std::size_t x, std::size_t to) noexcept { return (x + to - 1) / to * to; }
 
 THINWIRE_CLONES void narrow(const float* in, std::uint16_t* out, std::size_t count) {
@@ -43,20 +37,11 @@ void halve(float* array, std::size_t count) {
 }  // namespace
 
 THINWIRE_CLONES void fill_normal(float* out, std::size_t count, float sigma, std::uint64_t seed) {
-  // Four uniform 16-bit numbers have the variance 4·(2^32 − 1)/12.
-  const float scale = sigma / 37837.2f;
-  for (std::size_t i = 0; i < count; ++i) {
-    const std::uint64_t h = hash(seed * 0x9e3779b97f4a7c15ull + i);
-    const int sum = int(h & 0xffff) + int((h >> 16) & 0xffff) + int((h >> 32) & 0xffff) + int(h >> 48) - 2 * 65535;
-    out[i] = float(sum) * scale;
-  }
+  for (std::size_t i = 0; i < count; ++i) out[i] = normal_at(seed, i, sigma);
 }
 
 THINWIRE_CLONES void fill_uniform(float* out, std::size_t count, float bound, std::uint64_t seed) {
-  for (std::size_t i = 0; i < count; ++i) {
-    const std::uint64_t h = hash(seed * 0x9e3779b97f4a7c15ull + i);
-    out[i] = (float(int(h >> 40)) * 0x1p-23f - 1.0f) * bound;
-  }
+  for (std::size_t i = 0; i < count; ++i) out[i] = uniform_at(seed, i, bound);
 }
 
 Settled settled(const Recursion& recursion, double density) {

@@ -6,9 +6,26 @@
 #include <string>
 
 #include "compressors/core/buffer.hpp"
+#include "compressors/core/dtype.hpp"
 #include "compressors/core/recursion.hpp"
 
 namespace thinwire::bench {
+
+/// Element i of what fill_normal and fill_uniform write, the same on every device.
+THINWIRE_HD inline std::uint64_t hash_at(std::uint64_t seed, std::uint64_t i) noexcept {  // splitmix64's finisher
+  std::uint64_t x = seed * 0x9e3779b97f4a7c15ull + i;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+  return x ^ (x >> 31);
+}
+THINWIRE_HD inline float normal_at(std::uint64_t seed, std::uint64_t i, float sigma) noexcept {
+  const std::uint64_t h = hash_at(seed, i);
+  const int sum = int(h & 0xffff) + int((h >> 16) & 0xffff) + int((h >> 32) & 0xffff) + int(h >> 48) - 2 * 65535;
+  return float(sum) * (sigma / 37837.2f);  // four uniform 16-bit numbers have the variance 4·(2^32 − 1)/12
+}
+THINWIRE_HD inline float uniform_at(std::uint64_t seed, std::uint64_t i, float bound) noexcept {
+  return (float(int(hash_at(seed, i) >> 40)) * 0x1p-23f - 1.0f) * bound;
+}
 
 /// About standard normal times `sigma` (a sum of four uniforms), counter-based: element i depends on (seed, i) alone.
 void fill_normal(float* out, std::size_t count, float sigma, std::uint64_t seed);

@@ -10,7 +10,7 @@ constexpr unsigned kPer = 4, kVectors = kDeviceChunk / kThreads / kPer;
 
 /// One block per chunk, as the ordered pass: state read and written once, hits gathered in shared memory, then sent. Two atomics in place
 /// of two scans: a warp takes its places among the chunk's, a chunk its places among the segment's.
-__global__ void __launch_bounds__(kThreads) unordered_kernel(EncodeCall call) {
+__global__ void __launch_bounds__(kThreads, 4) unordered_kernel(EncodeCall call) {
   __shared__ std::uint32_t total, before;
   __shared__ std::uint16_t offsets[kDeviceChunk];
   __shared__ float values[kDeviceChunk];
@@ -27,23 +27,24 @@ __global__ void __launch_bounds__(kThreads) unordered_kernel(EncodeCall call) {
   if (threadIdx.x == 0) total = 0;
 
   float g[kVectors * kPer], x[kVectors * kPer];
+  const auto load = [](const float* from, float* to) {
+    const float4 four = *reinterpret_cast<const float4*>(from);
+    to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+  };
+  if (count == kDeviceChunk && aligned) {
 #pragma unroll
-  for (unsigned v = 0; v < kVectors; ++v) {
-    const std::uint32_t i = (v * kThreads + threadIdx.x) * kPer;
-    float *const gv = g + v * kPer, *const xv = x + v * kPer;
-    if (i + kPer <= count) {
-      if (aligned) {
-        const float4 four = *reinterpret_cast<const float4*>(grad + i);
-        gv[0] = four.x, gv[1] = four.y, gv[2] = four.z, gv[3] = four.w;
-      } else {
-        for (unsigned j = 0; j < kPer; ++j) gv[j] = grad[i + j];
-      }
-      const float4 four = *reinterpret_cast<const float4*>(residual + i);
-      xv[0] = four.x, xv[1] = four.y, xv[2] = four.z, xv[3] = four.w;
-    } else {
+    for (unsigned v = 0; v < kVectors; ++v) {
+      const std::uint32_t i = (v * kThreads + threadIdx.x) * kPer;
+      load(grad + i, g + v * kPer);
+      load(residual + i, x + v * kPer);
+    }
+  } else {
+#pragma unroll
+    for (unsigned v = 0; v < kVectors; ++v) {
+      const std::uint32_t i = (v * kThreads + threadIdx.x) * kPer;
       for (unsigned j = 0; j < kPer; ++j) {
-        gv[j] = i + j < count ? grad[i + j] : 0.0f;
-        xv[j] = i + j < count ? residual[i + j] : 0.0f;
+        g[v * kPer + j] = i + j < count ? grad[i + j] : 0.0f;
+        x[v * kPer + j] = i + j < count ? residual[i + j] : 0.0f;
       }
     }
   }
@@ -52,14 +53,18 @@ __global__ void __launch_bounds__(kThreads) unordered_kernel(EncodeCall call) {
   bool bad = false;
 #pragma unroll
   for (unsigned v = 0; v < kVectors; ++v) {
-    const std::uint32_t i = (v * kThreads + threadIdx.x) * kPer;
+    const std::uint32_t i = (v * kThreads + threadIdx.x) * kPer, in = i < count ? count - i : 0;
+    const std::uint32_t alive = live_bits(segment.live, start + i, in >= kPer ? kPer : in);
 #pragma unroll
     for (unsigned j = 0; j < kPer; ++j) {
       const unsigned e = v * kPer + j;
-      if (i + j >= count || !is_live(segment.live, start + i + j)) continue;
-      float none = 0;
-      g[e] = step_element<Form::error_feedback>(g[e] * factor, call.rate, x[e], none, bad);
-      if (magnitude(g[e]) >= threshold) hits |= 1u << e;
+      const bool here = ((alive >> j) & 1u) != 0;
+      float none = 0, stays = x[e];
+      bool wrong = false;
+      g[e] = step_element<Form::error_feedback>(g[e] * factor, call.rate, stays, none, wrong);
+      bad |= here && wrong;
+      x[e] = here ? stays : x[e];
+      hits |= std::uint32_t(here && magnitude(g[e]) >= threshold) << e;
     }
     if (i + kPer <= count) {
       *reinterpret_cast<float4*>(residual + i) = float4{x[v * kPer], x[v * kPer + 1], x[v * kPer + 2], x[v * kPer + 3]};

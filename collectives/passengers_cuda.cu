@@ -26,11 +26,64 @@ __global__ void __launch_bounds__(kThreads)
   if (bad) atomicOr(flags, std::uint32_t(kFlagNonfinite));
 }
 
-__global__ void __launch_bounds__(kThreads)
-    scale_kernel(std::byte* data, DType dtype, std::size_t count, float factor, std::uint32_t* flags) {
+/// x · factor in `dtype`, as bits; `bad` is raised where that is not finite.
+template <DType dtype>
+__device__ inline std::uint32_t scaled(std::uint32_t bits, float factor, bool& bad) {
+  if constexpr (dtype == DType::fp32) {
+    const float x = (0.0f + bits_float(bits)) * factor;
+    bad |= !is_finite(x);
+    return float_bits(x);
+  } else {
+    const float x = (0.0f + half_to_float<dtype>(std::uint16_t(bits))) * factor;
+    const std::uint16_t out = dtype == DType::bf16 ? float_to_bf16(x) : float_to_fp16(x);
+    constexpr std::uint32_t exponent = dtype == DType::bf16 ? 0x7f80u : 0x7c00u;
+    bad |= (out & exponent) == exponent;
+    return out;
+  }
+}
+template <DType dtype>
+__device__ inline std::uint32_t scaled_word(std::uint32_t word, float factor, bool& bad) {
+  if constexpr (dtype == DType::fp32) return scaled<dtype>(word, factor, bad);
+  return scaled<dtype>(word & 0xffffu, factor, bad) | scaled<dtype>(word >> 16, factor, bad) << 16;
+}
+
+constexpr unsigned kInFlight = 4;  // 16-byte words of one thread that are on their way together
+
+/// Reads and writes `count` elements once, in 16-byte words; the few before the first one, for a bucket may begin anywhere, and after the
+/// last go one by one.
+template <DType dtype>
+__global__ void __launch_bounds__(kThreads) scale_kernel(std::byte* data, std::size_t count, float factor, std::uint32_t* flags) {
+  constexpr std::size_t per = 16 / size_of(dtype);
+  const std::size_t to_word = (16 - reinterpret_cast<std::uintptr_t>(data) % 16) % 16 / size_of(dtype);
+  const std::size_t head = to_word < count ? to_word : count, words = (count - head) / per, tail = head + words * per;
+  auto* const at = reinterpret_cast<uint4*>(data + head * size_of(dtype));
+  const std::size_t stride = std::size_t(gridDim.x) * kThreads;
   bool bad = false;
-  for (std::size_t i = std::size_t(blockIdx.x) * kThreads + threadIdx.x; i < count; i += std::size_t(gridDim.x) * kThreads)
-    bad |= !store_element(data, dtype, i, (0.0f + load_element(data, dtype, i)) * factor);
+  for (std::size_t w = std::size_t(blockIdx.x) * kThreads + threadIdx.x; w < words; w += kInFlight * stride) {
+    uint4 raw[kInFlight];
+#pragma unroll
+    for (unsigned q = 0; q < kInFlight; ++q)
+      if (w + q * stride < words) raw[q] = at[w + q * stride];
+#pragma unroll
+    for (unsigned q = 0; q < kInFlight; ++q) {
+      if (w + q * stride >= words) continue;
+      raw[q].x = scaled_word<dtype>(raw[q].x, factor, bad);
+      raw[q].y = scaled_word<dtype>(raw[q].y, factor, bad);
+      raw[q].z = scaled_word<dtype>(raw[q].z, factor, bad);
+      raw[q].w = scaled_word<dtype>(raw[q].w, factor, bad);
+      at[w + q * stride] = raw[q];
+    }
+  }
+  if (blockIdx.x == 0 && threadIdx.x < head + (count - tail)) {
+    const std::size_t i = threadIdx.x < head ? threadIdx.x : tail + (threadIdx.x - head);
+    if constexpr (dtype == DType::fp32) {
+      auto* const element = reinterpret_cast<std::uint32_t*>(data) + i;
+      *element = scaled<dtype>(*element, factor, bad);
+    } else {
+      auto* const element = reinterpret_cast<std::uint16_t*>(data) + i;
+      *element = std::uint16_t(scaled<dtype>(*element, factor, bad));
+    }
+  }
   if (bad) atomicOr(flags, std::uint32_t(kFlagNonfinite));
 }
 
@@ -112,7 +165,14 @@ void launch_sum(const DeviceRanges& ranges, const RankMessages& messages, Device
   launch("sum in rank order", sum_kernel, ranges.chunks, kThreads, stream, ranges, messages, factor, out.data, out.dtype, flags);
 }
 void launch_scale(Bytes data, float factor, std::uint32_t* flags, Stream stream) {
-  launch("scale", scale_kernel, blocks_for(data.count()), kThreads, stream, data.data, data.dtype, data.count(), factor, flags);
+  const std::size_t words = data.size / 16 + 1,
+                    blocks = std::min<std::size_t>((words + kInFlight * kThreads - 1) / (kInFlight * kThreads), 4096);
+  const auto run = [&](auto kernel) {
+    launch("scale", kernel, data.size == 0 ? 0 : blocks, kThreads, stream, data.data, data.count(), factor, flags);
+  };
+  if (data.dtype == DType::fp32) run(scale_kernel<DType::fp32>);
+  if (data.dtype == DType::bf16) run(scale_kernel<DType::bf16>);
+  if (data.dtype == DType::fp16) run(scale_kernel<DType::fp16>);
 }
 void launch_place(const DeviceRanges& ranges, const std::byte* packed, Bytes out, Stream stream) {
   launch("place", place_kernel, ranges.chunks, kThreads, stream, ranges, packed, out.data, out.dtype);

@@ -112,7 +112,8 @@ void GradientReducer::Impl::check_device_memory() const {
   }
   const std::size_t largest = options_.largest_bucket == 0 ? total_numel_ : std::min(options_.largest_bucket, total_numel_);
   const double need = double(bytes) * double(largest) / double(std::max<std::size_t>(total_numel_, 1));
-  const std::size_t free = device_free_memory(options_.device);
+  std::size_t free = device_free_memory(options_.device);
+  if (need > double(free) && reclaim_device_memory()) free = device_free_memory(options_.device);
   if (need > double(free))
     fail(Errc::device, "GPU " + std::to_string(options_.device) + ": a bucket of " + std::to_string(largest) + " elements needs " +
                            std::to_string(std::size_t(need)) + " bytes beside the state, " + std::to_string(free) + " are free");

@@ -211,6 +211,30 @@ TEST_F(ReducerDevice, LossScalesNonfiniteStepsAndJoinedRanksAreTheHostsToo) {
   }
 }
 
+// Its kernel takes whole 16-byte words, wherever the bucket begins and ends, and leaves alone what lies around it.
+TEST_F(ReducerDevice, PlainBucketsMayBeginAnywhere) {
+  for (const DType dtype : {DType::fp32, DType::bf16, DType::fp16})
+    for (const std::size_t first : {0, 1, 3, 6})
+      for (const std::size_t n : {1, 5, 21, 20011}) {
+        SCOPED_TRACE(std::string(to_string(dtype)) + " from " + std::to_string(first) + ", " + std::to_string(n));
+        run_ranks(2, [&](std::shared_ptr<Communicator> communicator) {
+          GradBuffer host_grad(dtype, n), device_grad(dtype, first + n + 8);
+          for (std::size_t i = 0; i < n; ++i) host_grad.set(i, real_number(16, 0, communicator->rank(), 0, i));
+          const auto around = [&](std::size_t i) { return i < first || i >= first + n; };
+          for (std::size_t i = 0; i < first + n + 8; ++i) device_grad.set(i, around(i) ? 77.0f : host_grad.get(i - first));
+          GradientReducer host(communicator, Config::parse("codec=none"), {{"w", {n}}});
+          host.reduce(Ids{0}, host_grad.view()).wait();
+          GradientReducer device(communicator, Config::parse("codec=none"), {{"w", {n}}}, {.device = 0});
+          const DeviceStream stream(0);
+          Bytes there = device_grad.on_device(0, stream.get());
+          there.data += first * size_of(dtype), there.size = n * size_of(dtype);
+          device.reduce(Ids{0}, there, stream.get()).wait();
+          device_grad.fetch(stream.get());
+          for (std::size_t i = 0; i < first + n + 8; ++i) ASSERT_EQ(device_grad.get(i), around(i) ? 77.0f : host_grad.get(i - first)) << i;
+        });
+      }
+}
+
 // The finished part of a joined owner is no message of its own: its header has to say all the same that the sum overflowed.
 TEST_F(ReducerDevice, AJoinedOwnerTellsOfASumThatOverflows) {
   for (const char* config : {"codec=topk:density=0.1 feedback=ef14 min_numel=100", "dgc:density=0.01,momentum=0 min_numel=100"}) {

@@ -112,8 +112,20 @@ TEST(ReducerLaunches, MemoryThatIsNotThereIsSaidBeforeTheFirstStep) {
   const std::string said = expect_error(Errc::device, {"GPU 0", "330000 elements", "300000 are free"}, [&] { make(0); });
   EXPECT_NE(said.find("bytes beside the state"), std::string::npos);
   make(30000);  // smaller buckets fit
-  unsetenv("THINWIRE_EMULATED_FREE");
-  make(0);
+  set_memory_reclaim([] { unsetenv("THINWIRE_EMULATED_FREE"); });
+  make(0);  // nor where somebody gives back what he kept
+  set_memory_reclaim(nullptr);
+}
+
+TEST(ReducerLaunches, AnAllocationThatFindsNoRoomIsTriedAgainOnceOthersGaveBackTheirs) {
+  setenv("THINWIRE_EMULATED_LARGEST", "1000", 1);
+  EXPECT_EQ(DeviceBuffer(1000, 0).size(), 1000u);
+  expect_error(Errc::device, {"2000 bytes", "GPU 0"}, [] { DeviceBuffer(2000, 0); });
+  set_memory_reclaim([] { setenv("THINWIRE_EMULATED_LARGEST", "1500", 1); });
+  expect_error(Errc::device, {"2000 bytes", "GPU 0"}, [] { DeviceBuffer(2000, 0); });  // not enough
+  set_memory_reclaim([] { unsetenv("THINWIRE_EMULATED_LARGEST"); });
+  EXPECT_EQ(DeviceBuffer(2000, 0).size(), 2000u);
+  set_memory_reclaim(nullptr);
 }
 
 TEST(ReducerLaunches, PointersOfAnotherPlaceAreRefused) {

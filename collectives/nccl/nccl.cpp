@@ -42,6 +42,10 @@ void check_cuda(cudaError_t error, const char* call) {
 /// What NCCL said, with the name of the call.
 Error error_of(ncclResult_t result, const std::string& call, ncclComm_t communicator) {
   const auto& api = nccl_api();
+  if (result == ncclInProgress)
+    return Error(Errc::unsupported,
+                 "nccl: " + call + ": the communicator is nonblocking, thinwire's calls need a blocking one: unset NCCL_COMM_BLOCKING" +
+                     ", and make a communicator of your own with ncclConfig_t::blocking = 1");
   std::string what = "nccl: " + call + ": " + api.error_string(result);
   const char* last = api.last_error(communicator);
   if (last != nullptr && *last != '\0') what += " (" + std::string(last) + ")";
@@ -73,6 +77,7 @@ ncclComm_t make_within(const char* call, Clock::time_point deadline, int device,
     ncclComm_t made = nullptr;
     const cudaError_t chosen = cudaSetDevice(device);
     const ncclResult_t result = chosen == cudaSuccess ? make(&made) : ncclUnhandledCudaError;
+    if (result == ncclInProgress && made != nullptr) nccl_api().abort(made);  // it is refused (error_of)
     const std::lock_guard lock(shared->mutex);
     shared->done = true;
     shared->result = result;
@@ -89,8 +94,13 @@ ncclComm_t make_within(const char* call, Clock::time_point deadline, int device,
 class Nccl final : public Communicator {
  public:
   Nccl(ncclComm_t communicator, bool owned, int device) : communicator_(communicator), owned_(owned), device_(device), own_stream_(device) {
-    nccl_api().user_rank(communicator_, &rank_);
-    nccl_api().count(communicator_, &size_);
+    const ncclResult_t ranked = nccl_api().user_rank(communicator_, &rank_);
+    const ncclResult_t counted = ranked == ncclSuccess ? nccl_api().count(communicator_, &size_) : ranked;
+    if (counted != ncclSuccess) {
+      const Error error = error_of(counted, ranked != ncclSuccess ? "ncclCommUserRank" : "ncclCommCount", communicator_);
+      if (owned_) nccl_api().abort(communicator_);
+      throw error;
+    }
     watcher_ = std::thread([this] { watch(); });
   }
 
@@ -178,6 +188,18 @@ class Nccl final : public Communicator {
     nccl_api().abort(communicator_);
   }
 
+  /// The call that a thread is in, for the watcher; use_ is held.
+  class Calling {
+   public:
+    Calling(Nccl& group, const char* name, Clock::time_point deadline) : group_(group) { group_.set_calling(name, deadline); }
+    ~Calling() { group_.set_calling(nullptr, {}); }
+    Calling(const Calling&) = delete;
+    Calling& operator=(const Calling&) = delete;
+
+   private:
+    Nccl& group_;
+  };
+
   /// Makes calls of NCCL on a stream, and has them watched.
   template <class Enqueue>
   void enqueue(const char* name, Stream stream, Enqueue&& calls) {
@@ -186,30 +208,48 @@ class Nccl final : public Communicator {
     {
       const std::lock_guard use(use_);
       raise_failure();
-      set_calling(name, deadline);
+      const Calling calling(*this, name, deadline);  // until it is in flight, so that its deadline is looked after all the time
       const ncclResult_t result = calls(stream.get());
-      set_calling(nullptr, {});
       raise_failure();  // it was aborted while it was in there: the communicator is gone
-      if (result != ncclSuccess) problem = error_of(result, name, communicator_);
+      if (result != ncclSuccess) {
+        problem = error_of(result, name, communicator_);
+      } else {
+        put_in_flight(name, stream, deadline);
+        raise_failure();
+      }
     }
     if (problem) {
       if (problem->code() != Errc::invalid_argument) break_off(problem->code(), problem->what());
       throw *problem;
     }
+  }
+
+  /// Marks the end of a call on its stream.
+  void put_in_flight(const char* name, Stream stream, Clock::time_point deadline) {
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
     check_cuda(cudaStreamIsCapturing(stream.get(), &capture), "cudaStreamIsCapturing");
     if (capture != cudaStreamCaptureStatusNone) return;
-    const std::lock_guard lock(mutex_);
     cudaEvent_t done = nullptr;
-    if (spare_.empty()) {
+    {
+      const std::lock_guard lock(mutex_);
+      if (!spare_.empty()) {
+        done = spare_.back();
+        spare_.pop_back();
+      }
+    }
+    if (done == nullptr) {
       const OnDevice on(device_);
       check_cuda(cudaEventCreateWithFlags(&done, cudaEventDisableTiming), "cudaEventCreateWithFlags");
-    } else {
-      done = spare_.back();
-      spare_.pop_back();
     }
-    check_cuda(cudaEventRecord(done, stream.get()), "cudaEventRecord");
-    in_flight_.push_back({name, done, deadline});
+    // Without the lock: where the queue of launches is full, because a peer is gone, this waits until the watcher has aborted the group.
+    const cudaError_t recorded = cudaEventRecord(done, stream.get());
+    const std::lock_guard lock(mutex_);
+    if (recorded == cudaSuccess) {
+      in_flight_.push_back({name, done, deadline});
+    } else {
+      spare_.push_back(done);
+    }
+    check_cuda(recorded, "cudaEventRecord");
   }
 
   bool was_aborted() {
@@ -235,13 +275,16 @@ class Nccl final : public Communicator {
     while (!stop_) {
       changed_.wait_for(lock, kEvery, [this] { return stop_; });
       if (stop_ || failed_ || (in_flight_.empty() && calling_ == nullptr)) continue;
-      while (!in_flight_.empty() && cudaEventQuery(in_flight_.front().done) != cudaErrorNotReady) {
-        spare_.push_back(in_flight_.front().done);  // done, or broken by an error of the device that the next call of its own meets
-        in_flight_.pop_front();
-      }
       const char* late = nullptr;
-      if (!in_flight_.empty() && Clock::now() > in_flight_.front().deadline) late = in_flight_.front().name;
-      if (calling_ != nullptr && Clock::now() > calling_deadline_) late = calling_;
+      if (calling_ != nullptr) {  // a call that waits for room in the queue may hold a lock that a look at an event would wait for
+        if (Clock::now() > calling_deadline_) late = calling_;
+      } else {
+        while (!in_flight_.empty() && cudaEventQuery(in_flight_.front().done) != cudaErrorNotReady) {
+          spare_.push_back(in_flight_.front().done);  // done, or broken by an error of the device that the next call of its own meets
+          in_flight_.pop_front();
+        }
+        if (!in_flight_.empty() && Clock::now() > in_flight_.front().deadline) late = in_flight_.front().name;
+      }
       lock.unlock();
       if (late != nullptr) {
         break_off(Errc::timeout, std::string("nccl: ") + late + " did not end within " + std::to_string(timeout().count()) +

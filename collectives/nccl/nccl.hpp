@@ -26,7 +26,8 @@ namespace thinwire {
 /// libnccl.so.2 is looked up by that name at the first call, so that a process has the one that it loaded before (torch's), and a library
 /// built with NCCL loads without one. One thread at a time may use NCCL on a GPU: with other groups on it (torch's), make calls from the
 /// same thread or order them otherwise.
-/// @throws unsupported: no libnccl.so.2, or one older than 2.18. invalid_argument: a null communicator.
+/// Communicators are blocking ones: a call on another, as NCCL_COMM_BLOCKING=0 makes all of a process, is refused and ends the group.
+/// @throws unsupported: no libnccl.so.2, one older than 2.18, a nonblocking communicator. invalid_argument: a null communicator.
 std::unique_ptr<Communicator> make_nccl(ncclComm_t communicator, int device);
 
 /// A group of `world` ranks with a communicator of its own; collective. `id` is one ncclGetUniqueId of all ranks (nccl_unique_id()).

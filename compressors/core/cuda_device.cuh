@@ -34,6 +34,20 @@ void launch(const char* name, void (*kernel)(Parameters...), std::size_t blocks,
   }
 }
 
+/// A two-byte element of a gradient or a payload. fp16 by the hardware's conversion where there is one: fp16_to_float's bits, but for those
+/// of a NaN, which no result keeps.
+template <DType dtype>
+__device__ inline float half_to_float(std::uint16_t h) {
+  if constexpr (dtype == DType::bf16) return bf16_to_float(h);
+#ifdef __CUDA_ARCH__
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h));
+  return x;
+#else
+  return fp16_to_float(h);
+#endif
+}
+
 /// Rounds x once to `dtype` and stores it as element i. @returns whether what is stored is finite.
 __device__ inline bool store_element(std::byte* base, DType dtype, std::size_t i, float x) {
   if (dtype == DType::fp32) {
@@ -92,7 +106,10 @@ __device__ inline std::uint32_t take_ticket(std::uint32_t* counter, std::uint32_
 }
 
 // Decoupled look-back (Merrill and Garland 2016): each chunk of a sequence publishes its own sum, then its inclusive prefix; whoever needs
-// the prefix before it adds up what its predecessors have published. One word per chunk, zero before: two bits of status, 62 of value.
+// the prefix before it adds up what its predecessors have published. One word per chunk, zero before: two bits of status, 62 of value. A
+// word is all that one chunk tells another: no reader goes on to memory that the writer wrote before it, so nothing needs ordering around
+// the words and all of it is relaxed. An acquire would have every poll drop the lines that the block has loaded, a release would wait for
+// its stores.
 
 inline constexpr std::uint64_t kOwnSum = std::uint64_t(1) << 62, kInclusive = std::uint64_t(2) << 62, kValueMask = kOwnSum - 1;
 
@@ -100,7 +117,7 @@ using Published = ::cuda::atomic_ref<std::uint64_t, ::cuda::thread_scope_device>
 
 /// By one thread, as early as it can.
 __device__ inline void publish(std::uint64_t* words, std::uint32_t chunk, std::uint64_t own) {
-  Published(words[chunk]).store((chunk == 0 ? kInclusive : kOwnSum) | own, ::cuda::memory_order_release);
+  Published(words[chunk]).store((chunk == 0 ? kInclusive : kOwnSum) | own, ::cuda::memory_order_relaxed);
 }
 
 /// By one whole warp, after publish: the sum of all chunks before this one.
@@ -109,17 +126,17 @@ __device__ inline std::uint64_t look_back(std::uint64_t* words, std::uint32_t ch
   std::uint64_t before = 0;
   for (std::int64_t at = std::int64_t(chunk) - 1 - lane();; at -= 32) {
     std::uint64_t word = kInclusive;  // before the first chunk: a prefix of 0
-    if (at >= 0) word = Published(words[at]).load(::cuda::memory_order_acquire);
+    if (at >= 0) word = Published(words[at]).load(::cuda::memory_order_relaxed);
     while (__any_sync(kFullWarp, word >> 62 == 0) != 0) {
       __nanosleep(20);
-      if (word >> 62 == 0) word = Published(words[at]).load(::cuda::memory_order_acquire);
+      if (word >> 62 == 0) word = Published(words[at]).load(::cuda::memory_order_relaxed);
     }
     const unsigned inclusive = __ballot_sync(kFullWarp, (word & kInclusive) != 0);
     const unsigned last = inclusive != 0 ? unsigned(__ffs(int(inclusive))) - 1 : 31;
     before += warp_sum(lane() <= last ? word & kValueMask : std::uint64_t(0));
     if (inclusive != 0) break;
   }
-  if (lane() == 0) Published(words[chunk]).store(kInclusive | (before + own), ::cuda::memory_order_release);
+  if (lane() == 0) Published(words[chunk]).store(kInclusive | (before + own), ::cuda::memory_order_relaxed);
   return before;
 }
 

@@ -18,6 +18,11 @@ int device_count() noexcept;
 std::string describe_device(int device);
 /// Bytes that the device could give now.
 std::size_t device_free_memory(int device);
+/// What gives back device memory that nobody uses, as the caching allocator of a framework in this process can. Called once where an
+/// allocation finds no room, before it fails. Null, as at first: there is none.
+void set_memory_reclaim(void (*reclaim)()) noexcept;
+/// Calls it. @returns whether there is one.
+bool reclaim_device_memory();
 /// The GPU in whose memory `p` lies, or -1: the host's.
 int device_of(const void* p);
 
@@ -68,6 +73,8 @@ void device_wait(Stream stream);
 bool device_idle(Stream stream);
 
 /// The device is the calling thread's current one for as long as this lives: kernels are launched on streams of the current device only.
+/// Afterwards the one before is, where this process has a context on it; where it has none, making it current would make one, and a rank
+/// would hold some hundred MB of a GPU that it never uses.
 class OnDevice {
  public:
   explicit OnDevice(int device);

@@ -1,7 +1,9 @@
 // Device memory by the CUDA runtime.
 
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 
+#include <atomic>
 #include <cstring>
 
 #include "compressors/core/device.hpp"
@@ -14,6 +16,20 @@ void check(cudaError_t error, const std::string& call) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // told here: it is no error of somebody's next call
   fail(Errc::device, call + ": " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
+}
+
+std::atomic<void (*)()> memory_reclaim = nullptr;
+
+/// Whether this process has a context on the device. The driver alone knows without making one; a process that got this far has it loaded.
+bool has_context(int device) noexcept {
+  using State = int (*)(int device, unsigned* flags, int* active);
+  static const State state = []() -> State {
+    void* const driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
+    return driver != nullptr ? reinterpret_cast<State>(dlsym(driver, "cuDevicePrimaryCtxGetState")) : nullptr;
+  }();
+  unsigned flags = 0;
+  int active = 1;
+  return state == nullptr || state(device, &flags, &active) != 0 || active != 0;
 }
 
 std::string version(int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); }
@@ -44,6 +60,14 @@ std::size_t device_free_memory(int device) {
   return free;
 }
 
+void set_memory_reclaim(void (*reclaim)()) noexcept { memory_reclaim = reclaim; }
+
+bool reclaim_device_memory() {
+  void (*const reclaim)() = memory_reclaim;
+  if (reclaim != nullptr) reclaim();
+  return reclaim != nullptr;
+}
+
 int device_of(const void* p) {
   cudaPointerAttributes attributes{};
   check(cudaPointerGetAttributes(&attributes, p), "cudaPointerGetAttributes");
@@ -54,7 +78,7 @@ void DeviceBuffer::Free::operator()(std::byte* p) const noexcept {
   int before = 0;
   const bool known = cudaGetDevice(&before) == cudaSuccess && cudaSetDevice(device) == cudaSuccess;
   cudaFree(p);
-  if (known) cudaSetDevice(before);
+  if (known && before != device && has_context(before)) cudaSetDevice(before);
 }
 
 bool DeviceBuffer::reserve(std::size_t bytes, int device) {
@@ -63,7 +87,12 @@ bool DeviceBuffer::reserve(std::size_t bytes, int device) {
   data_.reset();
   size_ = 0;
   void* p = nullptr;
-  check(cudaMalloc(&p, bytes), "no memory for " + std::to_string(bytes) + " bytes on GPU " + std::to_string(device));
+  cudaError_t error = cudaMalloc(&p, bytes);
+  if (error == cudaErrorMemoryAllocation) {
+    cudaGetLastError();  // or what frees memory would meet it
+    if (reclaim_device_memory()) error = cudaMalloc(&p, bytes);
+  }
+  check(error, "no memory for " + std::to_string(bytes) + " bytes on GPU " + std::to_string(device));
   data_ = std::unique_ptr<std::byte, Free>(static_cast<std::byte*>(p), Free{device});
   size_ = bytes;
   device_ = device;
@@ -105,7 +134,7 @@ OnDevice::OnDevice(int device) : device_(device) {
   if (device != before_) check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
 }
 OnDevice::~OnDevice() {
-  if (device_ != before_) cudaSetDevice(before_);
+  if (device_ != before_ && has_context(before_)) cudaSetDevice(before_);
 }
 
 DeviceStream::DeviceStream(int device) : device_(device) {

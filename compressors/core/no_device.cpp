@@ -13,6 +13,8 @@ namespace {
 int device_count() noexcept { return 0; }
 std::string describe_device(int) { refuse(); }
 std::size_t device_free_memory(int) { refuse(); }
+void set_memory_reclaim(void (*)()) noexcept {}
+bool reclaim_device_memory() { return false; }
 int device_of(const void*) { refuse(); }
 
 void DeviceBuffer::Free::operator()(std::byte*) const noexcept {}

@@ -108,16 +108,50 @@ struct Held {
   float m[kElements];  ///< the momentum, or the average
   float h[kElements];  ///< the estimate
 
-  /// All loads first, so that they are in flight together.
+  /// All loads first, so that they are in flight together: of a whole tile without a branch among them, and before a conversion waits for
+  /// one.
   __device__ Held(const EncodeCall& call, const DeviceSegment& segment, const Tile& tile) {
+    const float* const second = feedback::is_averaged(form) ? segment.momentum : segment.average;
+    const std::byte* const grad = call.grad + (segment.range.first + tile.start) * size_of(call.dtype);
+    const bool wide = call.dtype == DType::fp32;
+    if (tile.count == kSumBlock && aligned(grad, wide ? 16 : 8) && !segment.residual.narrow() && !segment.estimate.narrow()) {
+      uint4 raw[kGroups];
+      if (wide) {
+#pragma unroll
+        for (unsigned v = 0; v < kGroups; ++v) raw[v] = reinterpret_cast<const uint4*>(grad)[group_start(v) / kGroup];
+      } else {
+#pragma unroll
+        for (unsigned v = 0; v < kGroups; ++v) {
+          const uint2 halves = reinterpret_cast<const uint2*>(grad)[group_start(v) / kGroup];
+          raw[v].x = halves.x, raw[v].y = halves.y;
+        }
+      }
+#pragma unroll
+      for (unsigned v = 0; v < kGroups; ++v) {
+        const std::uint64_t at = tile.start + group_start(v);
+        if constexpr (feedback::has_residual(form)) load_group(segment.residual.fp32() + at, kGroup, x + v * kGroup);
+        if constexpr (feedback::is_averaged(form) || feedback::is_smoothed(form)) load_group(second + at, kGroup, m + v * kGroup);
+        if constexpr (feedback::has_estimate(form)) load_group(segment.estimate.fp32() + at, kGroup, h + v * kGroup);
+      }
+      if (wide) {
+#pragma unroll
+        for (unsigned v = 0; v < kGroups; ++v) to_floats<DType::fp32>(raw[v], g + v * kGroup);
+      } else if (call.dtype == DType::bf16) {
+#pragma unroll
+        for (unsigned v = 0; v < kGroups; ++v) to_floats<DType::bf16>(raw[v], g + v * kGroup);
+      } else {
+#pragma unroll
+        for (unsigned v = 0; v < kGroups; ++v) to_floats<DType::fp16>(raw[v], g + v * kGroup);
+      }
+      return;
+    }
 #pragma unroll
     for (unsigned v = 0; v < kGroups; ++v) {
       const std::uint32_t i = group_start(v), in = i < tile.count ? tile.count - i : 0;
       const std::uint64_t at = tile.start + i;
       load_group(call.grad, call.dtype, segment.range.first + at, in, g + v * kGroup);
       if constexpr (feedback::has_residual(form)) load_group(segment.residual.from(at), in, x + v * kGroup);
-      if constexpr (feedback::is_averaged(form)) load_group(segment.momentum + at, in, m + v * kGroup);
-      if constexpr (feedback::is_smoothed(form)) load_group(segment.average + at, in, m + v * kGroup);
+      if constexpr (feedback::is_averaged(form) || feedback::is_smoothed(form)) load_group(second + at, in, m + v * kGroup);
       if constexpr (feedback::has_estimate(form)) load_group(segment.estimate.from(at), in, h + v * kGroup);
     }
   }
@@ -170,7 +204,7 @@ __global__ void __launch_bounds__(kThreads) stream_kernel(EncodeCall call) {
   alignas(16) __shared__ float magnitudes[kSumBlock];
   __shared__ float scales[kSumBlock / 8];
   const Tile tile(call.table, blockIdx.x);
-  const DeviceSegment& segment = call.table.segments[tile.segment];
+  const DeviceSegment segment = call.table.segments[tile.segment];
   const float factor = factor_of(call, tile.segment), rate = rate_of<form>(call, segment);
   const float beta = feedback::is_averaged(form) ? call.beta1[tile.segment] : 0.0f;
   Held<form> held(call, segment, tile);
@@ -259,7 +293,7 @@ __global__ void __launch_bounds__(unsigned(kPartials)) scale_kernel(EncodeCall c
 /// One block per tile of a wide block: the residual, which holds the messages, is read and written once.
 __global__ void __launch_bounds__(kThreads) leave_kernel(EncodeCall call) {
   const Tile tile(call.table, blockIdx.x);
-  const DeviceSegment& segment = call.table.segments[tile.segment];
+  const DeviceSegment segment = call.table.segments[tile.segment];
   if (!segment.wide()) return;
   const float scale = scales_of_segment(call.wire, segment)[tile.scale];
   float x[kElements];
@@ -285,7 +319,7 @@ __global__ void __launch_bounds__(kThreads) leave_kernel(EncodeCall call) {
 template <Form form>
 __global__ void __launch_bounds__(kThreads) commit_kernel(EncodeCall call) {
   const Tile tile(call.table, blockIdx.x);
-  const DeviceSegment& segment = call.table.segments[tile.segment];
+  const DeviceSegment segment = call.table.segments[tile.segment];
   if (!segment.wide()) return;
   const float scale = scales_of_segment(call.wire, segment)[tile.scale], factor = factor_of(call, tile.segment),
               rate = rate_of<form>(call, segment);

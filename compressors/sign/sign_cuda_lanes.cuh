@@ -24,6 +24,17 @@ __device__ inline std::uint32_t group_start(unsigned v) { return (v * kThreads +
 
 __device__ inline bool aligned(const void* p, std::size_t to) { return reinterpret_cast<std::uintptr_t>(p) % to == 0; }
 
+/// A whole group from its words: 16 bytes of fp32, or the first 8.
+template <DType dtype>
+__device__ inline void to_floats(const uint4& raw, float* to) {
+  if constexpr (dtype == DType::fp32) {
+    to[0] = bits_float(raw.x), to[1] = bits_float(raw.y), to[2] = bits_float(raw.z), to[3] = bits_float(raw.w);
+  } else {
+#pragma unroll
+    for (unsigned j = 0; j < kGroup; ++j) to[j] = half_to_float<dtype>(std::uint16_t((j < 2 ? raw.x : raw.y) >> (j % 2 * 16)));
+  }
+}
+
 /// The first `in` of a group of the gradient from element i on, zeros after them.
 __device__ inline void load_group(const std::byte* base, DType dtype, std::size_t i, std::uint32_t in, float* to) {
   const std::byte* const at = base + i * size_of(dtype);
@@ -32,11 +43,8 @@ __device__ inline void load_group(const std::byte* base, DType dtype, std::size_
     to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
   } else if (in >= kGroup && dtype != DType::fp32 && aligned(at, 8)) {
     const uint2 raw = *reinterpret_cast<const uint2*>(at);
-#pragma unroll
-    for (unsigned j = 0; j < kGroup; ++j) {
-      const auto half = std::uint16_t((j < 2 ? raw.x : raw.y) >> (j % 2 * 16));
-      to[j] = dtype == DType::bf16 ? bf16_to_float(half) : fp16_to_float(half);
-    }
+    const uint4 words{raw.x, raw.y, 0, 0};
+    dtype == DType::bf16 ? to_floats<DType::bf16>(words, to) : to_floats<DType::fp16>(words, to);
   } else {
 #pragma unroll
     for (unsigned j = 0; j < kGroup; ++j) to[j] = j < in ? load_element(base, dtype, i + j) : 0.0f;
@@ -69,9 +77,16 @@ __device__ inline void load_group(const StateArray& from, std::uint32_t in, floa
 }
 __device__ inline void store_group(const StateArray& to, std::uint32_t in, const float* from) {
   if (!to.narrow()) return store_group(to.fp32(), in, from);
+  if (in >= kGroup) {
+    const auto two = [](float low, float high) {
+      return float_bits(wire_round(low, DType::bf16)) >> 16 | float_bits(wire_round(high, DType::bf16));
+    };
+    *reinterpret_cast<uint2*>(to.bf16()) = uint2{two(from[0], from[1]), two(from[2], from[3])};
+  } else {
 #pragma unroll
-  for (unsigned j = 0; j < kGroup; ++j)
-    if (j < in) to.set(j, from[j]);
+    for (unsigned j = 0; j < kGroup; ++j)
+      if (j < in) to.set(j, from[j]);
+  }
 }
 
 /// Bit j: element i + j of a segment is one of the first `in` and alive. i is a multiple of kGroup.

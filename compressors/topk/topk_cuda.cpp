@@ -208,7 +208,7 @@ class TopKCuda final : public Codec {
                                                                      std::to_string(wires.size()) + " payloads need " +
                                                                      std::to_string(wires.size() * words * 4));
     call.chunk_start = workspace.as<std::uint32_t>();
-    call.unit_count = call.chunk_start + wires.size() * call.shape.chunks;
+    call.unit_count = call.chunk_start + wires.size() * (call.shape.chunks + call.shape.segments);
     call.factor = plan.factor != nullptr ? DeviceFactor(plan.factor) : DeviceFactor(factor);
     call.estimates = !plan.mean_estimates.empty();
     call.output_factor = plan.output_factor != nullptr ? DeviceFactor(plan.output_factor) : DeviceFactor(plan.output.factor);
@@ -259,7 +259,7 @@ class TopKCuda final : public Codec {
   }
 
  private:
-  static std::size_t decode_words(const DeviceShape& shape) { return shape.chunks + shape.units; }
+  static std::size_t decode_words(const DeviceShape& shape) { return shape.chunks + shape.segments + shape.units; }
 
   DeviceTable table_of(const Plan& plan, const DeviceShape& shape) const {
     THINWIRE_EXPECTS(plan.table.size >= table_size(shape) && plan.table.place == Place::cuda,

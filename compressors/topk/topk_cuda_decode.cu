@@ -83,7 +83,8 @@ __global__ void __launch_bounds__(kThreads) check_kernel(DecodeCall call) {
   }
   const std::uint64_t base = std::uint64_t(block) * kBlock,
                       limit = segment.range.count - base < kBlock ? segment.range.count - base : kBlock;
-  std::uint32_t* const starts = call.chunk_start + rank * call.shape.chunks + segment.range.first_chunk;
+  std::uint32_t* const starts = call.starts(rank, s, segment.range.first_chunk);
+  if (block == 0 && threadIdx.x == 0) starts[(segment.range.count + kDeviceChunk - 1) / kDeviceChunk] = kept;
   // An even share of the entries: of a u32 index to check, and of all values.
   const auto from = std::uint32_t(std::uint64_t(share.kept) * block / blocks),
              to = std::uint32_t(std::uint64_t(share.kept) * (block + 1) / blocks);
@@ -142,7 +143,7 @@ __device__ void add_bits(const DecodeCall& call, const Share& share, std::uint32
   const std::uint32_t through = warp_inclusive_sum(own);
   if (lane() == 31) sums[warp()] = through;
   __syncthreads();
-  std::uint32_t e = before + call.chunk_start[rank * call.shape.chunks + segment.range.first_chunk + chunk] + through - own;
+  std::uint32_t e = before + call.starts(rank, s, segment.range.first_chunk)[chunk] + through - own;
   for (unsigned v = 0; v < warp(); ++v) e += sums[v];
   for (; word != 0; word &= word - 1, ++e) {
     if (e < share.kept) sum[32 * threadIdx.x + unsigned(__ffs(int(word))) - 1] += load_element(share.value, call.wire_dtype, e);
@@ -150,14 +151,25 @@ __device__ void add_bits(const DecodeCall& call, const Share& share, std::uint32
   __syncthreads();
 }
 
+/// A value as it lies in a payload, and what it means.
+__device__ inline std::uint32_t value_bits(const std::byte* values, DType dtype, std::uint32_t e) {
+  return dtype == DType::fp32 ? reinterpret_cast<const std::uint32_t*>(values)[e] : reinterpret_cast<const std::uint16_t*>(values)[e];
+}
+__device__ inline float value_of(std::uint32_t bits, DType dtype) {
+  return dtype == DType::fp32   ? bits_float(bits)
+         : dtype == DType::bf16 ? half_to_float<DType::bf16>(std::uint16_t(bits))
+                                : half_to_float<DType::fp16>(std::uint16_t(bits));
+}
+
 /// One block per chunk of the output: ranks are added one after the other in shared memory, then the mean is written once. Reads the
 /// entries, writes out.count() elements.
-__global__ void __launch_bounds__(kThreads) decode_kernel(DecodeCall call) {
-  constexpr unsigned kAhead = 4;  // ranks whose entries are on their way while others are added
+__global__ void __launch_bounds__(kThreads, 5) decode_kernel(DecodeCall call) {
+  constexpr unsigned kAhead =
+      4;  // ranks whose entries are on their way together: where they lie, then they themselves, then they are added
   __shared__ float sum[kDeviceChunk];
   __shared__ std::uint32_t sums[kWarps];
   const std::uint32_t s = call.table.chunk_segment[blockIdx.x];
-  const DeviceSegment& segment = call.table.segments[s];
+  const DeviceSegment segment = call.table.segments[s];
   const std::uint32_t chunk = blockIdx.x - segment.range.first_chunk;
   const std::uint64_t start = std::uint64_t(chunk) * kDeviceChunk;
   const auto count = std::uint32_t(segment.range.count - start < kDeviceChunk ? segment.range.count - start : kDeviceChunk);
@@ -166,43 +178,45 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(DecodeCall call) {
 
   const bool bits = IndexForm(segment.form) == IndexForm::bitmap, wide = IndexForm(segment.form) == IndexForm::u32;
   const auto base = std::uint32_t(wide ? start : start % kBlock);
+  const std::size_t offsets_at = segment.index_at + (wide ? 0 : 4 * blocks_of(segment.range.count));
+  const auto index_of = [&](const std::byte* payload, std::uint32_t e) -> std::uint32_t {
+    const std::byte* const at = payload + offsets_at;
+    return (wide ? reinterpret_cast<const std::uint32_t*>(at)[e] : reinterpret_cast<const std::uint16_t*>(at)[e]) - base;
+  };
   for (std::uint32_t r0 = 0; r0 < call.world; r0 += kAhead) {
     if (bits) {
       for (std::uint32_t r = r0; r < r0 + kAhead && r < call.world; ++r) add_bits(call, Share(call, r, s), r, s, chunk, sum, sums);
       continue;
     }
-    std::uint32_t end[kAhead], at[kAhead];
-    float value[kAhead];
-    const auto fetch = [&](const Share& share, std::uint32_t e, std::uint32_t& i, float& x) {
-      i = (wide ? share.u32(e) : share.offset(e)) - base;
-      x = load_element(share.value, call.wire_dtype, e);
-    };
+    std::uint32_t begin[kAhead], end[kAhead], at[kAhead], value[kAhead];
 #pragma unroll
     for (unsigned q = 0; q < kAhead; ++q) {
-      end[q] = 0;
-      at[q] = kDeviceChunk;
-      value[q] = 0;
+      begin[q] = end[q] = 0;
       if (r0 + q >= call.world) continue;
-      const Share share(call, r0 + q, s);
-      const std::uint32_t* const starts = call.chunk_start + (r0 + q) * call.shape.chunks + segment.range.first_chunk;
-      const bool last = std::uint64_t(chunk + 1) * kDeviceChunk >= segment.range.count;
-      const std::uint32_t stop = last ? share.kept : starts[chunk + 1];
-      end[q] = stop < share.kept ? stop : share.kept;
-      const std::uint32_t e = starts[chunk] + threadIdx.x;
-      if (starts[chunk] < end[q] && e < end[q]) fetch(share, e, at[q], value[q]);
+      const std::uint32_t* const starts = call.starts(r0 + q, s, segment.range.first_chunk);
+      begin[q] = starts[chunk];
+      end[q] = starts[chunk + 1];
+    }
+#pragma unroll
+    for (unsigned q = 0; q < kAhead; ++q) {
+      if (end[q] > segment.capacity) end[q] = segment.capacity;  // an unsound payload's
+      const std::byte* const payload = call.wire + (r0 + q) * call.stride;
+      const std::uint32_t e = begin[q] + threadIdx.x;
+      at[q] = kDeviceChunk;
+      if (begin[q] < end[q] && e < end[q]) {
+        at[q] = index_of(payload, e);
+        value[q] = value_bits(payload + segment.value_at, call.wire_dtype, e);
+      }
     }
 #pragma unroll
     for (unsigned q = 0; q < kAhead; ++q) {
       if (r0 + q >= call.world) break;
-      if (at[q] < kDeviceChunk) sum[at[q]] += value[q];
-      const std::uint32_t begin = call.chunk_start[(r0 + q) * call.shape.chunks + segment.range.first_chunk + chunk];
-      if (begin < end[q] && end[q] - begin > kThreads) {
-        const Share share(call, r0 + q, s);
-        for (std::uint32_t e = begin + kThreads + threadIdx.x; e < end[q]; e += kThreads) {
-          std::uint32_t i;
-          float x;
-          fetch(share, e, i, x);
-          if (i < kDeviceChunk) sum[i] += x;
+      if (at[q] < kDeviceChunk) sum[at[q]] += value_of(value[q], call.wire_dtype);
+      if (begin[q] < end[q] && end[q] - begin[q] > kThreads) {
+        const std::byte* const payload = call.wire + (r0 + q) * call.stride;
+        for (std::uint32_t e = begin[q] + kThreads + threadIdx.x; e < end[q]; e += kThreads) {
+          const std::uint32_t i = index_of(payload, e);
+          if (i < kDeviceChunk) sum[i] += value_of(value_bits(payload + segment.value_at, call.wire_dtype, e), call.wire_dtype);
         }
       }
       __syncthreads();

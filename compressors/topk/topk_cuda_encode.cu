@@ -164,15 +164,17 @@ inline constexpr unsigned kPer = dtype == DType::fp32 ? 4 : 8;
 inline constexpr unsigned kElements = kDeviceChunk / kThreads;  // of one thread
 
 template <DType dtype>
-__device__ inline void load_gradient(const std::byte* base, std::size_t i, float* g) {
-  const uint4 raw = *reinterpret_cast<const uint4*>(base + i * size_of(dtype));
+__device__ inline uint4 gradient_words(const std::byte* base, std::size_t i) {
+  return *reinterpret_cast<const uint4*>(base + i * size_of(dtype));
+}
+template <DType dtype>
+__device__ inline void to_floats(const uint4& raw, float* g) {
   const std::uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
   for (unsigned j = 0; j < kPer<dtype>; ++j) {
     if constexpr (dtype == DType::fp32) {
       g[j] = bits_float(words[j]);
     } else {
-      const auto half = std::uint16_t(words[j / 2] >> (j % 2 * 16));
-      g[j] = dtype == DType::bf16 ? bf16_to_float(half) : fp16_to_float(half);
+      g[j] = half_to_float<dtype>(std::uint16_t(words[j / 2] >> (j % 2 * 16)));
     }
   }
 }
@@ -226,10 +228,17 @@ __device__ inline void store_state(const StateArray& to, std::uint32_t in, const
   }
 }
 
+/// Blocks of the pass that share a multiprocessor: as many as its loads need to keep the memory busy, where that leaves a thread's elements
+/// in its registers but for a few.
+template <Form form, DType dtype, bool exact>
+inline constexpr bool kCrowded = form == Form::smoothed_control || (feedback::has_momentum(form) && exact && dtype != DType::fp32);
+template <Form form, DType dtype, bool exact>
+inline constexpr unsigned kAtOnce = kCrowded<form, dtype, exact> ? 3 : 4;
+
 /// One block per chunk. Reads gradient and state once and writes state once, whole 16-byte words where the gradient is aligned; per entry
 /// its bytes and the state's sectors again from L2. Entries in index order: the same bytes as the CPU's, every run.
 template <Form form, DType dtype, bool exact>
-__global__ void __launch_bounds__(kThreads) stream_kernel(EncodeCall call) {
+__global__ void __launch_bounds__(kThreads, kAtOnce<form, dtype, exact>) stream_kernel(EncodeCall call) {
   constexpr unsigned per = kPer<dtype>, vectors = kElements / per, field = 32 / vectors;
   const bool advances = !exact || (!feedback::has_estimate(form) && !call.narrow);  // else messages may have to be made again of the state
   __shared__ std::uint32_t ticket, totals[32], starts[32], total;
@@ -250,20 +259,36 @@ __global__ void __launch_bounds__(kThreads) stream_kernel(EncodeCall call) {
   const float threshold = call.scratch.threshold[s];
   const float eta = feedback::has_estimate(form) ? feedback::limited_eta(segment.eta, segment.eta_limit) : 0.0f;
 
-  // All loads first, so that they are in flight together. u: the momentum, or the average of forms that have one.
+  // All loads first, so that they are in flight together: without a branch among them, and before a conversion waits for one. u: the
+  // momentum, or the average of forms that have one.
   float g[kElements], x[kElements], u[kElements], h[kElements];
+  if (count == kDeviceChunk && aligned && !segment.residual.narrow() && !segment.estimate.narrow()) {
+    uint4 raw[vectors];
 #pragma unroll
-  for (unsigned v = 0; v < vectors; ++v) {
-    const std::uint32_t i = (v * kThreads + threadIdx.x) * per, in = i < count ? count - i : 0;
-    if (in >= per && aligned) {
-      load_gradient<dtype>(grad, i, g + v * per);
-    } else {
-      for (unsigned j = 0; j < per; ++j) g[v * per + j] = j < in ? load_element<dtype>(grad, i + j) : 0.0f;
+    for (unsigned v = 0; v < vectors; ++v) {
+      const std::uint32_t i = (v * kThreads + threadIdx.x) * per;
+      raw[v] = gradient_words<dtype>(grad, i);
+      if constexpr (feedback::has_residual(form)) load_state<per>(segment.residual.fp32() + start + i, per, x + v * per);
+      if constexpr (feedback::has_momentum(form)) load_state<per>(segment.momentum + start + i, per, u + v * per);
+      if constexpr (feedback::is_smoothed(form)) load_state<per>(segment.average + start + i, per, u + v * per);
+      if constexpr (feedback::has_estimate(form)) load_state<per>(segment.estimate.fp32() + start + i, per, h + v * per);
     }
-    if constexpr (feedback::has_residual(form)) load_state<per>(segment.residual.from(start + i), in, x + v * per);
-    if constexpr (feedback::has_momentum(form)) load_state<per>(segment.momentum + start + i, in, u + v * per);
-    if constexpr (feedback::is_smoothed(form)) load_state<per>(segment.average + start + i, in, u + v * per);
-    if constexpr (feedback::has_estimate(form)) load_state<per>(segment.estimate.from(start + i), in, h + v * per);
+#pragma unroll
+    for (unsigned v = 0; v < vectors; ++v) to_floats<dtype>(raw[v], g + v * per);
+  } else {
+#pragma unroll
+    for (unsigned v = 0; v < vectors; ++v) {
+      const std::uint32_t i = (v * kThreads + threadIdx.x) * per, in = i < count ? count - i : 0;
+      if (in >= per && aligned) {
+        to_floats<dtype>(gradient_words<dtype>(grad, i), g + v * per);
+      } else {
+        for (unsigned j = 0; j < per; ++j) g[v * per + j] = j < in ? load_element<dtype>(grad, i + j) : 0.0f;
+      }
+      if constexpr (feedback::has_residual(form)) load_state<per>(segment.residual.from(start + i), in, x + v * per);
+      if constexpr (feedback::has_momentum(form)) load_state<per>(segment.momentum + start + i, in, u + v * per);
+      if constexpr (feedback::is_smoothed(form)) load_state<per>(segment.average + start + i, in, u + v * per);
+      if constexpr (feedback::has_estimate(form)) load_state<per>(segment.estimate.from(start + i), in, h + v * per);
+    }
   }
 
   std::uint32_t hits = 0, packed = 0;  // one bit per element; how many per vector
@@ -275,18 +300,22 @@ __global__ void __launch_bounds__(kThreads) stream_kernel(EncodeCall call) {
 #pragma unroll
     for (unsigned j = 0; j < per; ++j) {
       const unsigned e = v * per + j;
+      const bool here = ((alive >> j) & 1u) != 0;  // computed for dead ones too and not taken: a select is less than a branch per element
       float none = 0, message;
-      if (((alive >> j) & 1u) == 0) continue;
       float &residual = feedback::has_residual(form) ? x[e] : none,
             &moved = feedback::has_momentum(form) || feedback::is_smoothed(form) ? u[e] : none;
+      float stays = residual, moves = moved;
+      bool wrong = false;
       if constexpr (feedback::has_estimate(form)) {
-        const feedback::Estimated element = feedback::estimated<form>(g[e] * factor, eta, call.keep, call.fresh, h[e], residual, moved);
-        bad |= !element.finite;
-        message = element.x, residual = element.residual, moved = element.average;
+        const feedback::Estimated element = feedback::estimated<form>(g[e] * factor, eta, call.keep, call.fresh, h[e], stays, moves);
+        wrong = !element.finite;
+        message = element.x, stays = element.residual, moves = element.average;
       } else {
-        message = step_element<form>(g[e] * factor, call.rate, residual, moved, bad);
+        message = step_element<form>(g[e] * factor, call.rate, stays, moves, wrong);
       }
-      if (magnitude(message) >= threshold) hits |= 1u << e;
+      bad |= here && wrong;
+      residual = here ? stays : residual, moved = here ? moves : moved;
+      hits |= std::uint32_t(here && magnitude(message) >= threshold) << e;
       g[e] = message;
     }
     packed |= std::uint32_t(__popc((hits >> (v * per)) & ((1u << per) - 1))) << (v * field);

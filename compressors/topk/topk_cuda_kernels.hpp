@@ -109,7 +109,13 @@ struct DecodeCall {
   DType out_dtype = DType::fp32, wire_dtype = DType::fp32;
   std::uint32_t* flags = nullptr;
   DeviceReport* report = nullptr;
-  std::uint32_t *chunk_start = nullptr, *unit_count = nullptr;  ///< scratch: per rank and chunk, and per rank and unit
+  /// Scratch: per rank and chunk its first entry, and behind each segment's chunks how many it has; per rank and unit.
+  std::uint32_t *chunk_start = nullptr, *unit_count = nullptr;
+
+  /// Of segment s, whose first chunk is this one.
+  THINWIRE_HD std::uint32_t* starts(std::uint32_t rank, std::uint32_t s, std::uint32_t first_chunk) const {
+    return chunk_start + rank * (shape.chunks + shape.segments) + first_chunk + s;
+  }
 };
 
 /// Two kernels: one checks the payloads and finds where each chunk's entries begin, one writes the output. @throws Error{device}.

@@ -181,7 +181,10 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) { return *properties = {}, cudaSuccess; }
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 0, cudaSuccess; }
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 0, cudaSuccess; }
+/// Nothing larger than a test says with THINWIRE_EMULATED_LARGEST.
 inline cudaError_t cudaMalloc(void** p, std::size_t bytes) {
+  if (const char* text = std::getenv("THINWIRE_EMULATED_LARGEST"); text != nullptr && bytes > std::strtoull(text, nullptr, 10))
+    return cudaErrorMemoryAllocation;
   *p = thinwire::emulator::allocate(bytes);
   return *p != nullptr || bytes == 0 ? cudaSuccess : cudaErrorMemoryAllocation;
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "collectives/nccl/nccl.hpp"
+#include "compressors/core/device.hpp"
 #include "compressors/core/error.hpp"
 #include "torch_ext/src/device_side.hpp"
 
@@ -55,7 +56,10 @@ struct SideStream::Impl {
   at::cuda::CUDAEvent ready, done;
 };
 
-SideStream::SideStream(int device) : impl_(std::make_unique<Impl>(device)) {}
+SideStream::SideStream(int device) : impl_(std::make_unique<Impl>(device)) {
+  // Torch keeps what it has freed, and thinwire allocates beside it.
+  set_memory_reclaim([] { c10::cuda::CUDACachingAllocator::emptyCache(); });
+}
 SideStream::~SideStream() = default;
 
 void SideStream::run(const at::Tensor& buffer, const std::function<void(Stream)>& body) {
