@@ -22,6 +22,7 @@ struct Run {
   double last = 0, plateau = 0;              ///< distance at the end, and its mean over the last quarter
   double largest_residual = 0;               ///< ‖e‖ at any step: of any rank (reference), of rank 0 (engine)
   std::vector<double> distances, residuals;  ///< every `every` steps
+  Vector x;                                  ///< where it ended (reference)
 };
 
 struct Descent {
@@ -71,9 +72,13 @@ inline Vector scaled_sign(const Vector& x) {
   return out;
 }
 
+/// What leaves nothing out.
+inline Vector identity(const Vector& x) { return x; }
+
 /// `average`: the worker average's share of the new gradient. Estimates start from the first gradients, sent whole, or `from_zero`.
+/// `second`: compresses the second of two messages, where that is not `compress`.
 inline Run run_reference(const Problem& problem, Method method, double eta, double average, const Compress& compress,
-                         const Descent& descent, bool from_zero = false) {
+                         const Descent& descent, bool from_zero = false, const Compress& second = nullptr) {
   const auto n = std::size_t(problem.world()), d = problem.size();
   std::vector<Vector> e(n, Vector(d)), h(n, Vector(d)), v(n, Vector(d));
   Vector x = problem.start(), mean(d), shared(d);
@@ -99,7 +104,8 @@ inline Run run_reference(const Problem& problem, Method method, double eta, doub
         for (std::size_t j = 0; j < d; ++j) h[i][j] += first[j], shared[j] += first[j] / double(n);
       }
       for (std::size_t j = 0; j < d; ++j) s[j] = fed * e[i][j] + g[j] - h[i][j];
-      sent = method == Method::sgd ? s : compress(s);
+      const bool other = method == Method::two_messages && second != nullptr;
+      sent = method == Method::sgd ? s : (other ? second : compress)(s);
       for (std::size_t j = 0; j < d; ++j) {
         if (fed != 0) e[i][j] += g[j] - h[i][j] - sent[j];
         if (method == Method::ef21 || method == Method::econtrol) h[i][j] += sent[j];
@@ -120,6 +126,7 @@ inline Run run_reference(const Problem& problem, Method method, double eta, doub
     }
     ++run.steps;
   }
+  run.x = x;
   return run;
 }
 
