@@ -111,6 +111,7 @@ class HookState:
         ``max_update``, the largest update seen since, in units of the learning rate.
         """
         stats = dict(self._live("stats").stats())
+        self._tell()
         if self._optimizer is not None:
             stats["freeze"] = self._optimizer._freeze_stats()
         return stats
@@ -196,6 +197,7 @@ class HookState:
         there is to go on from."""
         if self._kept is None:
             self._finalizer()
+            self._tell()
             if self._optimizer is not None:
                 self._optimizer._unpair(self)
 
@@ -219,6 +221,11 @@ class HookState:
 
     def __repr__(self) -> str:
         return f"HookState('{self._config}'{', a copy without process group' if self._kept is not None else ''})"
+
+    def _tell(self) -> None:
+        """What the watchdog did in the last step; of earlier ones the bucket after them has told."""
+        if notice := self._engine.take_notice():
+            warn(notice)
 
     def _live(self, what: str) -> Any:
         if self._kept is not None:
