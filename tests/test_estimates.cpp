@@ -170,7 +170,7 @@ TEST(Estimates, TheReferencesMethodsMeetWhereTheyShould) {
   const auto end = [](int world, bench::Method method, const bench::Compress& second) {
     const bench::LeastSquares problem(world, 20, 10);
     const bench::Descent descent{.gamma = 1 / (32 * problem.smoothness()), .most = 100};
-    return run_reference(problem, method, 0, 1, bench::top(2), descent, false, second).x;
+    return run_reference(problem, method, 0, 1, bench::top(2), descent, {.second = second}).x;
   };
   for (const int world : {1, 4}) {
     const bench::Vector x = end(world, bench::Method::two_messages, bench::identity), plain = end(world, bench::Method::sgd, nullptr),
