@@ -167,6 +167,8 @@ def test_presets_are_slots() -> None:
         ("codec=topk:density=1 feedback=none", []),
         ("econtrol:eta=0.3", ["eta=0.3", "0.2", "eta=auto is 0.1"]),
         ("econtrol:density=0.01", ["stale", "worker_ema=0.1"]),
+        ("econtrol:density=0.03", ["density 0.03", "stale", "worker_ema=0.1"]),
+        ("econtrol:density=0.05", []),
         ("codec=sign feedback=econtrol:eta=1.5", ["eta=1.5", "codec=sign"]),
         ("codec=sign:scale=l2 feedback=econtrol:eta=0.1", ["no contraction", "scale=l1"]),
         ("codec=sign:scale=l2 feedback=ef21", ["no contraction", "scale=l1"]),
@@ -200,6 +202,12 @@ def test_check_warns_of_what_is_likely_to_go_wrong(config: str, words: list[str]
         ("econtrol:density=0.01", None),
         ("econtrol:density=0.01,worker_ema=0.1", ["different data", "feedback=ef14"]),
         ("codec=topk:density=0.1 feedback=ef21", ["choose feedback=econtrol"]),
+        ("codec=topk:density=0.1 feedback=ef21:worker_ema=0.1", ["convex and federated"]),
+        ("econtrol:density=0.03,worker_ema=0.1", ["convex and federated", "feedback=ef14"]),
+        ("codec=topk:density=0.03 feedback=ef14", ["small noisy minibatches", "econtrol:worker_ema=0.1"]),
+        ("econtrol:density=0.05", ["convex and federated"]),
+        ("codec=topk:density=0.016 feedback=ef14:decay=0.95", ["local steps", "decay=1"]),
+        ("codec=sign feedback=ef14:decay=0.95", ["local steps"]),
         ("codec=sign feedback=ef14", ["onebit_adam"]),
         ("codec=sign feedback=econtrol", ["onebit_adam"]),
     ],
@@ -249,6 +257,30 @@ def test_the_hook_says_once_that_the_watchdog_has_lowered_eta(alone: None) -> No
     state.close()
     assert len(said) == 1 and "rank 0" in str(said[0].message), [str(one.message) for one in said]
     assert "lowered eta of 'weight' to 0.45" in str(said[0].message) and "econtrol:eta=0.9" in str(said[0].message)
+
+
+def test_a_cut_in_the_last_step_is_told_by_stats_and_by_close(alone: None) -> None:
+    def train(steps: int, look: bool) -> tuple[int, int, list[str]]:
+        torch.manual_seed(0)
+        model = DistributedDataParallel(torch.nn.Linear(40, 50, bias=False))
+        state = thinwire.attach(model, f"{TOPK} feedback=econtrol:eta=0.9 {REST}")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for step in range(steps):
+                model.zero_grad()
+                model(torch.randn(8, 40)).sum().backward()
+                if look and state.stats()["parameters"]["weight"].get("eta_cuts", 0) > 0:
+                    break
+            before = len(said)
+            state.close()
+            state.close()
+        return step + 1, before, [str(one.message) for one in said]
+
+    with pytest.warns(UserWarning, match="eta=0.9 is above twice"):
+        steps, before, told = train(200, True)
+        assert steps < 200 and before == 1 and len(told) == 1 and "lowered eta of 'weight'" in told[0], told
+        assert train(steps, False) == (steps, 0, told)  # no bucket comes after the last step
+        assert train(steps - 1, False) == (steps - 1, 0, [])
 
 
 @pytest.mark.parametrize("by_attach", [True, False])
