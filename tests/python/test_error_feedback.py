@@ -131,20 +131,21 @@ def test_the_watchdog_lowers_an_eta_that_is_too_large() -> None:
     assert tame["estimate_norm"] == pytest.approx(tame["grad_norm"], rel=0.3)
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_measured_delta_is_what_the_codec_did(world: int) -> None:
+@pytest.mark.parametrize(("world", "exchange"), [(1, "gather"), (2, "gather"), (2, "two_phase")])
+def test_measured_delta_is_what_the_codec_did(world: int, exchange: str) -> None:
     # 10 of 100 columns carry all: the l2 scale of a row is sqrt(.1)·s, and the error 2·(1 − sqrt(.1)) of the energy; l1 scales lose 1 − .1.
     row = torch.zeros(100)
     row[::10] = 1
     grads = row.repeat(1, world, 80, 1).contiguous()
-    for scale, delta in (("l1", 0.1), ("l2", 1 - 2 * (1 - 0.1**0.5))):
-        run = thinwire.replay(f"codec=sign:scale={scale},block=tensor feedback=ef14 exchange=gather min_numel=10", {"w": grads})
-        assert run.stats["parameters"]["w"]["measured_delta"] == pytest.approx(delta, abs=1e-6)
-    # Of n magnitudes 1, 2, … n the largest tenth has this share of the energy.
-    ramp = torch.arange(1.0, 8001.0).reshape(80, 100).repeat(1, world, 1, 1)
-    run = thinwire.replay(f"codec=topk:density=0.1,select=exact feedback=ef14 {REST}", {"w": ramp})
-    energy = torch.arange(1.0, 8001.0, dtype=torch.float64).square()
-    assert run.stats["parameters"]["w"]["measured_delta"] == pytest.approx(float(energy[-800:].sum() / energy.sum()), abs=1e-6)
+    for feedback in ("ef14", "none"):
+        for scale, delta in (("l1", 0.1), ("l2", 1 - 2 * (1 - 0.1**0.5))):
+            run = thinwire.replay(f"codec=sign:scale={scale},block=tensor feedback={feedback} exchange={exchange} min_numel=10", {"w": grads})
+            assert run.stats["parameters"]["w"]["measured_delta"] == pytest.approx(delta, abs=1e-6), feedback
+        # Of n magnitudes 1, 2, … n the largest tenth has this share of the energy.
+        ramp = torch.arange(1.0, 8001.0).reshape(80, 100).repeat(1, world, 1, 1)
+        run = thinwire.replay(f"codec=topk:density=0.1,select=exact feedback={feedback} {REST}", {"w": ramp})
+        energy = torch.arange(1.0, 8001.0, dtype=torch.float64).square()
+        assert run.stats["parameters"]["w"]["measured_delta"] == pytest.approx(float(energy[-800:].sum() / energy.sum()), abs=1e-6), feedback
 
 
 def test_presets_are_slots() -> None:
