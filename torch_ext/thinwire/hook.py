@@ -106,9 +106,10 @@ class HookState:
         grad_norm`` (this rank's; under ``two_phase`` also ``server_residual_norm``, of what it holds back as an owner; with ``codec=none``
         the gradient's is taken at every 16th step; 0 for sparse and fp64 gradients, which pass by), ``momentum_norm`` and ``masked``
         (elements whose frozen variance is 0) where the target is the momentum; ``frozen``: whether it is compressed by now. Of a
-        codec ``measured_delta``, at every 64th step (under ``feedback=none`` on the CPU alone); of EF21 and EControl also ``estimate_norm``, ``stale`` (‖g − h‖/‖g‖), ``eta`` and
-        ``eta_cuts``, how often the watchdog has lowered it. With OneBitAdam ``freeze``: ``step`` and ``reason``, once it has frozen, and
-        ``max_update``, the largest update seen since, in units of the learning rate.
+        codec ``measured_delta``, at every 64th step (under ``feedback=none`` on the CPU alone); of EF21 and EControl also
+        ``estimate_norm``, ``stale`` (‖g − h‖/‖g‖; with ``worker_ema`` of the average), ``eta`` and ``eta_cuts``, how often the watchdog has
+        lowered it. With OneBitAdam ``freeze``: ``step`` and ``reason``, once it has frozen, and ``max_update``, the largest update seen
+        since, in units of the learning rate.
         """
         stats = dict(self._live("stats").stats())
         self._tell()
