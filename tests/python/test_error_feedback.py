@@ -36,7 +36,7 @@ def equations(grads: torch.Tensor, *, control: bool, eta: float, average: float,
         if step == 0 and dense:
             h, v, mean = g.clone(), g.clone(), g.mean(0)
         else:
-            v = (1 - average) * v + average * g
+            v = g.clone() if step == 0 else (1 - average) * v + average * g  # the first of a run is its average
             sent = torch.zeros_like(h)
             for rank in range(world):
                 news = v[rank] - h[rank]
