@@ -116,7 +116,7 @@ void noise_by_eta(Report& report, std::size_t steps) {
   for (const auto& [eta, want] : {std::pair(0.00025, 0.344), {0.005, 0.272}, {0.018031, 0.185}, {0.05, 0.124}, {0.1, 0.0948}}) {
     const Run reference = run_reference(problem, Method::econtrol, eta, 1, top(2), descent);
     std::printf("%-22s %10.3g %10.3g\n", ("EControl " + number(eta)).c_str(), want, reference.plateau);
-    report.expect(reference.plateau < want * 1.5 && reference.plateau > want / 1.5, "noise by eta, " + number(eta));
+    report.expect(reference.plateau < want * 1.1 && reference.plateau > want / 1.1, "noise by eta, " + number(eta));
     report.rows.push_back({{"section", "noise_by_eta"},
                            {"world", 16},
                            {"method", "EControl"},
@@ -126,12 +126,10 @@ void noise_by_eta(Report& report, std::size_t steps) {
   }
 }
 
-/// Why states follow the bytes that were sent, and an estimate in two bytes its grid: the reference without. Published after 40000 steps,
-/// with which what drifts goes on growing.
+/// Why states follow the bytes that were sent, and an estimate in two bytes its grid: the reference without.
 void broken_rules(Report& report, std::size_t steps) {
-  std::printf(
-      "\nThe rules broken, EControl auto, the same problem, reference, %zu steps (expected: 40000)\n%-32s %10s %12s %10s %12s %10s %12s\n",
-      steps, "wire and state", "expected", "no noise", "expected", "noise", "expected", "drift");
+  std::printf("\nThe rules broken, EControl auto, the same problem, reference, %zu steps\n%-32s %10s %12s %10s %12s %10s %12s\n", steps,
+              "wire and state", "expected", "no noise", "expected", "noise", "expected", "drift");
   const LeastSquares problem(16, 20, 10);
   const Descent still{.gamma = 1 / (32 * problem.smoothness()), .stop = 0, .most = steps},
       noisy{.gamma = still.gamma, .stop = 0, .sigma = 10, .most = steps};
@@ -149,7 +147,7 @@ void broken_rules(Report& report, std::size_t steps) {
     std::printf("%-32s %10s %12.3g %10s %12.4g %10s %12.3g\n", name, number(quiet_wanted).c_str(), quiet.plateau,
                 number(loud_wanted).c_str(), loud.plateau, number(drift_wanted).c_str(), quiet.drift);
     const bool broken = drift_wanted != 0;
-    report.expect(broken ? quiet.plateau > 1e-7 && quiet.plateau < 2 * quiet_wanted && quiet.drift > 1e-4 && loud.plateau > 0.28
+    report.expect(broken ? quiet.plateau > 1e-7 && quiet.plateau < 2 * quiet_wanted && quiet.drift > 1e-4 && loud.plateau > 0.4
                          : quiet.plateau < std::max(1e-9, 2 * quiet_wanted) && quiet.drift < 1e-12 && loud.plateau < 0.28,
                   std::string("rules: ") + name);
     report.rows.push_back({{"section", "broken_rules"},
@@ -236,9 +234,9 @@ int run(int argc, char** argv) {
     noise(report, 4, 8000, 1.5);
     noise(report, 16, 4000, 1.5);
     noise(report, 64, 1000, 1.5);
-    noise_by_eta(report, 8000);
+    noise_by_eta(report, 40000);
     dtypes(report, 3000);
-    broken_rules(report, 6000);
+    broken_rules(report, 40000);
     network(report);
   }
   if (!file.empty()) {
