@@ -106,6 +106,7 @@ class LeastSquares final : public Problem {
     return g;
   }
   Vector gradient_at_minimum(int rank) const override { return gradient(rank, minimum_); }
+  const Vector& minimum() const { return minimum_; }
 
  private:
   double row(int rank, std::size_t j) const { return double(rank + 1) / std::sqrt(double(b_.size())) * scale_[j]; }

@@ -3,6 +3,7 @@
 // number is not as expected.
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -57,6 +58,7 @@ void divergence(Report& report) {
                 {"method", entry.name},
                 {"expected", grows ? Json() : Json(entry.expected)},
                 {"reference", reference.steps},
+                {"once_more", grows ? Json() : Json(rough.steps)},
                 {"engine", engine.steps}};
     report.curve(row, engine, own.every);
     report.rows.push_back(row);
@@ -103,6 +105,59 @@ void noise(Report& report, int world, std::size_t steps, double scale) {
                            {"expected", want},
                            {"reference", reference.plateau},
                            {"engine", engine.plateau}});
+  }
+}
+
+/// The same level by eta, in the reference alone: the smaller, the longer a residual's noise stays.
+void noise_by_eta(Report& report, std::size_t steps) {
+  std::printf("\nThe same by eta, 16 ranks, reference, %zu steps\n%-22s %10s %10s\n", steps, "method", "expected", "reference");
+  const LeastSquares problem(16, 20, 10);
+  const Descent descent{.gamma = 1 / (64 * problem.smoothness()), .stop = 0, .sigma = 10, .most = steps};
+  for (const auto& [eta, want] : {std::pair(0.00025, 0.344), {0.005, 0.272}, {0.018031, 0.185}, {0.05, 0.124}, {0.1, 0.0948}}) {
+    const Run reference = run_reference(problem, Method::econtrol, eta, 1, top(2), descent);
+    std::printf("%-22s %10.3g %10.3g\n", ("EControl " + number(eta)).c_str(), want, reference.plateau);
+    report.expect(reference.plateau < want * 1.1 && reference.plateau > want / 1.1, "noise by eta, " + number(eta));
+    report.rows.push_back({{"section", "noise_by_eta"},
+                           {"world", 16},
+                           {"method", "EControl"},
+                           {"eta", eta},
+                           {"expected", want},
+                           {"reference", reference.plateau}});
+  }
+}
+
+/// Why states follow the bytes that were sent, and an estimate in two bytes its grid: the reference without.
+void broken_rules(Report& report, std::size_t steps) {
+  std::printf("\nThe rules broken, EControl auto, the same problem, reference, %zu steps\n%-32s %10s %12s %10s %12s %10s %12s\n", steps,
+              "wire and state", "expected", "no noise", "expected", "noise", "expected", "drift");
+  const LeastSquares problem(16, 20, 10);
+  const Descent still{.gamma = 1 / (32 * problem.smoothness()), .stop = 0, .most = steps},
+      noisy{.gamma = still.gamma, .stop = 0, .sigma = 10, .most = steps};
+  const struct {
+    const char* name;
+    Variant variant;
+    double quiet, loud, drift;
+  } entries[] = {{"wire=bf16", {.wire = as_bf16}, 0, 0.258, 0},
+                 {"residual in fp16", {.residual = as_fp16}, 9e-8, 0.258, 0},
+                 {"wire=bf16, state unrounded", {.wire = as_bf16, .unrounded_state = true}, 2.5e-5, 0.788, 2.5e-3},
+                 {"estimate in bf16, off the grid", {.estimate = as_bf16}, 2.9e-2, 0.55, 0.06}};
+  for (const auto& [name, variant, quiet_wanted, loud_wanted, drift_wanted] : entries) {
+    const Run quiet = run_reference(problem, Method::econtrol, 0.1, 1, top(2), still, variant),
+              loud = run_reference(problem, Method::econtrol, 0.1, 1, top(2), noisy, variant);
+    std::printf("%-32s %10s %12.3g %10s %12.4g %10s %12.3g\n", name, number(quiet_wanted).c_str(), quiet.plateau,
+                number(loud_wanted).c_str(), loud.plateau, number(drift_wanted).c_str(), quiet.drift);
+    const bool broken = drift_wanted != 0;
+    report.expect(broken ? quiet.plateau > 1e-7 && quiet.plateau < 2 * quiet_wanted && quiet.drift > 1e-4 && loud.plateau > 0.4
+                         : quiet.plateau < std::max(1e-9, 2 * quiet_wanted) && quiet.drift < 1e-12 && loud.plateau < 0.28,
+                  std::string("rules: ") + name);
+    report.rows.push_back({{"section", "broken_rules"},
+                           {"method", name},
+                           {"expected", quiet_wanted},
+                           {"reference", quiet.plateau},
+                           {"noise_expected", loud_wanted},
+                           {"noise", loud.plateau},
+                           {"drift_expected", drift_wanted},
+                           {"drift", quiet.drift}});
   }
 }
 
@@ -179,7 +234,9 @@ int run(int argc, char** argv) {
     noise(report, 4, 8000, 1.5);
     noise(report, 16, 4000, 1.5);
     noise(report, 64, 1000, 1.5);
+    noise_by_eta(report, 40000);
     dtypes(report, 3000);
+    broken_rules(report, 40000);
     network(report);
   }
   if (!file.empty()) {

@@ -57,17 +57,19 @@ def step_table(rows):
 
 def problem_table(rows):
     """`./bench/run error_control`: one table for all problems; what a row is about beside its method stands in front."""
-    yield "| problem | method | reference | engine |"
-    yield "|---|---|---|---|"
+    again = any("once_more" in row for row in rows)  # the reference, stopped where the engine is
+    yield "| problem | method | reference |" + (" once more |" if again else "") + " engine |"
+    yield "|---|---|---|" + ("---|" if again else "") + "---|"
     for row in rows:
-        about = [row["section"]] + [f"{key} {row[key]:g}" for key in ("zeta", "kappa", "world", "density", "rate") if key in row] + ([row["optimizer"]] if "optimizer" in row else [])
-        if "engine" in row:
-            engine = [row["engine"]]
-        elif "loss" in row:
-            engine = [f"loss {number(row['loss'], 4)}, accuracy {percent(row['accuracy'])}"]
+        numbers = [f"{key} {row[key]:g}" for key in ("zeta", "kappa", "world", "eta", "density", "rate") if row.get(key) is not None]
+        about = [row["section"]] + numbers + ([row["optimizer"]] if "optimizer" in row else [])
+        if "loss" in row:
+            engine = f"loss {number(row['loss'], 4)}, accuracy {percent(row['accuracy'])}"
+        elif "zeta_0" in row:
+            engine = " / ".join(row[f"zeta_{zeta}"] for zeta in (0, 10, 100)) + " at zeta 0 / 10 / 100"
         else:
-            engine = [" / ".join(row[f"zeta_{zeta}"] for zeta in (0, 10, 100)) + " at zeta 0 / 10 / 100"]
-        cells = [", ".join(about), row.get("method", "EControl auto"), row.get("reference"), *engine]
+            engine = row.get("engine")
+        cells = [", ".join(about), row.get("method", "EControl auto"), row.get("reference"), *([row.get("once_more")] if again else []), engine]
         yield "| " + " | ".join("–" if cell is None else f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |"
 
 

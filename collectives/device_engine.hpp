@@ -51,7 +51,7 @@ class DeviceEngine final : public BucketEngine {
         workspace_(device),
         momenta_(device),
         memory_(sizeof(DeviceCounters) + 64, device),
-        watch_(parts.codec, parts.recursion, parts.parameters),
+        watch_(parts.codec, parts.recursion, parts.parameters, false),
         kept_(parts.parameters),
         grad_norms_(parts.parameters),
         wires_(std::size_t(parts.communicator.size())) {

@@ -32,7 +32,7 @@ HostEngine::HostEngine(const EngineParts& parts)
       bucket_kept_(factors_.size()),
       grad_norms_(parts.parameters),
       started_(!parts.options.step_verdict),
-      watch_(parts.codec, parts.recursion, parts.parameters),
+      watch_(parts.codec, parts.recursion, parts.parameters, true),
       hashes_(std::size_t(parts.communicator.size())) {}
 
 void HostEngine::passed(std::size_t dense_bytes, bool finite) {
@@ -241,21 +241,41 @@ void HostEngine::stream(const BucketPlan& bucket, Bytes grad, std::uint64_t step
   const StateView state{bucket.states, factors_.data(), bucket.betas.data()};
   if (watch_.watches()) watch_.describe(plan.segments.first(parameters), &watched_);
   const bool looks = watch_.watches() && watch_.looks(watched_, step);
-  if (looks) {
-    probes_.assign(segments, {});
-    probe_messages(bucket.recursion, plan, grad, state, probes_);
-  }
+  if (looks) probes_.assign(segments, {});
+  const bool kept = can_probe(bucket.recursion);
+  if (looks && kept) probe_messages(bucket.recursion, plan, grad, state, probes_);
   codec_->stream(bucket.recursion, plan, grad, state, workspace, wire, flags, {bucket_kept_.data(), clipped ? nullptr : norms_.data()},
                  Stream::host());
   for (std::size_t s = parameters; s < segments && !clipped; ++s) norms_[s % parameters] += norms_[s];
   note_norms(whole, unscale);
   if (looks) {
-    probe_rest(bucket.recursion, plan, grad, state, probes_);
+    if (kept) probe_rest(bucket.recursion, plan, grad, state, probes_);
+    if (!kept) probe_decoded(plan, grad, state.grad_factor, workspace, wire);
     watched_grads_.clear();
     for (const Segment& segment : whole.segments) watched_grads_.push_back(grad_norms_[segment.parameter]);
     watch_.note(watched_, step, probes_, watched_grads_);
   }
   for (std::size_t s = 0; s < segments; ++s) kept_[plan.segments[s].parameter] += bucket_kept_[s];
+}
+
+void HostEngine::probe_decoded(const Plan& plan, ConstBytes grad, const float* factors, Bytes workspace, Bytes wire) {
+  std::size_t count = 0;
+  for (const Segment& segment : plan.segments) count = std::max(count, segment.first + segment.count);
+  Bytes sent = decoded_.take(count * sizeof(float));
+  sent.dtype = DType::fp32;
+  std::memset(sent.data, 0, sent.size);
+  // As if the payload were an estimate's first change: the message is g − 0, and g − h is what was left.
+  Recursion estimate;
+  estimate.kind = Recursion::Kind::estimate;
+  decoded_states_.clear();
+  for (const Segment& segment : plan.segments) decoded_states_.push_back({{sent.as<float>() + segment.first}});
+  const StateView state{decoded_states_, factors};
+  probe_messages(estimate, plan, grad, state, probes_);
+  const std::size_t parts = plan.part_end.size(), capacity = wire.size / parts;
+  for (std::size_t r = 0; r < parts; ++r) wires_[r] = wire.sub(r * capacity, capacity);
+  std::uint32_t flags = 0;
+  codec_->decode(plan, std::span<const ConstBytes>(wires_).first(parts), 1, workspace, sent, &flags, Stream::host());
+  probe_rest(estimate, plan, grad, state, probes_);
 }
 
 std::unique_ptr<BucketEngine> make_host_engine(const EngineParts& parts) { return std::make_unique<HostEngine>(parts); }

@@ -66,6 +66,8 @@ class HostEngine final : public BucketEngine {
                         std::uint32_t* flags);
   void stream(const BucketPlan& bucket, Bytes grad, std::uint64_t step, const ReduceOptions& options, Bytes workspace, Bytes wire,
               std::uint32_t* flags);
+  /// feedback=none: what was left out is in no state. The own payload is decoded once more, into scratch of the bucket in fp32.
+  void probe_decoded(const Plan& plan, ConstBytes grad, const float* factors, Bytes workspace, Bytes wire);
   void settle(const BucketPlan& bucket, std::uint64_t step, const Sent& sent, bool finite);
   void take_back(const BucketPlan& bucket, std::uint64_t step, const Sent& sent);
   /// The verdict of a step that is Recursion::starting.
@@ -84,7 +86,7 @@ class HostEngine final : public BucketEngine {
   std::uint64_t check_every_;
   Arena& arena_;
 
-  StepScratch gathered_, messages_, workspace_, momenta_;
+  StepScratch gathered_, messages_, workspace_, momenta_, decoded_;
   std::vector<ConstBytes> wires_, raw_;
   std::span<const ConstBytes> dense_messages_;  ///< of passengers[0] and the bucket under way, where all of them are here
   std::vector<float> factors_;
@@ -100,6 +102,7 @@ class HostEngine final : public BucketEngine {
   std::uint64_t output_hash_ = 0;
   Watch watch_;
   std::vector<Probe> probes_;
+  std::vector<SegmentState> decoded_states_;
   std::vector<WatchedSegment> watched_;
   std::vector<double> watched_grads_;
   std::vector<std::uint64_t> hashes_;

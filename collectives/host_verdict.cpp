@@ -168,7 +168,7 @@ void HostEngine::finish_step(std::uint64_t step) {
     pending.memory.end_step();
   }
   pending_count_ = 0;
-  for (StepScratch* scratch : {&gathered_, &messages_, &workspace_, &momenta_}) scratch->end_step();
+  for (StepScratch* scratch : {&gathered_, &messages_, &workspace_, &momenta_, &decoded_}) scratch->end_step();
   if (step_finite_) started_ = true;
   if (!step_finite_) ++nonfinite_steps_;
   if (!started_) arena_.clear();

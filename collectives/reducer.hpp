@@ -40,8 +40,8 @@ struct ParameterStats {
   std::optional<double> server_residual_norm;  ///< two_phase: of what this rank holds back as the owner of a part
   std::optional<double> momentum_norm;         ///< target=momentum: of the shared momentum
   std::optional<double> estimate_norm;         ///< estimate: of this rank's h
-  /// Error feedback, at the last step that was looked at, every 64th: 1 − ‖x − C(x)‖²/‖x‖² of the message x, whatever the codec
-  /// promises.
+  /// At the last step that was looked at, every 64th: 1 − ‖x − C(x)‖²/‖x‖² of the message x, whatever the codec promises. Not of a
+  /// frozen momentum without feedback; without feedback on the host alone.
   std::optional<double> measured_delta;
   /// estimate, at the same step: ‖g − h‖/‖g‖, under worker_ema of the average; above 1 for long, h lags behind
   std::optional<double> stale;

@@ -54,7 +54,7 @@ class GradientReducer::Impl {
   void describe_optimizer(std::string words, FreezeSteps steps);
   void reset();
   void close(std::chrono::milliseconds limit) noexcept;
-  Stats stats() const;
+  Stats stats();
   std::string take_notice();
   ReducerState state() const;
   void load_state(std::span<const ReducerState> states, const std::string& refused);

@@ -119,10 +119,11 @@ void GradientReducer::Impl::reset() {
   resync_error_.reset();
 }
 
-Stats GradientReducer::Impl::stats() const {
+Stats GradientReducer::Impl::stats() {
   const std::lock_guard lock(submit_);
   queue_->settle();
   engine_->wait();
+  if (step_ > 0) notice_cuts(step_ - 1);  // on a GPU the engine knows of them only now
   const std::lock_guard counters(counters_);
   Stats out;
   out.step = steps_done_;

@@ -4,8 +4,11 @@
 
 namespace thinwire {
 
-Watch::Watch(const Codec* codec, const Recursion& recursion, std::size_t parameters)
-    : codec_(codec), recursion_(recursion), watched_(codec != nullptr && can_probe(recursion) ? parameters : 0), limits_(watched_.size()) {}
+Watch::Watch(const Codec* codec, const Recursion& recursion, std::size_t parameters, bool without_state)
+    : codec_(codec),
+      recursion_(recursion),
+      watched_(codec != nullptr && (can_probe(recursion) || (without_state && !recursion.averaged)) ? parameters : 0),
+      limits_(watched_.size()) {}
 
 void Watch::describe(std::span<const Segment> segments, std::vector<WatchedSegment>* out) const {
   Recursion proven = recursion_;

@@ -15,7 +15,8 @@ namespace thinwire {
 /// what it does depends on the bucket's steps alone. A device engine's looks are taken by kernels; this is then what its host last knew.
 class Watch {
  public:
-  Watch(const Codec* codec, const Recursion& recursion, std::size_t parameters);
+  /// `without_state`: the engine can also look at messages of which no state keeps what was left out.
+  Watch(const Codec* codec, const Recursion& recursion, std::size_t parameters, bool without_state);
 
   /// The segments of the plan, one per parameter (its first part), as a look needs them.
   void describe(std::span<const Segment> segments, std::vector<WatchedSegment>* out) const;

@@ -265,6 +265,10 @@ std::vector<std::string> hints(const Config& config) {
   const Spec &codec = config.codec(), &feedback = config.feedback();
   if (codec.name == "none" || feedback.name == "none" || config.target().name == "momentum") return {};
   const bool estimates = feedback.name == "ef21" || feedback.name == "econtrol";
+  if (feedback.name == "ef14" && feedback.number("decay") < 1)
+    return {"feedback=ef14:decay=" + feedback.text("decay") +
+            " forgets: it suits pseudo-gradients of local steps, where .95 stands for the outer momentum (SparseLoCo); for gradients of "
+            "single steps choose decay=1"};
   if (!is_sparse(codec))
     return {"under Adam choose onebit_adam: signs of the momentum, with the variance frozen, lose less than signs of gradients"};
   const std::string at = "density " + brief(codec.number("density"));
@@ -274,15 +278,20 @@ std::vector<std::string> hints(const Config& config) {
               " suits small noisy minibatches; where ranks have very different data choose feedback=econtrol:worker_ema=0.1"};
     if (feedback.number("worker_ema") == 1) return {};  // there is a warning
     return {"feedback=" + feedback.name + " with worker_ema at " + at +
-            " suits ranks with different data; with small noisy minibatches of like data choose feedback=ef14"};
+            " suits ranks with different data, convex and federated problems; with small noisy minibatches of like data choose "
+            "feedback=ef14"};
   }
   if (!estimates)
     return {"at " + at + " with large batches, or with different data on the ranks, feedback=econtrol converges where " + feedback.name +
             " stops at a level"};
+  if (feedback.name == "ef21" && feedback.number("worker_ema") < 1)
+    return {"feedback=ef21 with worker_ema at " + at +
+            " suits convex and federated problems; where the loss of training counts choose feedback=econtrol"};
   if (feedback.name == "ef21")
     return {"feedback=ef21 at " + at + " suits gradients with little noise; with minibatches choose feedback=econtrol"};
-  return {"feedback=econtrol at " + at +
-          " suits large batches and ranks with different data; with small noisy minibatches add worker_ema=0.1"};
+  return {
+      "feedback=econtrol at " + at +
+      " suits large batches, ranks with different data, convex and federated problems; with small noisy minibatches add worker_ema=0.1"};
 }
 
 }  // namespace grammar

@@ -48,7 +48,7 @@ TEST(ReducerAllocations, NoneInAStep) {
         "codec=topk:density=0.02,select=exact,wire=bf16 feedback=dgc:clip_norm=1 exchange=gather min_numel=1 check_every=1",
         "codec=topk:density=0.05,wire=fp16,index=bitmap feedback=ef14 min_numel=1 policy=warmup:steps=1,densities=0.9/0.2",
         "codec=topk:density=0.02 feedback=dgc exchange=gather min_numel=1 start_step=1000", "codec=none",
-        "codec=sign feedback=ef14 min_numel=1", "onebit_adam:freeze=3,clip_norm=1 min_numel=1",
+        "codec=sign feedback=ef14 min_numel=1", "codec=sign feedback=none min_numel=1", "onebit_adam:freeze=3,clip_norm=1 min_numel=1",
         "codec=sign feedback=ef14 target=momentum:freeze=2 exchange=gather min_numel=1"})
     for (const bool verdict : {false, true})
       for (const bool inline_queue : {false, true}) {

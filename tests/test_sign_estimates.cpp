@@ -94,6 +94,76 @@ TYPED_TEST(SignEstimates, WithoutEstimatesEControlIsErrorFeedback) {
   }
 }
 
+/// Magnitudes that divide a distribution into equal parts, with signs in turn.
+std::vector<float> quantiles(double (*below)(double magnitude), std::size_t n) {
+  std::vector<float> out(n);
+  for (std::size_t i = 0; i < n; ++i) {
+    double low = 0, high = 1e4;
+    for (int turn = 0; turn < 60; ++turn) (below((low + high) / 2) < (double(i) + 0.5) / double(n) ? low : high) = (low + high) / 2;
+    out[i] = float(i % 2 != 0 ? low : -low);
+  }
+  std::shuffle(out.begin(), out.end(), std::mt19937(1));
+  return out;
+}
+
+// I6: one l1 scale leaves ‖x‖² − ‖x‖₁²/n; of l2 scales, 2·(1 − r) of ‖x‖² with r² = ‖x‖₁²/(n·‖x‖²), which may be more than all. 10^5
+// quantiles lack of E x² at most what lies above the last, at which P(|x| > m) = 10^-5: 2e-4 of it (normal), 8e-4 (Laplace), 4e-2
+// (Student's t of 3 degrees, whose density falls as 3.3/x⁴). A scale is a sum of fp32 partials of 64.
+TYPED_TEST(SignEstimates, ContractionIsThatOfTheDistribution) {
+  constexpr std::size_t n = 100000;
+  static const struct {
+    const char* name;
+    std::vector<float> values;
+    double l1, lack;
+  } kinds[] = {{"normal", quantiles([](double m) { return std::erf(m / std::sqrt(2.0)); }, n), 2 / 3.14159265, 2e-4},
+               {"Laplace", quantiles([](double m) { return -std::expm1(-m); }, n), 0.5, 8e-4},
+               {"t of 3 degrees",
+                quantiles(
+                    [](double m) {
+                      const double angle = std::atan(m / std::sqrt(3.0));
+                      return 2 / 3.14159265 * (angle + std::sin(angle) * std::cos(angle));
+                    },
+                    n),
+                4 / (3.14159265 * 3.14159265), 4e-2},
+               {"one in a hundred a hundred times as large",
+                [] {
+                  std::vector<float> x(n, 1.0f);
+                  for (std::size_t i = 0; i < n; i += 100) x[i] = -100;
+                  return x;
+                }(),
+                1.99 * 1.99 / 100.99, 0},
+               {"one of all",
+                [] {
+                  std::vector<float> x(n, 0.0f);
+                  return x[7] = 3, x;
+                }(),
+                1.0 / n, 0}};
+  for (const auto& [name, values, expected, lack] : kinds) {
+    double sum = 0, all = 0;
+    for (const float x : values) sum += std::fabs(double(x)), all += double(x) * x;
+    const double l1 = sum * sum / (double(n) * all), l2 = 1 - 2 * (1 - std::sqrt(l1));
+    double whole = 0;
+    for (const auto& [scale, block] : {std::pair(Scale::l1, std::size_t(0)), {Scale::l1, 512}, {Scale::l2, 0}}) {
+      SignRig rig(TypeParam::kBackend, with(scale, block), ef14(), {n});
+      std::vector<float> grad(rig.numel, 0.0f);
+      std::copy(values.begin(), values.end(), grad.begin() + 1);
+      rig.stream(grad);
+      double left = 0;
+      for (const float e : rig.residual[0]) left += double(e) * e;
+      const double delta = 1 - left / all;
+      if (scale == Scale::l2) {
+        EXPECT_NEAR(delta, l2, 64 * 0x1p-24) << name;
+      } else if (block == 0) {
+        whole = delta;
+        EXPECT_NEAR(delta, l1, 64 * 0x1p-24) << name;
+        EXPECT_NEAR(delta, expected, lack * expected + 64 * 0x1p-24) << name;
+      } else {
+        EXPECT_GE(delta, whole - 64 * 0x1p-24) << name << ": a scale per block only raises it";
+      }
+    }
+  }
+}
+
 TYPED_TEST(SignEstimates, StatesAreCutAtTheLargestFloat) {
   for (const float sign : {1.0f, -1.0f}) {
     SignRig rig(TypeParam::kBackend, with(Scale::l1, 64), econtrol(), {192});

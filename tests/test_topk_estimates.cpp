@@ -164,6 +164,69 @@ TYPED_TEST(TopKEstimates, TheNominalContractionIsKeptAndReached) {
   }
 }
 
+// I6 of a threshold: what was sent are the largest of the tensor, so many as came out. Where hardly one of k is in the sample and all are
+// alike, the last step's threshold may be above all of them; the next step's is not.
+TYPED_TEST(TopKEstimates, WhatASampleChoseContractsByWhatItKept) {
+  const std::vector<std::size_t> counts = {1, 333, 9001, 70000};
+  for (const double density : {0.001, 0.01, 0.1, 1.0}) {
+    for (const int shape : {0, 1, 2, 3, 4, 5}) {
+      TopKRig rig(TypeParam::kBackend, with(false, DType::fp32), ef14(), counts, density);
+      std::mt19937 random(7);
+      std::normal_distribution<double> normal;
+      std::vector<float> grad(rig.numel);
+      for (std::size_t i = 0; i < grad.size(); ++i) {
+        const double z = normal(random);
+        grad[i] = shape == 0   ? float(z)                                  // normal
+                  : shape == 1 ? float(z * z * z)                          // a few large entries
+                  : shape == 2 ? (i % 2 != 0 ? 1.0f : -1.0f)               // all alike
+                  : shape == 3 ? (i % 3001 == 1 ? 7.0f : 0.0f)             // hardly any
+                  : shape == 4 ? float(std::ldexp(double(i % 100), -149))  // denormal
+                               : 0.0f;
+      }
+      std::vector<bool> sent(counts.size(), false);
+      for (rig.step = 0; rig.step < 4; ++rig.step) {
+        for (auto& values : rig.residual) std::fill(values.begin(), values.end(), 0.0f);
+        rig.stream(grad);
+        const auto entries = rig.entries();
+        for (std::size_t s = 0; s < counts.size(); ++s) {
+          double left = 0, all = 0;
+          for (std::size_t i = 0; i < counts[s]; ++i) {
+            left += double(rig.residual[s][i]) * rig.residual[s][i];
+            all += double(grad[rig.segments[s].first + i]) * grad[rig.segments[s].first + i];
+          }
+          const double delta = double(entries[s].size()) / double(counts[s]);
+          EXPECT_EQ(rig.kept[s], entries[s].size());
+          EXPECT_LE(left, (1 - delta) * all * (1 + 1e-12))
+              << "step " << rig.step << " shape " << shape << " density " << density << " of " << counts[s];
+          EXPECT_TRUE(left < all || all == 0 || sent[s]) << "nothing for the second time: shape " << shape << " of " << counts[s];
+          sent[s] = left < all;
+        }
+      }
+    }
+  }
+}
+
+// I5: where all is sent e only drains, e ← (1 − eta)·e. t = g − h, eta·e, x = eta·e + t, e + t and e + t − x round once each.
+TYPED_TEST(TopKEstimates, WhereAllIsSentTheResidualDrains) {
+  const std::vector<std::size_t> counts = {1, 33, 500, 9001, 64};  // at every eta_at
+  for (const bool exact : {false, true}) {
+    TopKRig rig(TypeParam::kBackend, with(exact, DType::fp32), econtrol(), counts, 1.0);
+    rig.age(3, false);
+    for (rig.step = 0; rig.step < 3; ++rig.step) {
+      const auto residual = rig.residual, estimate = rig.estimate;
+      const auto grad = gradients(rig.numel, unsigned(rig.step), false);
+      rig.stream(grad);
+      for (std::size_t s = 0; s < counts.size(); ++s) {
+        for (std::size_t i = 0; i < counts[s]; ++i) {
+          const double e = residual[s][i], t = double(grad[rig.segments[s].first + i]) - double(estimate[s][i]);
+          const double bound = 5 * 0x1p-24 * (std::fabs(e) + 2 * std::fabs(t)) + 0x1p-148;
+          ASSERT_NEAR(rig.residual[s][i], (1 - double(eta_at(s))) * e, bound) << "eta " << eta_at(s) << " element " << i;
+        }
+      }
+    }
+  }
+}
+
 TYPED_TEST(TopKEstimates, StatesAreCutAtTheLargestFloat) {
   for (const float sign : {1.0f, -1.0f}) {
     for (const bool exact : {false, true}) {

@@ -36,7 +36,7 @@ def equations(grads: torch.Tensor, *, control: bool, eta: float, average: float,
         if step == 0 and dense:
             h, v, mean = g.clone(), g.clone(), g.mean(0)
         else:
-            v = g.clone() if step == 0 else (1 - average) * v + average * g
+            v = g.clone() if step == 0 else (1 - average) * v + average * g  # the first of a run is its average
             sent = torch.zeros_like(h)
             for rank in range(world):
                 news = v[rank] - h[rank]
@@ -131,20 +131,21 @@ def test_the_watchdog_lowers_an_eta_that_is_too_large() -> None:
     assert tame["estimate_norm"] == pytest.approx(tame["grad_norm"], rel=0.3)
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_measured_delta_is_what_the_codec_did(world: int) -> None:
+@pytest.mark.parametrize(("world", "exchange"), [(1, "gather"), (2, "gather"), (2, "two_phase")])
+def test_measured_delta_is_what_the_codec_did(world: int, exchange: str) -> None:
     # 10 of 100 columns carry all: the l2 scale of a row is sqrt(.1)·s, and the error 2·(1 − sqrt(.1)) of the energy; l1 scales lose 1 − .1.
     row = torch.zeros(100)
     row[::10] = 1
     grads = row.repeat(1, world, 80, 1).contiguous()
-    for scale, delta in (("l1", 0.1), ("l2", 1 - 2 * (1 - 0.1**0.5))):
-        run = thinwire.replay(f"codec=sign:scale={scale},block=tensor feedback=ef14 exchange=gather min_numel=10", {"w": grads})
-        assert run.stats["parameters"]["w"]["measured_delta"] == pytest.approx(delta, abs=1e-6)
-    # Of n magnitudes 1, 2, … n the largest tenth has this share of the energy.
-    ramp = torch.arange(1.0, 8001.0).reshape(80, 100).repeat(1, world, 1, 1)
-    run = thinwire.replay(f"codec=topk:density=0.1,select=exact feedback=ef14 {REST}", {"w": ramp})
-    energy = torch.arange(1.0, 8001.0, dtype=torch.float64).square()
-    assert run.stats["parameters"]["w"]["measured_delta"] == pytest.approx(float(energy[-800:].sum() / energy.sum()), abs=1e-6)
+    for feedback in ("ef14", "none"):
+        for scale, delta in (("l1", 0.1), ("l2", 1 - 2 * (1 - 0.1**0.5))):
+            run = thinwire.replay(f"codec=sign:scale={scale},block=tensor feedback={feedback} exchange={exchange} min_numel=10", {"w": grads})
+            assert run.stats["parameters"]["w"]["measured_delta"] == pytest.approx(delta, abs=1e-6), feedback
+        # Of n magnitudes 1, 2, … n the largest tenth has this share of the energy.
+        ramp = torch.arange(1.0, 8001.0).reshape(80, 100).repeat(1, world, 1, 1)
+        run = thinwire.replay(f"codec=topk:density=0.1,select=exact feedback={feedback} {REST}", {"w": ramp})
+        energy = torch.arange(1.0, 8001.0, dtype=torch.float64).square()
+        assert run.stats["parameters"]["w"]["measured_delta"] == pytest.approx(float(energy[-800:].sum() / energy.sum()), abs=1e-6), feedback
 
 
 def test_presets_are_slots() -> None:
@@ -167,6 +168,8 @@ def test_presets_are_slots() -> None:
         ("codec=topk:density=1 feedback=none", []),
         ("econtrol:eta=0.3", ["eta=0.3", "0.2", "eta=auto is 0.1"]),
         ("econtrol:density=0.01", ["stale", "worker_ema=0.1"]),
+        ("econtrol:density=0.03", ["density 0.03", "stale", "worker_ema=0.1"]),
+        ("econtrol:density=0.05", []),
         ("codec=sign feedback=econtrol:eta=1.5", ["eta=1.5", "codec=sign"]),
         ("codec=sign:scale=l2 feedback=econtrol:eta=0.1", ["no contraction", "scale=l1"]),
         ("codec=sign:scale=l2 feedback=ef21", ["no contraction", "scale=l1"]),
@@ -200,6 +203,12 @@ def test_check_warns_of_what_is_likely_to_go_wrong(config: str, words: list[str]
         ("econtrol:density=0.01", None),
         ("econtrol:density=0.01,worker_ema=0.1", ["different data", "feedback=ef14"]),
         ("codec=topk:density=0.1 feedback=ef21", ["choose feedback=econtrol"]),
+        ("codec=topk:density=0.1 feedback=ef21:worker_ema=0.1", ["convex and federated"]),
+        ("econtrol:density=0.03,worker_ema=0.1", ["convex and federated", "feedback=ef14"]),
+        ("codec=topk:density=0.03 feedback=ef14", ["small noisy minibatches", "econtrol:worker_ema=0.1"]),
+        ("econtrol:density=0.05", ["convex and federated"]),
+        ("codec=topk:density=0.016 feedback=ef14:decay=0.95", ["local steps", "decay=1"]),
+        ("codec=sign feedback=ef14:decay=0.95", ["local steps"]),
         ("codec=sign feedback=ef14", ["onebit_adam"]),
         ("codec=sign feedback=econtrol", ["onebit_adam"]),
     ],
@@ -249,6 +258,30 @@ def test_the_hook_says_once_that_the_watchdog_has_lowered_eta(alone: None) -> No
     state.close()
     assert len(said) == 1 and "rank 0" in str(said[0].message), [str(one.message) for one in said]
     assert "lowered eta of 'weight' to 0.45" in str(said[0].message) and "econtrol:eta=0.9" in str(said[0].message)
+
+
+def test_a_cut_in_the_last_step_is_told_by_stats_and_by_close(alone: None) -> None:
+    def train(steps: int, look: bool) -> tuple[int, int, list[str]]:
+        torch.manual_seed(0)
+        model = DistributedDataParallel(torch.nn.Linear(40, 50, bias=False))
+        state = thinwire.attach(model, f"{TOPK} feedback=econtrol:eta=0.9 {REST}")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for step in range(steps):
+                model.zero_grad()
+                model(torch.randn(8, 40)).sum().backward()
+                if look and state.stats()["parameters"]["weight"].get("eta_cuts", 0) > 0:
+                    break
+            before = len(said)
+            state.close()
+            state.close()
+        return step + 1, before, [str(one.message) for one in said]
+
+    with pytest.warns(UserWarning, match="eta=0.9 is above twice"):
+        steps, before, told = train(200, True)
+        assert steps < 200 and before == 1 and len(told) == 1 and "lowered eta of 'weight'" in told[0], told
+        assert train(steps, False) == (steps, 0, told)  # no bucket comes after the last step
+        assert train(steps - 1, False) == (steps - 1, 0, [])
 
 
 @pytest.mark.parametrize("by_attach", [True, False])

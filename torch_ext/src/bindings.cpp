@@ -444,6 +444,7 @@ void bind_engine(py::module_& m) {
       .def("known", [](const Engine& e) { return e.reducer() != nullptr; })
       .def("step", [](const Engine& e) { return reading(e, "step", [](GradientReducer& r) { return r.step(); }); })
       .def("stats", [](const Engine& e) { return dict_of(reading(e, "stats", [](GradientReducer& r) { return r.stats(); })); })
+      .def("take_notice", &Engine::take_notice)
       .def("state", [](const Engine& e) { return dict_of(reading(e, "state_dict", [](GradientReducer& r) { return r.state(); })); })
       .def(
           "load_state",

@@ -143,6 +143,11 @@ GradientReducer* Engine::reducer() const {
   return reducer_.get();
 }
 
+std::string Engine::take_notice() const {
+  GradientReducer* const reducer = getpid() == pid_ ? this->reducer() : nullptr;
+  return reducer != nullptr ? reducer->take_notice() : "";
+}
+
 GradientReducer* Engine::open_reducer() const {
   GradientReducer* reducer = this->reducer();
   const std::lock_guard lock(mutex_);

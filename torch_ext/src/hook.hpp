@@ -65,6 +65,8 @@ class Engine {
   bool named() const noexcept { return named_; }
   /// Null until the parameters are known. Readable after close() too. @throws invalid_argument in a forked child.
   GradientReducer* reducer() const;
+  /// GradientReducer::take_notice; empty in a forked child.
+  std::string take_notice() const;
   /// The same for what goes on. @throws invalid_argument after close() too.
   GradientReducer* open_reducer() const;
   const Config& config() const noexcept { return config_; }

@@ -105,12 +105,14 @@ class HookState:
         -> ``numel, compressed, reason`` (why not), ``density`` (configured now), ``kept`` (entries sent at the last step), ``residual_norm,
         grad_norm`` (this rank's; under ``two_phase`` also ``server_residual_norm``, of what it holds back as an owner; with ``codec=none``
         the gradient's is taken at every 16th step; 0 for sparse and fp64 gradients, which pass by), ``momentum_norm`` and ``masked``
-        (elements whose frozen variance is 0) where the target is the momentum; ``frozen``: whether it is compressed by now. With error
-        feedback ``measured_delta``, at every 64th step; of EF21 and EControl also ``estimate_norm``, ``stale`` (‖g − h‖/‖g‖), ``eta`` and
-        ``eta_cuts``, how often the watchdog has lowered it. With OneBitAdam ``freeze``: ``step`` and ``reason``, once it has frozen, and
-        ``max_update``, the largest update seen since, in units of the learning rate.
+        (elements whose frozen variance is 0) where the target is the momentum; ``frozen``: whether it is compressed by now. Of a
+        codec ``measured_delta``, at every 64th step (under ``feedback=none`` on the CPU alone); of EF21 and EControl also
+        ``estimate_norm``, ``stale`` (‖g − h‖/‖g‖; with ``worker_ema`` of the average), ``eta`` and ``eta_cuts``, how often the watchdog has
+        lowered it. With OneBitAdam ``freeze``: ``step`` and ``reason``, once it has frozen, and ``max_update``, the largest update seen
+        since, in units of the learning rate.
         """
         stats = dict(self._live("stats").stats())
+        self._tell()
         if self._optimizer is not None:
             stats["freeze"] = self._optimizer._freeze_stats()
         return stats
@@ -196,6 +198,7 @@ class HookState:
         there is to go on from."""
         if self._kept is None:
             self._finalizer()
+            self._tell()
             if self._optimizer is not None:
                 self._optimizer._unpair(self)
 
@@ -219,6 +222,11 @@ class HookState:
 
     def __repr__(self) -> str:
         return f"HookState('{self._config}'{', a copy without process group' if self._kept is not None else ''})"
+
+    def _tell(self) -> None:
+        """What the watchdog did in the last step; of earlier ones the bucket after them has told."""
+        if notice := self._engine.take_notice():
+            warn(notice)
 
     def _live(self, what: str) -> Any:
         if self._kept is not None:
