@@ -73,6 +73,8 @@ class GradientReducer::Impl {
   /// What a rank is: all ranks compare theirs before anything of different sizes could travel. `problem`: why this rank refuses, or empty.
   void compare_cards(Communicator& communicator, const Standing& standing, const std::string& problem) const;
   std::uint64_t own_fingerprint() const;
+  /// Of cards whose optimizers differ: @throws invalid_argument with what differs in the words of two of them. `longest`: bytes of words.
+  void compare_optimizers(Communicator& communicator, std::size_t longest) const;
   /// @throws invalid_argument naming the parameter of which the optimizers handed over different things.
   void compare_handovers(Communicator& communicator) const;
 
@@ -103,6 +105,8 @@ class GradientReducer::Impl {
   /// After a step, on the queue's thread: whether a watchdog has lowered an eta by now, to be told once.
   void notice_cuts(std::uint64_t step);
   std::exception_ptr explain(const Job& job, std::exception_ptr error);
+  /// @throws invalid_argument where a frozen state was loaded and freeze() was not called since.
+  void expect_handover() const;
   /// @throws the sticky error, or invalid_argument in the middle of a step.
   void between_steps(const char* call) const;
   /// Waits until all that was submitted is done. @throws what went wrong in it.
@@ -149,8 +153,8 @@ class GradientReducer::Impl {
   std::size_t seen_count_ = 0;
   bool step_begun_ = false;
   bool dense_step_ = false;
-  bool starting_step_ = false;     ///< of Recursion::starting
-  bool first_compressed_ = false;  ///< of Recursion::first
+  bool starting_step_ = false;         ///< of Recursion::starting
+  bool first_compressed_ = false;      ///< of Recursion::first
   std::uint64_t compressed_from_ = 0;  ///< estimates that start without a dense step: the step of their first payload
   std::uint64_t start_until_ = 0;  ///< steps before this one are such steps, after a bad verdict, a reset, or for tensors that come back
   bool blank_ = true;              ///< no state was loaded: before the start estimates are 0
@@ -161,6 +165,7 @@ class GradientReducer::Impl {
   std::uint64_t freeze_at_ = UINT64_MAX;     ///< target=momentum: the first step that is compressed
   std::optional<FreezeSteps> freeze_steps_;  ///< momentum_elsewhere
   std::string optimizer_;                    ///< in words
+  bool awaits_handover_ = false;             ///< momentum_elsewhere: a frozen state was loaded, which has no masks and beta1s
   std::uint64_t epoch_ = 0;                  ///< changes with any setting
   struct CachedPlan {
     std::uint64_t epoch;

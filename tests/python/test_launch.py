@@ -176,6 +176,7 @@ def test_trainers_agree_on_onebit_adam(digits: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     (row,) = json.loads((tmp_path / "cpp.json").read_text())["rows"]
     assert row["wire_bytes"] < row["dense_bytes"]
+    assert (row["frozen_step"], row["freeze_reason"]) == (8, "freeze=8")
     assert result.stdout.count("variance frozen at step 8: freeze=8") == 1 and "warning" not in result.stderr
     result = python("launch/quickstart.py", *options, "--json", tmp_path / "python.json", "--output", tmp_path)
     assert result.returncode == 0, result.stderr
@@ -183,6 +184,7 @@ def test_trainers_agree_on_onebit_adam(digits: Path, tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "python.json").read_text())
     assert rows["machine"]["optimizer"] == "adam" and rows["machine"]["lr"] == 0.001
     assert [one["fingerprint"] == row["fingerprint"] for one in rows["rows"]] == [False, True]
+    assert [(one["frozen_step"], one["freeze_reason"]) for one in rows["rows"]] == [(None, None), (8, "freeze=8")]
     mixed = python("launch/quickstart.py", "--config", "onebit_adam", "--config", "dgc")
     assert mixed.returncode == 2 and "target=momentum" in mixed.stderr
     late = trainer("--config", "onebit_adam:freeze=1000", "--data", digits, "--epochs", 1, "--batch", 32)
