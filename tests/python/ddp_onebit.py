@@ -72,6 +72,9 @@ def onebit_adam_equations(rank: int, world: int) -> None:
     assert said["parameters"]["0.weight"]["momentum_norm"] > 0
     held = state.state_dict()["parameters"]["0.weight"]["server_residual"]
     assert abs(said["parameters"]["0.weight"]["server_residual_norm"] - float(held.norm())) <= 1e-6 * float(held.norm())
+    residual, m = (state.state_dict()["parameters"]["2.weight"][name].double().norm() for name in ("residual", "momentum"))
+    assert abs(said["parameters"]["2.weight"]["residual_over_momentum"] - float(residual / m)) <= 1e-9 * float(residual / m) > 0
+    assert "residual_over_momentum" not in said["parameters"]["0.bias"]
     replicas_equal(ddp)
 
 
