@@ -177,7 +177,9 @@ def test_trainers_agree_on_onebit_adam(digits: Path, tmp_path: Path) -> None:
     (row,) = json.loads((tmp_path / "cpp.json").read_text())["rows"]
     assert row["wire_bytes"] < row["dense_bytes"]
     assert (row["frozen_step"], row["freeze_reason"]) == (8, "freeze=8")
-    assert result.stdout.count("variance frozen at step 8: freeze=8") == 1 and "warning" not in result.stderr
+    assert result.stdout.count("variance frozen at step 8: freeze=8") == 1
+    # Eight steps are few for a variance of .999, which is said once.
+    assert result.stderr.count("warning") == result.stderr.count(" times the learning rate by step 9; Adam's are about 1. The variance was frozen at step 8, ") == 1
     result = python("launch/quickstart.py", *options, "--json", tmp_path / "python.json", "--output", tmp_path)
     assert result.returncode == 0, result.stderr
     assert "variance frozen at step 8: freeze=8" in result.stdout
