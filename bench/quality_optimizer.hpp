@@ -71,8 +71,8 @@ class Adam {
   static void raise_to_floor(std::span<float> variance) {
     double sum = 0;
     for (const float v : variance) sum += std::sqrt(v);
-    const double root = sum / double(variance.size()) * kVarianceFloor;
-    for (float& v : variance) v = v > 0 ? std::max(v, float(root * root)) : v;
+    const float least = least_variance(sum / double(variance.size()));
+    for (float& v : variance) v = v > 0 ? std::max(v, least) : v;
   }
 
   void freeze(GradientReducer& reducer) {

@@ -133,14 +133,14 @@ class Trainer:
             raise RuntimeError(f"the replicas have diverged: parameter hashes by rank {prints}")
         payload = 4 * self.options.steps * sum(p.numel() for p in self.model.parameters())
         sent = {"payload_bytes": payload, "wire_bytes": payload * 2 * (self.world - 1) // self.world, "dense_bytes": payload * 2 * (self.world - 1) // self.world}
-        frozen = None
+        frozen: dict = {}
         if self.state is not None:
             stats = self.state.stats()
             sent = {name: int(stats[name]) for name in sent}
-            frozen = stats["freeze"].get("step") if stats["frozen"] else None
+            frozen = stats["freeze"]
         seen = self.options.steps * self.options.batch * self.options.length * self.world
         return {"config": self.options.config or "codec=none", "data": self.text.source, "world": self.world, "epoch": round(seen / len(self.text.train)), "loss": losses.item(),
-                "validation_loss": validation, "accuracy": right, "seconds": seconds, "steps": self.options.steps, **sent, "frozen_step": frozen,
+                "validation_loss": validation, "accuracy": right, "seconds": seconds, "steps": self.options.steps, **sent, "frozen_step": frozen.get("step"), "freeze_reason": frozen.get("reason"),
                 "fingerprint": prints[0], "seed": self.options.seed}  # fmt: skip
 
 

@@ -153,7 +153,8 @@ BucketPlan make_bucket_plan(std::span<const std::uint32_t> ids, DType dtype, boo
     }
     const bool has_state = bool(residual_of(recursion, slot.state)) || recursion.kind == Recursion::Kind::momentum_correction ||
                            (recursion.averaged && slot.shared_momentum != nullptr);
-    Passengers& group = bucket.passengers[whole_dense || has_state ? 0 : 1];
+    // What is clipped in a dense step is clipped beside a payload too; in true units, as a message is.
+    Passengers& group = bucket.passengers[whole_dense || has_state || recursion.clip_norm > 0 ? 0 : 1];
     group.segments.push_back(segment);
     group.states.push_back(slot.state);
     group.betas.push_back(slot.beta1);

@@ -149,6 +149,14 @@ bool GradientReducer::Impl::is_first_compressed(bool dense) {
   return step_ == compressed_from_;
 }
 
+void GradientReducer::Impl::expect_handover() const {
+  if (!awaits_handover_) return;
+  fail(Errc::invalid_argument, "the state that was loaded is frozen since step " + std::to_string(freeze_at_) +
+                                   ", and the optimizer's masks and beta1s are not in it: load the optimizer's state as well and call "
+                                   "freeze() with them (momenta may "
+                                   "be empty), or freeze() alone where nothing is masked and beta1 is the config's");
+}
+
 void GradientReducer::Impl::begin_step_if_needed() {
   if (step_begun_) return;
   if (const std::uint64_t until = start_goes_on_until(); until != start_until_) {
@@ -289,6 +297,7 @@ std::uint64_t GradientReducer::Impl::reduce(std::span<const std::uint32_t> ids, 
   std::unique_lock lock(submit_);
   if (closed_) fail(Errc::invalid_argument, "reduce() after close()");
   queue_->rethrow();
+  expect_handover();
   const bool first = seen_count_ == 0;
   std::size_t count = 0;
   for (const std::uint32_t id : ids) count += id < slots_.size() ? slots_[id].numel : 0;
@@ -326,6 +335,7 @@ std::uint64_t GradientReducer::Impl::pass(std::span<const std::uint32_t> ids, st
   const std::lock_guard lock(submit_);
   if (closed_) fail(Errc::invalid_argument, "pass() after close()");
   queue_->rethrow();
+  expect_handover();
   Job job;
   job.first = seen_count_ == 0;
   mark(ids);

@@ -39,6 +39,9 @@ struct ParameterStats {
                                             ///< the last step divisible by 16), in unscaled units; 0 for tensors that go by pass()
   std::optional<double> server_residual_norm;  ///< two_phase: of what this rank holds back as the owner of a part
   std::optional<double> momentum_norm;         ///< target=momentum: of the shared momentum
+  /// target=momentum: residual_norm / momentum_norm, 0 while there is no momentum. About 1 to 5 is usual; one that goes on growing says
+  /// that the error feedback does not keep up (docs/onebit_adam.md).
+  std::optional<double> residual_over_momentum;
   std::optional<double> estimate_norm;         ///< estimate: of this rank's h
   /// At the last step that was looked at, every 64th: 1 − ‖x − C(x)‖²/‖x‖² of the message x, whatever the codec promises. Not of a
   /// frozen momentum without feedback; without feedback on the host alone.
@@ -90,6 +93,13 @@ struct FreezeSteps {
 /// Where there is more than one rank an optimizer raises sqrt(v) to at least this times its mean over the tensor when it freezes v:
 /// gradients that were merely rare get no updates of thousands of times the learning rate.
 inline constexpr double kVarianceFloor = 0.05;
+/// The least v of a tensor whose sqrt(v) have this mean; where v is 0 it stays 0, and the element is masked.
+inline float least_variance(double mean_root) noexcept {
+  const double root = mean_root * kVarianceFloor;
+  return float(root * root);
+}
+/// An update of so many times the learning rate deserves a word: Adam's are about 1.
+inline constexpr double kUnusualUpdate = 20;
 
 /// target=momentum: what an optimizer hands over of one parameter when its variance is frozen.
 struct Handover {
@@ -230,7 +240,8 @@ class GradientReducer {
   /// Between steps; after close() too. @throws the sticky error: a step that broke off has left no state that could be gone on from.
   ReducerState state() const;
   /// One state of this rank and world, or all ranks' states of another world: momentum, accumulated, residual and threshold become their
-  /// mean.
+  /// mean. With momentum_elsewhere masks and beta1s stay with the optimizer's state: after a state that is frozen reduce() is refused until
+  /// freeze() was called again.
   /// @throws invalid_argument naming missing or unknown names and wrong sizes; nothing changed then, on any rank. Between steps, on
   /// all ranks: they tell each other whether their states fit together.
   /// `refused`: why this rank's caller has no state to give, or empty; the peers refuse with that reason.

@@ -366,6 +366,7 @@ void GradientReducer::Impl::load_state(std::span<const ReducerState> states, con
   if (recursion_.averaged) {
     freeze_at_ = freeze_at;
     if (was_frozen_ != is_frozen()) ++epoch_;
+    awaits_handover_ = options_.momentum_elsewhere && is_frozen();
   }
   std::fill(seen_.begin(), seen_.end(), step_);
   cards_compared_ = false;  // an optimizer may load its state as well

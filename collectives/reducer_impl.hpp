@@ -73,6 +73,8 @@ class GradientReducer::Impl {
   /// What a rank is: all ranks compare theirs before anything of different sizes could travel. `problem`: why this rank refuses, or empty.
   void compare_cards(Communicator& communicator, const Standing& standing, const std::string& problem) const;
   std::uint64_t own_fingerprint() const;
+  /// Of cards whose optimizers differ: @throws invalid_argument with what differs in the words of two of them. `longest`: bytes of words.
+  void compare_optimizers(Communicator& communicator, std::size_t longest) const;
   /// @throws invalid_argument naming the parameter of which the optimizers handed over different things.
   void compare_handovers(Communicator& communicator) const;
 
@@ -105,6 +107,8 @@ class GradientReducer::Impl {
   /// After a step, on the queue's thread: whether a watchdog has lowered an eta by now, to be told once.
   void notice_cuts(std::uint64_t step);
   std::exception_ptr explain(const Job& job, std::exception_ptr error);
+  /// @throws invalid_argument where a frozen state was loaded and freeze() was not called since.
+  void expect_handover() const;
   /// @throws the sticky error, or invalid_argument in the middle of a step.
   void between_steps(const char* call) const;
   /// Waits until all that was submitted is done. @throws what went wrong in it.
@@ -164,6 +168,7 @@ class GradientReducer::Impl {
   std::uint64_t freeze_at_ = UINT64_MAX;     ///< target=momentum: the first step that is compressed
   std::optional<FreezeSteps> freeze_steps_;  ///< momentum_elsewhere
   std::string optimizer_;                    ///< in words
+  bool awaits_handover_ = false;             ///< momentum_elsewhere: a frozen state was loaded, which has no masks and beta1s
   std::uint64_t epoch_ = 0;                  ///< changes with any setting
   struct CachedPlan {
     std::uint64_t epoch;

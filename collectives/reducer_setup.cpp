@@ -203,12 +203,50 @@ void GradientReducer::Impl::compare_handovers(Communicator& communicator) const 
   }
 }
 
+namespace {
+
+/// All of a short text; of a long one what lies around `place`.
+std::string excerpt(const std::string& text, std::size_t place) {
+  constexpr std::size_t kShort = 500, kBefore = 200;
+  if (text.size() <= kShort) return text;
+  const auto inside = [](char c) { return (static_cast<unsigned char>(c) & 0xc0) == 0x80; };  // of a UTF-8 character
+  std::size_t first = std::min(place > kBefore ? place - kBefore : 0, text.size() - kShort);
+  while (first > 0 && inside(text[first])) --first;
+  std::size_t last = first + kShort;
+  while (last < text.size() && inside(text[last])) ++last;
+  return (first > 0 ? "… " : "") + text.substr(first, last - first) + (last < text.size() ? " …" : "");
+}
+
+}  // namespace
+
+void GradientReducer::Impl::compare_optimizers(Communicator& communicator, std::size_t longest) const {
+  const std::size_t world = std::size_t(communicator.size()), rank = std::size_t(communicator.rank());
+  std::string texts(longest * world, '\0');
+  optimizer_.copy(&texts[rank * longest], longest);
+  const Bytes all{reinterpret_cast<std::byte*>(texts.data()), texts.size(), DType::u8, Place::host, 0};
+  communicator.all_gather(all.sub(rank * longest, longest), all);
+  const auto of = [&](std::size_t r) {
+    const std::string padded = texts.substr(r * longest, longest);
+    return padded.substr(0, padded.find('\0'));
+  };
+  const std::string first = of(0);
+  for (std::size_t r = 1; r < world; ++r) {
+    const std::string other = of(r);
+    if (other == first) continue;
+    const std::size_t common = std::min(first.size(), other.size());
+    const auto differ = std::mismatch(first.begin(), first.begin() + std::ptrdiff_t(common), other.begin());
+    const std::size_t place = std::size_t(differ.first - first.begin());
+    fail(Errc::invalid_argument,
+         "rank " + std::to_string(r) + " and rank 0 have different optimizers: " + excerpt(other, place) + " and " + excerpt(first, place));
+  }
+}
+
 /// Ranks that were set up differently would exchange buffers of different sizes: hangs or garbage. So the first thing a reducer ever
 /// exchanges is who it is.
 void GradientReducer::Impl::compare_cards(Communicator& communicator, const Standing& standing, const std::string& problem) const {
   struct Card {
-    std::uint64_t parameters, count, step, step_verdict, config_hash, optimizer_hash, freeze_at, handovers, joined, loaded;
-    char config[472], optimizer[760], problem[1024];
+    std::uint64_t parameters, count, step, step_verdict, config_hash, optimizer_hash, optimizer_bytes, freeze_at, handovers, joined, loaded;
+    char config[472], problem[1024];
   };
   const int rank = communicator.rank(), world = communicator.size();
   std::vector<Card> cards(static_cast<std::size_t>(world));
@@ -228,7 +266,7 @@ void GradientReducer::Impl::compare_cards(Communicator& communicator, const Stan
   own.loaded = standing.loaded;
   if (standing.at_step) {
     own.optimizer_hash = wire::hash_bytes(optimizer_.data(), optimizer_.size(), 0);
-    put(optimizer_, own.optimizer);
+    own.optimizer_bytes = optimizer_.size();
     own.joined = standing.joined;
     for (const ParameterSlot& slot : slots_) {
       own.handovers = wire::hash_bytes(&slot.beta1, sizeof slot.beta1, own.handovers);
@@ -239,10 +277,11 @@ void GradientReducer::Impl::compare_cards(Communicator& communicator, const Stan
   const Bytes all{reinterpret_cast<std::byte*>(cards.data()), cards.size() * sizeof(Card), DType::u8, Place::host, 0};
   communicator.all_gather(all.sub(std::size_t(rank) * sizeof(Card), sizeof(Card)), all);
 
-  bool same_handovers = true;
+  bool same_handovers = true, same_optimizers = true;
+  std::size_t longest = 1;
   for (int r = 0; r < world; ++r) {
     Card& other = cards[std::size_t(r)];
-    other.config[sizeof other.config - 1] = other.optimizer[sizeof other.optimizer - 1] = other.problem[sizeof other.problem - 1] = '\0';
+    other.config[sizeof other.config - 1] = other.problem[sizeof other.problem - 1] = '\0';
     if (other.problem[0] != '\0') fail(Errc::invalid_argument, "rank " + std::to_string(r) + " refused: " + other.problem);
     const Card& first = cards.front();  // everybody compares with rank 0, so everybody refuses with the same words
     const std::string who = "rank " + std::to_string(r) + " and rank 0 ";
@@ -270,10 +309,11 @@ void GradientReducer::Impl::compare_cards(Communicator& communicator, const Stan
       fail(Errc::invalid_argument, who +
                                        "have different mean estimates (H), or only one of them has a flush() ahead: all ranks of a "
                                        "checkpoint hold the same; load states of one checkpoint");
-    if (other.optimizer_hash != first.optimizer_hash)
-      fail(Errc::invalid_argument, who + "have different optimizers: " + other.optimizer + " and " + first.optimizer);
+    same_optimizers &= other.optimizer_hash == first.optimizer_hash;
     same_handovers &= other.handovers == first.handovers;
+    longest = std::max(longest, std::size_t(other.optimizer_bytes));
   }
+  if (!same_optimizers) compare_optimizers(communicator, longest);
   if (!same_handovers) compare_handovers(communicator);
 }
 

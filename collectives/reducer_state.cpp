@@ -60,6 +60,7 @@ void GradientReducer::Impl::freeze(std::span<const Handover> handover) {
     slot.beta1 = handover[p].beta1;
   }
   freeze_at_ = std::min(freeze_at_, step_);
+  awaits_handover_ = false;
   plans_.clear();  // they point to the masks
 }
 
@@ -160,7 +161,10 @@ Stats GradientReducer::Impl::stats() {
     const auto norm = [&](StateArray at) { return norm_of(at, slot.numel); };
     if (slot.server_residual != nullptr) s.server_residual_norm = norm_of(slot.server_residual, slot.owned.count);
     if (const StateArray at = slot.compressible ? residual_of(recursion_, slot.state) : StateArray{}) s.residual_norm = norm(at);
-    if (slot.shared_momentum != nullptr) s.momentum_norm = norm(slot.shared_momentum);
+    if (slot.shared_momentum != nullptr) {
+      s.momentum_norm = norm(slot.shared_momentum);
+      s.residual_over_momentum = *s.momentum_norm > 0 ? s.residual_norm / *s.momentum_norm : 0.0;
+    }
     s.masked = slot.masked();
     if (!slot.compressible) continue;
     if (const StateArray at = estimate_of(recursion_, slot.state)) s.estimate_norm = norm(at);

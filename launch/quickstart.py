@@ -15,7 +15,7 @@ EXAMPLES = """examples
   launch/quickstart                                    dense and DGC at 1 %, two processes, three epochs of Fashion-MNIST
   launch/quickstart --config dgc:density=0.001         another density; repeat --config to compare several
   launch/quickstart --config 'codec=topk:density=0.01,wire=bf16 feedback=ef14'
-  launch/quickstart --config onebit_adam               1-bit Adam beside Adam; it freezes its variance by itself
+  launch/quickstart --config onebit_adam               1-bit Adam beside Adam; its variance is frozen after a quarter of the steps at the latest
   sudo launch/quickstart --link 1gbit --world 4        four hosts in network namespaces, joined by links of that rate
   launch/quickstart --epochs 1 --subset 6000           a minute's look
 exit codes: 0 well, 1 something failed, 2 a wrong command line, configuration or data, 130 interrupted
@@ -120,6 +120,9 @@ def show(runs: list[Run], console) -> None:
         factor = row["dense_bytes"] / row["wire_bytes"] if row["wire_bytes"] else 1
         table.add_row(run.label, f"{row['accuracy']:.2%}", f"{row['loss']:.4f}", f"{row['wire_bytes'] / 1e6:,.1f} MB", f"{factor:.1f} x", f"{row['seconds']:.1f}")
     console.print(table)
+    for run in runs:
+        if run.rows[-1]["freeze_reason"]:
+            console.print(f"{run.label}: dense until the variance was frozen at step {run.rows[-1]['frozen_step']}: {run.rows[-1]['freeze_reason']}", style="dim")
     console.print("accuracy: on the test images · loss: mean over the last epoch · sent: bytes that left a rank, warm-up included · factor: dense bytes by sent bytes", style="dim")
 
 

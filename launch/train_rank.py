@@ -156,14 +156,19 @@ class Trainer:
                     ranks.emit("test", step=self.done, accuracy=accuracy, **self.bytes_so_far())
         dist.all_reduce(loss_sum)
         return {"world": self.world, "epoch": epoch, "loss": loss_sum.item() / self.epoch_steps / self.world, "accuracy": self.accuracy(len(self.test_images)),
-                "seconds": self.seconds, "steps": self.done, **self.bytes_so_far(), "fingerprint": self.common_fingerprint()}
+                "seconds": self.seconds, "steps": self.done, **self.bytes_so_far(), **self.freeze(), "fingerprint": self.common_fingerprint()}
+
+    def freeze(self) -> dict:
+        """When 1-bit Adam froze its variance and why; None where it has not, and with other optimizers."""
+        freeze = {} if self.state is None else self.state.stats().get("freeze", {})
+        return {"frozen_step": freeze.get("step"), "freeze_reason": freeze.get("reason")}
 
     def freeze_said(self) -> str:
-        """When 1-bit Adam froze its variance and why; empty with other optimizers."""
-        freeze = None if self.state is None else self.state.stats().get("freeze")
-        if freeze is None:
+        """The same in words; empty with other optimizers."""
+        if self.state is None or "freeze" not in self.state.stats():
             return ""
-        return f"variance frozen at step {freeze['step']}: {freeze['reason']}" if freeze else "variance not frozen: every step was dense"
+        freeze = self.freeze()
+        return f"variance frozen at step {freeze['frozen_step']}: {freeze['freeze_reason']}" if freeze["freeze_reason"] else "variance not frozen: every step was dense"
 
     def common_fingerprint(self) -> str:
         """The hash of the parameters, which must be the same on all ranks."""

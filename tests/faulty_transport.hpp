@@ -15,6 +15,8 @@ namespace thinwire::test {
 struct Faults {
   /// After the n-th all_gather (from 0) of a split communicator: may change what was received.
   std::function<void(int call, Bytes received, std::size_t share)> gathered = nullptr;
+  /// The same of the n-th all_to_all.
+  std::function<void(int call, Bytes received)> exchanged = nullptr;
   /// Before the n-th collective of a split communicator, on the thread that makes it.
   std::function<void(int call)> before = nullptr;
 };
@@ -51,6 +53,8 @@ class FaultyTransport final : public Communicator {
                      Stream stream) override {
     step();
     inner_->all_to_all_v(send, send_bytes, recv, recv_bytes, stream);
+    if (armed_ && faults_->exchanged) faults_->exchanged(exchanges_, recv);
+    ++exchanges_;
   }
   void do_all_reduce(Bytes data, Stream stream) override {
     step();
@@ -68,7 +72,7 @@ class FaultyTransport final : public Communicator {
   std::unique_ptr<Communicator> inner_;
   std::shared_ptr<Faults> faults_;
   bool armed_;
-  int calls_ = 0, gathers_ = 0;
+  int calls_ = 0, gathers_ = 0, exchanges_ = 0;
 };
 
 }  // namespace thinwire::test

@@ -51,6 +51,9 @@ struct Rank {
 
 std::string config(const std::string& more = "") { return "codec=topk:density=0.1 feedback=dgc exchange=gather min_numel=1" + more; }
 
+/// Two collectives per bucket, of which the first gives every rank other bytes; under 1-bit Adam after one dense step.
+const std::vector<std::string> kTwoPhase = {"codec=sign:block=64 feedback=ef14 min_numel=1", "onebit_adam:freeze=1,block=64 min_numel=1"};
+
 /// The first error that a rank meets in up to `steps` steps, and that it sticks.
 std::string error_of(Rank& rank, Errc code, int steps = 1) {
   try {
@@ -76,7 +79,7 @@ struct Meeting {
 };
 
 TEST(ReducerFailures, ADeadRankIsAnErrorOnEverySurvivor) {
-  for (const std::string& c : {config(), config(" start_step=100"), std::string("codec=none")})
+  for (const std::string& c : {config(), config(" start_step=100"), std::string("codec=none"), kTwoPhase[0], kTwoPhase[1]})
     for (const bool inline_queue : {false, true}) {
       Meeting end;
       run_ranks(3, [&](std::shared_ptr<Communicator> communicator) {
@@ -95,32 +98,38 @@ TEST(ReducerFailures, ADeadRankIsAnErrorOnEverySurvivor) {
     }
 }
 
-TEST(ReducerFailures, AStalledRankIsAnErrorWithinTheDeadline) {
-  for (const bool inline_queue : {false, true}) {
-    Meeting failed, end;
-    run_ranks(3, [&](std::shared_ptr<Communicator> communicator) {
-      Rank rank(std::move(communicator), config(" timeout=0.3"), {.inline_queue = inline_queue});
-      rank.step();
-      if (rank.reducer->rank() == 2) {
-        failed.wait(3);  // it does nothing until the others have given up
-        try {
-          rank.step();
-          ADD_FAILURE() << "a late rank went on alone";
-        } catch (const Error& e) { rank.expect_sticky(e.what()); }
-      } else {
-        try {
-          rank.step();
-          ADD_FAILURE() << "no error";
-        } catch (const Error& e) {
-          EXPECT_TRUE(e.code() == Errc::timeout || e.code() == Errc::peer_lost) << e.what();  // whoever waited less is told by the other
-          EXPECT_NE(std::string(e.what()).find("step 1, bucket a"), std::string::npos) << e.what();
-          rank.expect_sticky(e.what());
-        }
-        failed.wait(3);
+void expect_stalled_rank_found(const std::string& config, bool inline_queue) {
+  Meeting failed, end;
+  run_ranks(3, [&](std::shared_ptr<Communicator> communicator) {
+    Rank rank(std::move(communicator), config + " timeout=0.3", {.inline_queue = inline_queue});
+    rank.step();
+    if (rank.reducer->rank() == 2) {
+      failed.wait(3);  // it does nothing until the others have given up
+      try {
+        rank.step();
+        ADD_FAILURE() << "a late rank went on alone";
+      } catch (const Error& e) { rank.expect_sticky(e.what()); }
+    } else {
+      try {
+        rank.step();
+        ADD_FAILURE() << "no error";
+      } catch (const Error& e) {
+        EXPECT_TRUE(e.code() == Errc::timeout || e.code() == Errc::peer_lost) << e.what();  // whoever waited less is told by the other
+        EXPECT_NE(std::string(e.what()).find("step 1, bucket a"), std::string::npos) << e.what();
+        rank.expect_sticky(e.what());
       }
-      end.wait(3);
-    });
-  }
+      failed.wait(3);
+    }
+    end.wait(3);
+  });
+}
+
+TEST(ReducerFailures, AStalledRankIsAnErrorWithinTheDeadline) {
+  for (const std::string& c : {config(), kTwoPhase[0], kTwoPhase[1]})
+    for (const bool inline_queue : {false, true}) {
+      SCOPED_TRACE(c);
+      expect_stalled_rank_found(c, inline_queue);
+    }
 }
 
 TEST(ReducerFailures, AFlushOnOneRankAloneIsNamed) {
@@ -184,22 +193,55 @@ TEST(ReducerFailures, ACorruptPayloadIsNamedWhereItIsSeenAndReleasesTheOthers) {
   }
 }
 
+// Of the second bucket of step 1, what rank 2 receives: as an owner rank 0's part of it, then rank 1's means. Magic, plan fingerprint,
+// step, a scale.
+TEST(ReducerFailures, ACorruptPayloadOfEitherPhaseIsNamed) {
+  for (const std::string& c : kTwoPhase)
+    for (const bool second : {false, true})
+      for (const std::size_t byte : {0, 24, 33, 67}) {
+        SCOPED_TRACE(c + (second ? " second" : " first") + " phase, byte " + std::to_string(byte));
+        const int dense = c == kTwoPhase[1] ? 1 : 0;  // steps that take an all-reduce
+        Meeting end;
+        run_ranks(3, [&](std::shared_ptr<Communicator> communicator) {
+          const int me = communicator->rank();
+          auto faults = std::make_shared<Faults>();
+          if (me == 2 && second)
+            faults->gathered = [=](int call, Bytes received, std::size_t share) {  // the fingerprints are call 0
+              if (call == 4 - 2 * dense) received.data[share + byte] ^= std::byte{0xff};
+            };
+          if (me == 2 && !second)
+            faults->exchanged = [=](int call, Bytes received) {
+              if (call == 3 - 2 * dense) received.data[byte] ^= std::byte{0xff};
+            };
+          Rank rank(std::make_shared<FaultyTransport>(communicator->split(0, me), faults), c);
+          const std::string what = error_of(rank, me == 2 ? Errc::corrupt_payload : Errc::peer_lost, 4);
+          EXPECT_NE(what.find(std::string("rank 2, step 1, bucket c: payload of rank ") + (second ? "1" : "0")), std::string::npos) << what;
+          end.wait(3);
+        });
+      }
+}
+
 // Random damage anywhere in what arrives: an error or another mean, never a fault; replicas that differ are caught by the fingerprint.
 TEST(ReducerFailures, AnyDamageIsSurvived) {
-  for (int round = 0; round < 60; ++round) {
+  const std::string configs[] = {config(" check_every=2"), kTwoPhase[0] + " check_every=2", kTwoPhase[1] + " check_every=2"};
+  for (int round = 0; round < 120; ++round) {
     Meeting end;
     run_ranks(2, [&](std::shared_ptr<Communicator> communicator) {
       const int me = communicator->rank();
       auto faults = std::make_shared<Faults>();
-      if (me == 1)
-        faults->gathered = [round](int call, Bytes received, std::size_t) {
-          if (call == 0) return;  // the fingerprints
-          for (int i = 0; i < 1 + round % 3; ++i) {
-            const std::uint64_t x = draw(99, std::uint64_t(round), std::uint64_t(call), std::uint64_t(i), 0);
-            received.data[x % received.size] ^= std::byte(1 + (x >> 32) % 255);
-          }
+      const auto damage = [round](int call, Bytes received) {
+        for (int i = 0; i < 1 + round % 3; ++i) {
+          const std::uint64_t x = draw(99, std::uint64_t(round), std::uint64_t(call), std::uint64_t(i), 0);
+          received.data[x % received.size] ^= std::byte(1 + (x >> 32) % 255);
+        }
+      };
+      if (me == 1) {
+        faults->gathered = [=](int call, Bytes received, std::size_t) {
+          if (call != 0) damage(call, received);  // 0: the fingerprints
         };
-      Rank rank(std::make_shared<FaultyTransport>(communicator->split(0, me), faults), config(" check_every=2"));
+        if (round % 2 == 0) faults->exchanged = [=](int call, Bytes received) { damage(call + 1000, received); };
+      }
+      Rank rank(std::make_shared<FaultyTransport>(communicator->split(0, me), faults), configs[round % 3]);
       try {
         for (int i = 0; i < 4; ++i) rank.step();
       } catch (const Error& e) {

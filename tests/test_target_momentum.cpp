@@ -312,6 +312,60 @@ TEST(TargetMomentum, RanksThatFreezeDifferentlyAreRefusedOnAll) {
   });
 }
 
+// Words of any length: what differs is shown, wherever it stands.
+TEST(TargetMomentum, LongWordsAreShownWhereTheyDiffer) {
+  const std::string words = std::string(3000, 'a') + "the setting of rank ", rest(3000, 'b');
+  expect_step_two_refused({"rank 1 and rank 0 have different optimizers: … aaa", "the setting of rank 1bbb", "the setting of rank 0bbb"},
+                          [&](GradientReducer& reducer, int rank) {
+                            const ReducerState state = reducer.state();
+                            reducer.load_state(std::span(&state, 1));
+                            reducer.describe_optimizer(words + std::to_string(rank) + rest, {.from = 100});
+                          });
+  expect_step_two_refused({"have different optimizers: … aaa", "the setting of rank  and"}, [&](GradientReducer& reducer, int rank) {
+    const ReducerState state = reducer.state();
+    reducer.load_state(std::span(&state, 1));
+    reducer.describe_optimizer(words + (rank == 1 ? "" : "more"), {.from = 100});
+  });
+}
+
+// Masks and beta1s are not in a state. A reducer that went on without them would let dead coordinates into the scales.
+TEST(TargetMomentum, AFrozenStateNeedsItsMasksAgain) {
+  std::vector<std::uint8_t> live(250, 0xff);
+  live[7] = 0;
+  for (const bool elsewhere : {false, true}) {
+    run_ranks(2, [&](std::shared_ptr<Communicator> communicator) {
+      ReducerOptions options;
+      options.momentum_elsewhere = elsewhere;
+      const Config config = Config::parse("onebit_adam:freeze=2,block=64 min_numel=1 timeout=60");
+      const Ids all = {0, 1, 2};
+      GradBuffer grad(DType::fp32, 2131), other(DType::fp32, 2131);
+      const auto step = [&](GradientReducer& reducer, GradBuffer& into, int i) {
+        for (std::size_t e = 0; e < 2131; ++e) into.set(e, real_number(5, i, communicator->rank(), 0, e));
+        reducer.reduce(all, into.view()).wait();
+      };
+      GradientReducer reducer(communicator, config, kParameters, options);
+      for (int i = 0; i < 2; ++i) step(reducer, grad, i);
+      if (elsewhere) reducer.freeze(handovers(live, 0.8f));
+      for (int i = 2; i < 4; ++i) step(reducer, grad, i);
+      const ReducerState state = reducer.state();
+      GradientReducer again(communicator, config, kParameters, options);
+      again.load_state(std::span(&state, 1));
+      if (elsewhere) {
+        for (int tries = 0; tries < 2; ++tries)
+          expect_error(Errc::invalid_argument, {"frozen since step 2", "masks and beta1s are not in it", "call freeze()"},
+                       [&] { again.reduce(all, other.view()); });
+        std::vector<Handover> masks = handovers(live, 0.8f);
+        for (Handover& one : masks) one.momentum = {};
+        again.freeze(masks);
+      }
+      step(reducer, grad, 4);
+      step(again, other, 4);
+      for (std::size_t e = 0; e < 2131; ++e) ASSERT_EQ(other.get(e), grad.get(e)) << "element " << e;
+      if (elsewhere) EXPECT_EQ(again.stats().parameters[0].masked, 8u);
+    });
+  }
+}
+
 TEST(TargetMomentum, StatesThatFrozeDifferentlyAreRefusedOnAll) {
   const Outcome out = play(scenario(2, 5));
   run_ranks(2, [&](std::shared_ptr<Communicator> communicator) {

@@ -95,6 +95,36 @@ TEST(TwoPhase, FollowsTheEquations) {
     }
 }
 
+// Local gradients, before they enter the dense mean or a message: of some parameters and ranks, whose gradients are large here. Multiples
+// of 1/4, so that the norms are exact.
+TEST(TwoPhase, ClipsLocalGradients) {
+  const auto grad = [&](int step, int rank, std::uint32_t p) {
+    Vec g = numbers(dyadic_number, 5, kParameters)(step, rank, p);
+    for (float& x : g) x *= float(1 + (step + rank + int(p)) % 3);
+    if (step == 3 && rank == 1 && p == 3) g[700] = NAN;
+    return g;
+  };
+  for (const char* target : {"onebit_adam:freeze=2,block=24,clip_norm=500", "onebit_adam:freeze=1,beta1=0.5,block=1024,clip_norm=700"}) {
+    const bool first = target == std::string("onebit_adam:freeze=2,block=24,clip_norm=500");
+    const TwoPhaseOracle::Options options = {.averaged = true,
+                                             .beta1 = first ? 0.9f : 0.5f,
+                                             .freeze = first ? 2 : 1,
+                                             .block = first ? 24u : 1024u,
+                                             .clip_norm = first ? 500.0 : 700.0};
+    for (const int world : {2, 3, 4, 7}) {
+      const TwoPhaseOracle oracle(world, kNumel, kCompressed, options);
+      int clipped = 0, whole = 0;
+      const TwoPhaseOracle::Step raw{gradients_of(grad, 2, world), {}}, cut = oracle.clipped(raw);
+      for (std::size_t r = 0; r < std::size_t(world); ++r)
+        for (std::size_t p = 0; p < kNumel.size(); ++p)
+          if (kCompressed[p]) ++(raw.grad[r][p] == cut.grad[r][p] ? whole : clipped);
+      EXPECT_TRUE(clipped > 0 && whole > 0) << clipped << " gradients are clipped, " << whole << " are not";
+      follow({target, options}, world, DType::fp32, world % 2 == 0 ? kOneBucket : kThree, grad);
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
 TEST(TwoPhase, NonfiniteGradientsPoisonNothing) {
   const auto grad = [&](int step, int rank, std::uint32_t p) {
     Vec g = numbers(real_number, 8, kParameters)(step, rank, p);
@@ -119,7 +149,7 @@ TEST(TwoPhase, BytesAreOnePerEightElementsAndPhase) {
     const double each = double(part / 8 + 4 * (part / 1024) + 64);
     EXPECT_EQ(out.stats[0].wire_bytes, 3 * 2.0 * (world - 1) * each);
     EXPECT_EQ(out.stats[0].payload_bytes, std::uint64_t(3 * (world + 1) * each));
-    EXPECT_GT(out.stats[0].factor, 2 * 30.0 / 2 * 0.95);
+    EXPECT_GE(out.stats[0].factor, 30);
     EXPECT_EQ(out.stats[0].parameters[0].kept, n);
     EXPECT_TRUE(out.stats[0].parameters[0].compressed);
   }

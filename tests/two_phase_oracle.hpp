@@ -23,6 +23,7 @@ struct TwoPhaseOracle {
     int freeze = 0;         ///< averaged: steps that stay dense first
     std::size_t block = 8;  ///< 0: one scale per part
     bool l2 = false;
+    double clip_norm = 0;  ///< of local gradients; fp32 only
     DType dtype = DType::fp32;
   };
 
@@ -89,8 +90,25 @@ struct TwoPhaseOracle {
     bool flush = false;
   };
 
+  /// The local gradients, at most c·sqrt(N·n_p/n_total) long.
+  Step clipped(Step s) const {
+    if (options.clip_norm == 0) return s;
+    double total = 0;
+    for (const std::size_t n : numel) total += double(n);
+    for (Arrays& grads : s.grad)
+      for (std::size_t p = 0; p < numel.size(); ++p) {
+        double squares = 0;
+        for (const float g : grads[p]) squares += std::isfinite(g) ? double(g) * g : 0;
+        const double limit = options.clip_norm * std::sqrt(world * double(numel[p]) / total), norm = std::sqrt(squares);
+        if (norm > limit)
+          for (float& g : grads[p]) g *= float(limit / norm);
+      }
+    return s;
+  }
+
   /// @returns every parameter's output.
-  Arrays run(int step, const Step& s) {
+  Arrays run(int step, const Step& raw) {
+    const Step s = clipped(raw);
     Arrays out(numel.size());
     const bool frozen = !options.averaged || step >= options.freeze;
     for (const auto& bucket : s.buckets) {

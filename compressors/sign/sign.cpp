@@ -183,6 +183,17 @@ class Sign final : public Codec {
       wire::write_header(payload_header(plan, part_of(plan, r), options_, capacity, flags), wire.sub(r * capacity, capacity));
   }
 
+  /// Part r as a plan of its own.
+  static Plan alone(const Plan& plan, std::size_t r) {
+    Plan part = plan;
+    part.segments = part_of(plan, r);
+    part.part_end = {};
+    if (!plan.mean_estimates.empty())
+      part.mean_estimates = plan.mean_estimates.subspan(std::size_t(part.segments.data() - plan.segments.data()), part.segments.size());
+    return part;
+  }
+  /// decode() of one part, after the payloads were checked. @returns the flags of the output.
+  std::uint32_t add_up(const Plan& plan, std::span<const ConstBytes> wires, float factor, Bytes workspace, Bytes out) const;
   /// Elements [from, from + count) of segment s: the ranks' mean goes to where H lies, and H to `out`. @returns whether all of out is
   /// finite.
   bool add_to_estimate(const Plan& plan, std::size_t s, std::size_t from, Peers peers, std::size_t count, float factor, Bytes out) const;
@@ -268,25 +279,23 @@ bool Sign::add_to_estimate(const Plan& plan, std::size_t s, std::size_t from, Pe
 
 void Sign::decode(const Plan& plan, std::span<const ConstBytes> wires, float factor, Bytes workspace, Bytes out, std::uint32_t* flags,
                   Stream) const {
-  if (parts_of(plan) > 1) {
-    THINWIRE_EXPECTS(wires.size() == parts_of(plan),
-                     "sign: " + std::to_string(wires.size()) + " payloads for a plan of " + std::to_string(parts_of(plan)) + " parts");
-    for (std::size_t r = 0; r < wires.size(); ++r) {
-      Plan part = plan;
-      part.segments = part_of(plan, r);
-      part.part_end = {};
-      if (!plan.mean_estimates.empty())
-        part.mean_estimates = plan.mean_estimates.subspan(std::size_t(part.segments.data() - plan.segments.data()), part.segments.size());
-      decode(part, wires.subspan(r, 1), factor, workspace, out, flags, Stream::host());
-    }
-    return;
-  }
+  const bool apart = parts_of(plan) > 1;
+  THINWIRE_EXPECTS(!apart || wires.size() == parts_of(plan),
+                   "sign: " + std::to_string(wires.size()) + " payloads for a plan of " + std::to_string(parts_of(plan)) + " parts");
   kChecks.output(plan, out);
-  kChecks.workspace(workspace.size, wires.size() * (sizeof(const std::uint8_t*) + sizeof(float)));
+  kChecks.workspace(workspace.size, (apart ? 1 : wires.size()) * (sizeof(const std::uint8_t*) + sizeof(float)));
   std::uint32_t found = 0;
-  for (std::size_t r = 0; r < wires.size(); ++r) found |= check_payload(plan, options_, wires[r], r);
+  // All payloads before the first is decoded: what is refused has written nothing.
+  for (std::size_t r = 0; r < wires.size(); ++r) found |= check_payload(apart ? alone(plan, r) : plan, options_, wires[r], r);
   if (wires.empty()) return;
+  for (std::size_t r = 0; r < wires.size() && apart; ++r) found |= add_up(alone(plan, r), wires.subspan(r, 1), factor, workspace, out);
+  if (!apart) found |= add_up(plan, wires, factor, workspace, out);
+  kernels_.fence();
+  if (flags != nullptr) *flags |= found;
+}
 
+std::uint32_t Sign::add_up(const Plan& plan, std::span<const ConstBytes> wires, float factor, Bytes workspace, Bytes out) const {
+  std::uint32_t found = 0;
   auto** bits = reinterpret_cast<const std::uint8_t**>(workspace.data);
   auto* scales = reinterpret_cast<float*>(workspace.data + wires.size() * sizeof *bits);
   const PartWire layout = part_wire(plan.segments, options_);
@@ -309,8 +318,7 @@ void Sign::decode(const Plan& plan, std::span<const ConstBytes> wires, float fac
     }
     offset += bit_bytes(segment.count);
   }
-  kernels_.fence();
-  if (flags != nullptr) *flags |= found;
+  return found;
 }
 
 void Sign::take_back(const Recursion& recursion, const Plan& plan, ConstBytes own_wire, const StateView& state,
@@ -325,10 +333,8 @@ void Sign::take_back(const Recursion& recursion, const Plan& plan, ConstBytes ow
   std::size_t s = 0;
   for (std::size_t r = 0; r < parts_of(plan); ++r) {
     const std::span<const Segment> part = part_of(plan, r);
-    Plan alone = plan;
-    alone.segments = part;
     const ConstBytes wire = own_wire.sub(r * capacity, capacity);
-    check_payload(alone, options_, wire, 0);
+    check_payload(alone(plan, r), options_, wire, 0);
     const std::byte* scales = wire.data + sizeof(wire::Header);
     const auto* bits = reinterpret_cast<const std::uint8_t*>(wire.data + part_wire(part, options_).bits_offset());
     for (const Segment& segment : part) {

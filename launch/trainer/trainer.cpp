@@ -101,6 +101,8 @@ nlohmann::json Trainer::epoch(std::int64_t epoch) {
           {"payload_bytes", stats.payload_bytes},
           {"wire_bytes", std::uint64_t(stats.wire_bytes)},
           {"dense_bytes", std::uint64_t(stats.dense_bytes)},
+          {"frozen_step", frozen_step_ ? nlohmann::json(*frozen_step_) : nullptr},
+          {"freeze_reason", frozen_step_ ? nlohmann::json("freeze=" + config_.target().text("freeze")) : nullptr},
           {"fingerprint", common_fingerprint()}};
 }
 
@@ -128,9 +130,15 @@ torch::Tensor Trainer::step(const torch::Tensor& batch) {
   loss.backward();
   buckets_.finish();
   if (adam_) {
-    if (adam_->step(lr) && rank_ == 0)
-      std::printf("%svariance frozen at step %llu: freeze=%s\n", isatty(STDERR_FILENO) ? "\r\033[K" : "",
-                  static_cast<unsigned long long>(reducer_.step()), config_.target().text("freeze").c_str());
+    if (adam_->step(lr)) {
+      frozen_step_ = reducer_.step();
+      if (rank_ == 0)
+        std::printf("%svariance frozen at step %llu: freeze=%s\n", isatty(STDERR_FILENO) ? "\r\033[K" : "",
+                    static_cast<unsigned long long>(*frozen_step_), config_.target().text("freeze").c_str());
+    }
+    // Momenta and variances are equal on all ranks: one of them speaks.
+    if (const std::string notice = adam_->take_notice(); !notice.empty() && rank_ == 0)
+      std::fprintf(stderr, "thinwire_train: warning: %s\n", notice.c_str());
   } else {
     sgd_.step(lr);
   }

@@ -65,6 +65,7 @@ class Trainer {
   Buckets buckets_;
   Sgd sgd_;
   std::optional<Adam> adam_;  ///< in its place
+  std::optional<std::uint64_t> frozen_step_;
   std::int64_t epoch_steps_ = 0, steps_ = 0, done_ = 0;
   double seconds_ = 0;
 };

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from ddp_onebit import everywhere
 from ddp_training import everybody, feature, replicas_equal
+from onebit_training import everywhere
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

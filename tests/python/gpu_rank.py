@@ -56,8 +56,8 @@ def run(config: str, dtype: torch.dtype) -> None:
     grads = gradients(dtype)
     expected = thinwire.replay(config, grads)
     model = DistributedDataParallel(Given(dtype).to(DEVICE), device_ids=[0] if DEVICE == "cuda" else None, bucket_cap_mb=0.3)
-    # No optimizer, without which attach() refuses a momentum: nothing is done with what comes back.
-    state = thinwire.HookState(config, named_parameters=model.module.named_parameters())
+    # No optimizer, without which a momentum is refused elsewhere: nothing is done with what comes back.
+    state = thinwire.HookState(config, named_parameters=model.module.named_parameters(), _unpaired=True)
     model.register_comm_hook(state, thinwire.hook)
     for step in range(STEPS):
         model.zero_grad()

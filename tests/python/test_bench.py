@@ -213,7 +213,7 @@ print(json.dumps([quality.train_text(0, config, {small}) for config in ("", "one
     assert result.returncode == 0, result.stdout + result.stderr
     dense, ours = json.loads(result.stdout.splitlines()[-1])
     assert (dense["config"], dense["frozen_step"], dense["steps"], dense["world"]) == ("codec=none", None, 12, 2)
-    assert ours["frozen_step"] == 6 and ours["wire_bytes"] < 0.8 * dense["wire_bytes"] == 0.8 * ours["dense_bytes"]
+    assert ours["frozen_step"] == 6 and ours["freeze_reason"] == "freeze=6" and ours["wire_bytes"] < 0.8 * dense["wire_bytes"] == 0.8 * ours["dense_bytes"]
     assert ours["fingerprint"] != dense["fingerprint"]
     for row in (dense, ours):
         assert 0 < row["accuracy"] < 1 and 1 < row["validation_loss"] < 6, row

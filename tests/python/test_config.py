@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import thinwire
-from thinwire import Config, ConfigError, dgc, error_feedback
+from thinwire import Config, ConfigError, dgc, error_feedback, onebit_adam
 
 densities = st.floats(min_value=1e-6, max_value=1.0, exclude_min=False, allow_nan=False)
 wires = st.sampled_from(["fp32", "bf16", "fp16"])
@@ -100,7 +100,24 @@ def test_dgc_preset_is_the_grammar_preset(density, momentum, nesterov, mask, cli
     assert made == Config.parse(text)
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.floats(0, 0.999),
+    st.just("auto") | st.integers(1, 10**6),
+    st.none() | st.floats(0, 1e6),
+    st.sampled_from(["l1", "l2"]),
+    st.just("tensor") | st.integers(1, 1024).map(lambda n: 8 * n),
+)
+def test_onebit_adam_preset_is_the_grammar_preset(beta1, freeze, clip_norm, scale, block) -> None:  # noqa: ANN001
+    made = onebit_adam(beta1=beta1, freeze=freeze, clip_norm=clip_norm, scale=scale, block=block)
+    text = f"onebit_adam:beta1={beta1!r},freeze={freeze},clip_norm={0 if clip_norm is None else clip_norm!r},scale={scale},block={block}"
+    assert made == Config.parse(text)
+
+
 def test_defaults() -> None:
+    assert onebit_adam() == Config.parse("onebit_adam") and onebit_adam(min_numel=7) == Config.parse("onebit_adam min_numel=7")
+    with pytest.raises(ConfigError, match="freeze"):
+        onebit_adam(freeze=-1)
     assert Config() == Config.parse("codec=none") == Config.parse(str(Config()))
     assert dgc() == Config.parse("dgc") and dgc().codec.startswith("topk:density=0.001,")
     assert error_feedback("ef14", codec="topk:density=0.01") == Config.parse("codec=topk:density=0.01 feedback=ef14")

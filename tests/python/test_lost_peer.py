@@ -18,10 +18,10 @@ SECONDS = float(os.environ.get("THINWIRE_TEST_SECONDS", 120))  # of a whole run
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available() or not thinwire.build_info()["devices"], reason="there is no GPU, or this build has no CUDA")
 
 
-def survivors(device: str, how: str, width: int, folder: Path) -> list[dict]:
+def survivors(device: str, how: str, width: int, folder: Path, method: str = "dgc") -> list[dict]:
     """What each survivor said; all of them have ended by themselves."""
     world = WORLD[device]
-    launch = Launch(Path(__file__).parent / "lost_peer.py", world, folder, how, str(width), device)
+    launch = Launch(Path(__file__).parent / "lost_peer.py", world, folder, how, str(width), device, method)
     try:
         codes = launch.wait_for(range(world - 1), SECONDS)
     finally:
@@ -61,6 +61,17 @@ def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
     for rank, said in enumerate(survivors("cpu", "absent", 64, tmp_path)):
         assert said["code"] == "timeout" and f"on rank {rank}" in said["text"] and "did not come: rank 2" in said["text"], said
         assert said["seconds"] < TIMEOUT["cpu"] + 20, said
+
+
+@pytest.mark.parametrize("method", ["sign", "onebit"])
+@pytest.mark.parametrize("how", ["killed", "stalled"])
+def test_survivors_of_two_phases_get_an_error(how: str, method: str, tmp_path: Path) -> None:
+    """An owner that is gone owes everybody its part; under 1-bit Adam after the freeze."""
+    for rank, said in enumerate(survivors("cpu", how, 64, tmp_path, method)):
+        assert said["code"] in ("timeout", "peer_lost", "transport"), said
+        assert said["seconds"] < TIMEOUT["cpu"] + 20, said
+        assert f"rank {rank}" in said["text"] and "step 5" in said["text"] and "bucket" in said["text"], said
+        assert said["again"] == said["code"], f"the same error for every later step: {said}"
 
 
 @needs_gpu

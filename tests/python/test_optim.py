@@ -94,6 +94,19 @@ def stepped(steps: int = 3, **keys: Any) -> tuple[torch.nn.Parameter, OneBitAdam
     return p, optimizer
 
 
+def test_step_hooks_of_onebit_adam_run_once_a_step() -> None:
+    """torch wraps the step of every class of which there was an optimizer, AdamW's among them, which OneBitAdam calls."""
+    torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
+    p, optimizer = stepped()
+    calls: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    for _ in range(2):
+        p.grad = torch.ones(4, 3)
+        optimizer.step()
+    assert calls == ["before", "after"] * 2
+
+
 @pytest.mark.parametrize("name", ["amsgrad", "maximize", "capturable", "differentiable", "fused"])
 def test_onebit_adam_refuses_what_it_would_ignore(name: str) -> None:
     p = torch.nn.Parameter(torch.ones(2))

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Oracle
-from wire import Segment, decode
+from wire import Segment, decode, decode_signs
 
 import thinwire
 from thinwire import replay
@@ -207,6 +207,47 @@ def test_payloads_say_what_was_received(world, density, wire, index, select, sha
             # g − round(g): exact in fp32 (Sterbenz) wherever the wire's value is within a factor of two of g; it is 0 or g's own rounding.
             assert torch.equal(part + out.state[rank][name]["residual"].reshape(-1), g[0, rank].reshape(-1)), "lost on the way"
         assert torch.equal(out.mean[name][0].reshape(-1), total * torch.tensor(1 / world, dtype=torch.float32))
+
+
+@pytest.mark.parametrize(("config", "freeze"), [("codec=sign:block=64 feedback=ef14", 0), ("codec=sign:block=tensor feedback=ef14", 0), ("onebit_adam:freeze=1,block=64", 1)])
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_two_phase_payloads_say_what_was_sent_and_received(config: str, freeze: int, world: int) -> None:
+    """Recorded are phase 1 in destination order, then phase 2. The second phase is the mean that all received; the first, averaged, and what its
+    owner had held back make the second and what it holds back now; a rank's own parts and its residual make its message."""
+    shapes, block, steps = {"a": (33, 31), "b": (2, 5), "c": (40, 100)}, 0 if "tensor" in config else 64, freeze + 3
+    torch.manual_seed(8)
+    grads = {name: torch.randn(steps, world, *shape) for name, shape in shapes.items()}
+    out = replay(f"{config} min_numel=1", grads, record_payloads=True)
+    numel = [math.prod(shape) for shape in shapes.values()]
+    cuts = [[min(n, r * 8 * -(-n // (8 * world))) for r in range(world + 1)] for n in numel]
+    assert all(not out.payloads[step][rank] for step in range(freeze) for rank in range(world)), "dense sums are no payloads"
+    held = [np.zeros(n) for n in numel]  # by the owners
+    residual = [[np.zeros(n) for n in numel] for _ in range(world)]
+    m = [0.1 * g[0].mean(dim=0).reshape(-1).double().numpy() if freeze else np.zeros(n) for g, n in zip(grads.values(), numel)]
+    for step in range(freeze, steps):
+        sent = [[np.zeros(n) for n in numel] for _ in range(world)]
+        means = [np.zeros(n) for n in numel]
+        for rank in range(world):
+            payload = out.payloads[step][rank]
+            size = len(payload) // (world + 1)  # as many first payloads as ranks, and one second; all as long as the longest
+            for part in range(world + 1):
+                owner = part if part < world else rank
+                counts = [cut[owner + 1] - cut[owner] for cut in cuts]
+                values = decode_signs(payload[part * size : (part + 1) * size], counts, block, step)
+                for i, cut in enumerate(cuts):
+                    (sent[rank] if part < world else means)[i][cut[owner] : cut[owner + 1]] = values[i]
+        for i, (name, g) in enumerate(grads.items()):
+            assert np.array_equal(out.mean[name][step].reshape(-1).numpy(), means[i].astype(np.float32)), name
+            for rank in range(world):
+                news = g[step, rank].reshape(-1).double().numpy()
+                residual[rank][i] += (0.9 * m[i] + 0.1 * news if freeze else news) - sent[rank][i]
+            held[i] += sum(one[i] for one in sent) / world - means[i]
+            m[i] = means[i]
+    for i, name in enumerate(grads):  # fp32 beside fp64: three steps of messages below 10, a few roundings each
+        for rank in range(world):
+            state = out.state[rank][name]
+            assert np.allclose(state["residual"].reshape(-1).numpy(), residual[rank][i], rtol=0, atol=1e-5), name
+            assert np.allclose(state["server_residual"].numpy(), held[i][cuts[i][rank] : cuts[i][rank + 1]], rtol=0, atol=1e-5), name
 
 
 def test_a_step_that_is_not_finite() -> None:

@@ -75,3 +75,22 @@ def decode(payload: bytes, segments: list[Segment], step: int) -> list[np.ndarra
         out.append(dense)
     assert size >= at
     return out
+
+
+def decode_signs(payload: bytes, counts: list[int], block: int, step: int) -> list[np.ndarray]:
+    """One part's payload of signs, one fp32 array per segment; asserts every rule on the way. `block` 0: one scale per tensor."""
+    magic, version, codec, round_, flags, count, size, _plan, at_step = struct.unpack_from("<4sHBBIIQQQ", payload)
+    assert (magic, version, codec, round_, count, at_step) == (b"TWWP", 1, 2, 0, len(counts), step)
+    assert size == len(payload) and flags in (0, 1, 2, 3)
+    blocks = [(-(-n // block) if block else 1) if n else 0 for n in counts]
+    scales = np.frombuffer(payload, "<f4", sum(blocks), 64)
+    assert np.isfinite(scales).all() and (scales >= 0).all()
+    at, first, out = 64 + scales.nbytes, 0, []
+    for n, k in zip(counts, blocks):
+        bits = np.unpackbits(np.frombuffer(payload, np.uint8, -(-n // 8), at), bitorder="little")
+        assert not bits[n:].any()
+        scale = np.repeat(scales[first : first + k], block or n)[:n]
+        out.append(np.where(bits[:n] == 1, scale, -scale))
+        at, first = at + -(-n // 8), first + k
+    assert not any(payload[at:])
+    return out

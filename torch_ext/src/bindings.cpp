@@ -183,6 +183,7 @@ py::dict dict_of(const Stats& stats) {
     add("eta_cuts", p.eta_cuts);
     add("server_residual_norm", p.server_residual_norm);
     add("momentum_norm", p.momentum_norm);
+    add("residual_over_momentum", p.residual_over_momentum);
     if (p.momentum_norm) one["masked"] = p.masked;
     parameters[py::str(p.name)] = std::move(one);
   }
@@ -451,7 +452,10 @@ void bind_engine(py::module_& m) {
           [](Engine& e, const std::vector<py::dict>& dicts, std::vector<Layout> layouts, const std::string& refused) {
             std::vector<ReducerState> states;
             for (const py::dict& dict : dicts) states.push_back(state_of(dict));
-            changing(e, "load_state_dict", [&](GradientReducer& r) { r.load_state(states, refused); });
+            changing(e, "load_state_dict", [&](GradientReducer& r) {
+              r.load_state(states, refused);
+              if (r.frozen()) r.freeze();  // masks and beta1s come with the optimizer, which sees to it that its state is loaded too
+            });
             e.set_layouts(std::move(layouts));
           },
           py::arg("states"), py::arg("layouts") = std::vector<Layout>(), py::arg("refused") = "")
@@ -507,6 +511,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("config_warnings", &grammar::warnings, py::arg("config"));
   m.def("config_hints", &grammar::hints, py::arg("config"));
   m.attr("VARIANCE_FLOOR") = kVarianceFloor;
+  m.attr("UNUSUAL_UPDATE") = kUnusualUpdate;
   m.def("isa_info", &isa_info);
   m.def("device_info", &device_info);
 }

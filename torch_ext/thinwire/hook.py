@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,10 @@ from .onebit_adam import OneBitAdam
 from .pairing import paired_config
 from .replay import shaped
 
+_UNPAIRED = (
+    "target=momentum puts the momentum into the gradients once the variance is frozen, and only OneBitAdam takes it for that: "
+    "attach(ddp, config, OneBitAdam(...)), or HookState(config, named_parameters=..., optimizer=OneBitAdam(...))"
+)
 _CLOSE_MS = 5000  # how long the end of a model or of the process waits for a bucket on its way
 
 
@@ -34,7 +38,7 @@ class HookState:
     ``named_parameters``: the (name, parameter) pairs that DDP reduces (``model.named_parameters()``; those without ``requires_grad`` are
     left out). Without them the parameters are learnt from the first step, whose buckets then wait for its last one; the state has no names,
     so ``state_dict()`` refuses. ``grad_scaler``: the GradScaler that scales the loss, so that the state holds unscaled gradients.
-    ``optimizer``: the OneBitAdam of a config whose target is the momentum, or another, which is only checked against the config.
+    ``optimizer``: the OneBitAdam of a config whose target is the momentum, which is refused without; or another, only checked against the config.
 
     A copy or a pickle holds the configuration and the state, but no process group: it reads (``state_dict()``, ``step``), but reduces
     nothing. To go on from it: ``attach(ddp, copy.config).load_state_dict(copy.state_dict())``.
@@ -48,8 +52,12 @@ class HookState:
         named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None = None,
         grad_scaler: Any = None,
         optimizer: torch.optim.Optimizer | None = None,
+        _sparse: Collection[torch.Tensor] = (),
+        _unpaired: bool = False,
     ) -> None:
         self._config = paired_config(as_config(config), optimizer)
+        if optimizer is None and self._config.target.startswith("momentum") and not _unpaired:
+            raise ArgumentError(_UNPAIRED)
         named = None if named_parameters is None else _named(named_parameters)
         paired = optimizer if isinstance(optimizer, OneBitAdam) else None
         if paired is not None and named is None:
@@ -62,12 +70,6 @@ class HookState:
         self._optimizer = paired
         for text in native.config_warnings(self._config) if group.rank() == 0 else ():
             warn(text)
-        if optimizer is None and self._config.target.startswith("momentum") and group.rank() == 0:
-            freeze = self._config.keys_of("target")["freeze"]
-            warn(
-                f"target=momentum without a OneBitAdam: from step {freeze} on p.grad is the averaged momentum, which an optimizer that keeps a momentum (Adam, "
-                "SGD(momentum=...)) averages once more. Give the optimizer: HookState(..., optimizer=OneBitAdam(...)), or attach(ddp, config, OneBitAdam(...))"
-            )
         store = group.get_group_store()
         # Numbers the hooks of this group: every rank counts its own, all in the same order. A refused call is not counted: whoever corrects
         # it meets the peers that wait for it.
@@ -83,7 +85,7 @@ class HookState:
         # Exit must not find a thread of ours at work; no Python object is needed for it any more.
         self._finalizer = weakref.finalize(self, self._engine.close, _CLOSE_MS)
         if paired is not None and named is not None:
-            paired._pair(self, named)
+            paired._pair(self, named, _sparse)
 
     @property
     def config(self) -> Config:
@@ -104,12 +106,12 @@ class HookState:
         ``nonfinite_steps``; ``state_bytes``, kept between steps; ``resync_error`` once ``resynchronize()`` was called; ``parameters``: name
         -> ``numel, compressed, reason`` (why not), ``density`` (configured now), ``kept`` (entries sent at the last step), ``residual_norm,
         grad_norm`` (this rank's; under ``two_phase`` also ``server_residual_norm``, of what it holds back as an owner; with ``codec=none``
-        the gradient's is taken at every 16th step; 0 for sparse and fp64 gradients, which pass by), ``momentum_norm`` and ``masked``
-        (elements whose frozen variance is 0) where the target is the momentum; ``frozen``: whether it is compressed by now. Of a
-        codec ``measured_delta``, at every 64th step (under ``feedback=none`` on the CPU alone); of EF21 and EControl also
-        ``estimate_norm``, ``stale`` (‖g − h‖/‖g‖; with ``worker_ema`` of the average), ``eta`` and ``eta_cuts``, how often the watchdog has
-        lowered it. With OneBitAdam ``freeze``: ``step`` and ``reason``, once it has frozen, and ``max_update``, the largest update seen
-        since, in units of the learning rate.
+        the gradient's is taken at every 16th step; 0 for sparse and fp64 gradients, which pass by), ``momentum_norm``,
+        ``residual_over_momentum`` (residual_norm / momentum_norm) and ``masked`` (elements whose frozen variance is 0) where the target is
+        the momentum; ``frozen``: whether it is compressed by now. Of a codec ``measured_delta``, at every 64th step (under
+        ``feedback=none`` on the CPU alone); of EF21 and EControl also ``estimate_norm``, ``stale`` (‖g − h‖/‖g‖; with ``worker_ema`` of
+        the average), ``eta`` and ``eta_cuts``, how often the watchdog has lowered it. With OneBitAdam ``freeze``: ``step`` and
+        ``reason``, once it has frozen, and ``max_update``, the largest update seen since, in units of the learning rate.
         """
         stats = dict(self._live("stats").stats())
         self._tell()
@@ -266,16 +268,13 @@ def attach(
     config = as_config(config)
     _check_model(ddp)
     if optimizer is None and config.target.startswith("momentum"):
-        raise ArgumentError(
-            "target=momentum puts the momentum into the gradients once the variance is frozen, and only OneBitAdam takes it for that: "
-            "attach(ddp, config, OneBitAdam(...))"
-        )
+        raise ArgumentError(_UNPAIRED)
     named = _reduced_by(ddp)
     if isinstance(optimizer, torch.optim.Optimizer) and not isinstance(optimizer, OneBitAdam):  # which says more
         applied = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(p) in applied for _, p in named):
             raise ArgumentError("the optimizer has none of the parameters that DDP reduces: it is another model's; make it of ddp.parameters()")
-    state = HookState(config, ddp.process_group, named_parameters=named, grad_scaler=grad_scaler, optimizer=optimizer)
+    state = HookState(config, ddp.process_group, named_parameters=named, grad_scaler=grad_scaler, optimizer=optimizer, _sparse=_sparse_in(ddp))
     try:
         native.install(ddp.reducer, state._engine)
     except Exception:
@@ -340,6 +339,11 @@ def _reduced_by(ddp: DistributedDataParallel) -> list[tuple[str, torch.nn.Parame
     for name, parameter in ddp.module.named_parameters():
         names.setdefault(id(parameter), name)
     return [(names[id(p)], p) for p in dict.fromkeys(ddp._module_parameters) if p.requires_grad]
+
+
+def _sparse_in(ddp: DistributedDataParallel) -> set[torch.Tensor]:
+    """The parameters whose gradients will be sparse, found as DDP itself finds them."""
+    return {module.weight for module in ddp.module.modules() if isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)) and module.sparse}
 
 
 def _scale_of(grad_scaler: Any, device: torch.device | None) -> torch.Tensor | None:

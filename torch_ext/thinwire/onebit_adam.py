@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-from zlib import crc32
 
 import torch
 from torch.optim import AdamW
 
 from ._extension import native
 from .errors import ArgumentError, warn
+from .onebit_checks import REFUSED, check_freeze, check_group, check_within, checked_freeze, refuse_sparse, settings_of, unhooked
 from .replay import flattened
 from .variance import WITHIN, VarianceWatch, bits, names_of, raised
 
 if TYPE_CHECKING:
     from .hook import HookState
 
-_UNUSUAL = 20.0  # |update / lr|; Adam's is about 1
 _LOOK_EVERY = 16  # steps between looks at the largest update on a GPU
 _NEVER = 2**64 - 1
 _AVERAGED = (torch.float32, torch.bfloat16, torch.float16)  # gradients of other types come back as their mean, always
-_REFUSED = {
-    "amsgrad": "the maximum of v goes on growing, a frozen v does not",
-    "maximize": "the averaged momentum is of gradients to descend",
-    "capturable": "the freeze is decided on the host",
-    "differentiable": "the step is not differentiable",
-    "fused": "a fused step skips overflows by itself, which the hook's momentum has to know of",
-}
 
 
 class OneBitAdam(AdamW):
@@ -68,20 +59,11 @@ class OneBitAdam(AdamW):
         foreach: bool | None = None,
         **adamw: Any,
     ) -> None:
-        if not (freeze is None or freeze == "auto" or _is_count(freeze, 1)):
-            raise ArgumentError(f'OneBitAdam: freeze={freeze!r} must be "auto" or a number of steps, 1 or more: before the first there is no variance')
-        if not _is_count(not_before, 0):
-            raise ArgumentError(f"OneBitAdam: not_before={not_before!r} must be a number of steps, 0 or more")
-        if not_after is not None and not _is_count(not_after, max(1, not_before)):
-            raise ArgumentError(f"OneBitAdam: not_after={not_after!r} must be a number of steps, at least 1 and not_before={not_before}")
-        if _is_count(freeze, 1):
-            _check_within(f"freeze={freeze}", freeze, not_before, not_after)
-        if not isinstance(floor, (int, float)) or not 0 <= floor <= 1:
-            raise ArgumentError(f"OneBitAdam: floor={floor!r} must be a number in [0, 1]")
-        unknown = [name for name in adamw if name not in _REFUSED]
+        check_freeze(freeze, not_before, not_after, floor)
+        unknown = [name for name in adamw if name not in REFUSED]
         if unknown:
             raise TypeError(f"OneBitAdam.__init__() got an unexpected keyword argument {unknown[0]!r}")
-        _check_group({"eps": eps, "betas": betas, **adamw})
+        check_group({"eps": eps, "betas": betas, **adamw})
         self.freeze = freeze
         self.not_before = not_before
         self.not_after = not_after
@@ -101,20 +83,31 @@ class OneBitAdam(AdamW):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=foreach)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        _check_group(param_group)
+        check_group(param_group)
         super().add_param_group(param_group)
 
     # ---- with the hook ------------------------------------------------------------------------------------------------------------------
 
-    def _pair(self, hook: HookState, named: Sequence[tuple[str, torch.nn.Parameter]]) -> None:
-        """Called by the hook: this optimizer's momentum becomes its at the freeze."""
+    def _pair(self, hook: HookState, named: Sequence[tuple[str, torch.nn.Parameter]], sparse: Collection[torch.Tensor] = ()) -> None:
+        """Called by the hook: this optimizer's momentum becomes its at the freeze. Those with `sparse` gradients pass by it: they may be another
+        optimizer's."""
         if self._hook is not None and self._hook is not hook:
             raise ArgumentError("this OneBitAdam belongs to another hook; make one optimizer per model, or close() the other hook first")
         mine = {p for group in self.param_groups for p in group["params"]}
         averaged = {p: (i, name) for i, (name, p) in enumerate(named) if hook._engine.averages(i) and p.dtype in _AVERAGED}
+        averaged = {p: at for p, at in averaged.items() if p in mine or p not in sparse}
         strange = [name for p, (_, name) in averaged.items() if p not in mine]
         if strange:
-            raise ArgumentError(f"OneBitAdam does not have parameters whose momentum the hook averages: {names_of(strange)}")
+            raise ArgumentError(
+                f"OneBitAdam does not have parameters whose momentum the hook averages: {names_of(strange)}. Only those with sparse gradients may be "
+                "another optimizer's; attach() knows them by their nn.Embedding(sparse=True)"
+            )
+        if not averaged:
+            self._warn(
+                f"none of the {len(named)} tensors is compressed: all have fewer than two dimensions, fewer elements than min_numel={hook.config.min_numel}, "
+                "or another dtype. The variance is never frozen, and every step is dense; lower min_numel if it is that",
+                hook,
+            )
         self._hook, self._averaged, self._named = hook, averaged, list(named)
         freeze = hook.config.keys_of("target")["freeze"]
         self._watch = None
@@ -130,7 +123,7 @@ class OneBitAdam(AdamW):
     def _check_config(self, freeze: str) -> None:
         """@raises ArgumentError where the config's step is not within this optimizer's bounds."""
         if freeze != "auto":
-            _check_within(f"the config's freeze={freeze}", int(freeze), self.not_before, self.not_after)
+            check_within(f"the config's freeze={freeze}", int(freeze), self.not_before, self.not_after)
 
     def _unpair(self, hook: HookState) -> None:
         """Called by the hook when it is closed: another may come."""
@@ -151,22 +144,8 @@ class OneBitAdam(AdamW):
         words = f"OneBitAdam(freeze={'auto' if self._watch else self._freeze_from}, not_before={self.not_before}, not_after={self.not_after}, floor={self.floor:g})"
         if self._watch is not None:
             words += f" that looks every {every} steps"
-        words += f", {'frozen' if self.frozen else 'not frozen'}, with {self._settings()}"
+        words += f", {'frozen' if self.frozen else 'not frozen'}; {settings_of(self.param_groups, self._named)}"
         self._hook._engine.describe_optimizer(words, self._freeze_from, every, WITHIN)
-
-    def _settings(self) -> str:
-        """What the groups apply to the hook's parameters, but for the learning rate, which may change at every step."""
-        of: dict[str, list[str]] = {}
-        settings = {p: group for group in self.param_groups for p in group["params"]}
-        for name, p in self._named:
-            if (group := settings.get(p)) is not None:
-                beta1, beta2 = (float(beta) for beta in group["betas"])
-                words = f"betas=({beta1:.9g}, {beta2:.9g}), eps={float(group['eps']):.9g}, weight_decay={float(group['weight_decay']):.9g}"
-                of.setdefault(words, []).append(name)
-        if len(of) == 1:
-            return next(iter(of))
-        # The number at the end stands for the names that are not shown.
-        return "; ".join(f"{words} for {names_of(names)} ({crc32(' '.join(names).encode()):08x})" for words, names in of.items())
 
     def _hand_over(self, *, momenta: bool) -> None:
         """Momenta (once), masks and beta1s to the hook."""
@@ -203,21 +182,17 @@ class OneBitAdam(AdamW):
         self._note_rates()
         frozen = self.frozen
         self._check_stage(frozen)
-        sparse = [p for group in self.param_groups for p in group["params"] if p.grad is not None and p.grad.is_sparse]
-        if sparse:
-            raise ArgumentError(
-                f"OneBitAdam: a parameter of shape {tuple(sparse[0].shape)} has a sparse gradient, of which AdamW's m and v cannot be made; "
-                "make it dense, such as with nn.Embedding(sparse=False), or give it an optimizer of its own, such as SparseAdam"
-            )
+        refuse_sparse(self.param_groups, self._named)
+        adamw = unhooked(AdamW.step)
         if not frozen:
-            super().step()
+            adamw(self)
             self._freeze_if_time()
             return loss
         grads = {p: p.grad for p in self._averaged if p.grad is not None}
         for p in grads:
             p.grad = None  # the rest is AdamW's
         try:
-            super().step()
+            adamw(self)
         finally:
             for p, grad in grads.items():
                 p.grad = grad
@@ -290,9 +265,9 @@ class OneBitAdam(AdamW):
         if self._largest.is_cuda and not wait and self._unread < _LOOK_EVERY:
             return
         largest, self._largest, self._unread = float(self._largest), None, 0
-        warned = self._frozen.get("max_update", 0.0) > _UNUSUAL
+        warned = self._frozen.get("max_update", 0.0) > native.UNUSUAL_UPDATE
         self._frozen["max_update"] = max(self._frozen.get("max_update", 0.0), largest)
-        if largest > _UNUSUAL and not warned:
+        if largest > native.UNUSUAL_UPDATE and not warned:
             self._warn(
                 f"an update of {largest:.3g} times the learning rate by step {self._taken()}; Adam's are about 1. The variance was frozen at step "
                 f"{self._frozen.get('step', '?')}, probably before it was stable where gradients are rare: freeze later, or keep such tensors dense (min_numel)"
@@ -327,9 +302,10 @@ class OneBitAdam(AdamW):
         if reason:
             self._freeze(step, reason)
 
-    def _warn(self, text: str) -> None:
+    def _warn(self, text: str, hook: HookState | None = None) -> None:
         """Once for the group: m, v and the learning rates are equal on all ranks."""
-        if self._hook is None or self._hook._group.rank() == 0:
+        hook = hook or self._hook
+        if hook is None or hook._group.rank() == 0:
             warn(f"OneBitAdam: {text}")
 
     def _norms(self) -> list[float]:
@@ -390,14 +366,15 @@ class OneBitAdam(AdamW):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         given = dict(state_dict)
-        freeze = _checked_freeze(given.pop("freeze", {"frozen": {}, "seen": None}))
+        freeze = checked_freeze(given.pop("freeze", {"frozen": {}, "seen": None}))
         for group in given.get("param_groups", []):
-            _check_group(group)
+            check_group(group)
         super().load_state_dict(given)
         self._frozen = dict(freeze["frozen"])
         if self._watch is None:
             self._seen = freeze["seen"]
         else:
+            self._watch.remember(self._memory())  # the groups' betas are those of the state
             self._watch.seen = freeze["seen"]
         self._rates, self._since_rise, self._largest = list(freeze.get("rates", [])), freeze.get("since_rise"), None
         if self._hook is not None and self.frozen and self._hook._engine.frozen():
@@ -416,49 +393,3 @@ class OneBitAdam(AdamW):
 def _beta1(state: Mapping[str, Any], group: Mapping[str, Any]) -> float:
     """What the hook averages a parameter's momentum with: as it was at the freeze."""
     return float(state.get("beta1", group["betas"][0]))
-
-
-def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _check_within(what: str, step: int, not_before: int, not_after: int | None) -> None:
-    if step < not_before or (not_after is not None and step > not_after):
-        bounds = f"not_before={not_before}" if step < not_before else f"not_after={not_after}"
-        raise ArgumentError(f"OneBitAdam: {what} and {bounds} exclude each other; a number is the step of the freeze, and bounds are for freeze=auto: leave one out")
-
-
-def _check_group(group: Mapping[str, Any]) -> None:
-    for name, why in _REFUSED.items():
-        if group.get(name):
-            raise ArgumentError(f"OneBitAdam: {name}={group[name]} is not supported: {why}")
-    if group.get("eps") == 0:
-        raise ArgumentError("OneBitAdam: eps=0 divides 0 by 0 where the variance is 0")
-    if "betas" not in group:  # the defaults, which were checked
-        return
-    betas = group["betas"]
-    if not isinstance(betas, Sequence) or len(betas) != 2:
-        raise ArgumentError(f"OneBitAdam: betas={betas!r} must be two numbers, of the momentum and of the variance")
-    for name, beta in zip(("beta1", "beta2"), betas, strict=True):
-        if not 0 <= float(beta) < 1:
-            raise ArgumentError(f"OneBitAdam: {name}={beta} must be in [0, 1)")
-
-
-def _checked_freeze(freeze: Any) -> Mapping[str, Any]:
-    """@raises ArgumentError naming what is wrong with this part of a state_dict()."""
-    wrong = "load_state_dict: freeze must be what OneBitAdam's state_dict() has under it"
-    if not isinstance(freeze, Mapping) or not isinstance(freeze.get("frozen"), Mapping) or "seen" not in freeze:
-        raise ArgumentError(f"{wrong}, not {freeze!r}")
-    rates, since_rise = freeze.get("rates", []), freeze.get("since_rise")
-    if not isinstance(rates, Sequence) or not all(isinstance(rate, float) for rate in rates):
-        raise ArgumentError(f"{wrong}; its rates={rates!r} are no learning rates")
-    if not (since_rise is None or _is_count(since_rise, 0)):
-        raise ArgumentError(f"{wrong}; its since_rise={since_rise!r} is no number of steps")
-    seen = freeze["seen"]
-    if seen is None:
-        return freeze
-    if not isinstance(seen, Sequence) or len(seen) != 3 or not (_is_count(seen[0], 0) and _is_count(seen[1], 0)) or not isinstance(seen[2], Sequence):
-        raise ArgumentError(f"{wrong}; its seen={seen!r} is not two steps and norms")
-    if not all(isinstance(norm, float) and math.isfinite(norm) for norm in seen[2]):
-        raise ArgumentError(f"{wrong}; its norms {seen[2]!r} are not all finite numbers")
-    return {**freeze, "seen": (seen[0], seen[1], list(seen[2]))}

@@ -27,10 +27,7 @@ def paired_config(config: Config, optimizer: Any) -> Config:
         return config
     if optimizer is None:
         if keys["freeze"] == "auto":
-            raise ConfigError(
-                "target=momentum: freeze=auto is decided by the optimizer: attach(ddp, config, OneBitAdam(...)), or give freeze=STEP and an optimizer "
-                "that takes the momentum for the gradient from then on"
-            )
+            raise ConfigError("target=momentum: freeze=auto is decided by the optimizer: attach(ddp, config, OneBitAdam(...))")
         return config
     if not isinstance(optimizer, OneBitAdam):
         if any(cls.__name__ == "ZeroRedundancyOptimizer" for cls in type(optimizer).__mro__):

@@ -21,12 +21,17 @@ class VarianceWatch:
     backward passes, so windows are passed over until it has had its time."""
 
     def __init__(self, every: int, not_before: int) -> None:
-        self.every = every
-        self.earliest = max(2 * every, not_before)
+        self._not_before = not_before
+        self.remember(every)
         # The synchronised step that was the first in the last window; the optimizer's step at the last look, and its norms.
         self.seen: tuple[int, int, list[float]] | None = None
         self.words = ""  # what the last look saw; nothing where there was nothing to compare with
         self._warned = False
+
+    def remember(self, every: int) -> None:
+        """v remembers so many steps."""
+        self.every = every
+        self.earliest = max(2 * every, self._not_before)
 
     def due(self, step: int, taken: int) -> bool:
         """Whether to look now, at this synchronised step and after so many of the optimizer's."""
