@@ -73,6 +73,8 @@ class GradientReducer::Impl {
   /// What a rank is: all ranks compare theirs before anything of different sizes could travel. `problem`: why this rank refuses, or empty.
   void compare_cards(Communicator& communicator, const Standing& standing, const std::string& problem) const;
   std::uint64_t own_fingerprint() const;
+  /// In words, the first parameter in which rank `other` and rank 0, with so many each, differ. Collective: all ranks call it alike.
+  std::string first_difference(Communicator& communicator, int other, std::size_t other_count, std::size_t first_count) const;
   /// @throws invalid_argument naming the parameter of which the optimizers handed over different things.
   void compare_handovers(Communicator& communicator) const;
 
@@ -149,8 +151,8 @@ class GradientReducer::Impl {
   std::size_t seen_count_ = 0;
   bool step_begun_ = false;
   bool dense_step_ = false;
-  bool starting_step_ = false;     ///< of Recursion::starting
-  bool first_compressed_ = false;  ///< of Recursion::first
+  bool starting_step_ = false;         ///< of Recursion::starting
+  bool first_compressed_ = false;      ///< of Recursion::first
   std::uint64_t compressed_from_ = 0;  ///< estimates that start without a dense step: the step of their first payload
   std::uint64_t start_until_ = 0;  ///< steps before this one are such steps, after a bad verdict, a reset, or for tensors that come back
   bool blank_ = true;              ///< no state was loaded: before the start estimates are 0

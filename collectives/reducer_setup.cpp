@@ -38,6 +38,21 @@ ParameterSlot make_slot(Parameter parameter, const Config& config, bool has_code
   return slot;
 }
 
+std::uint64_t fingerprint_of(const Parameter& parameter, std::uint64_t before) {
+  const std::uint64_t h = wire::hash_bytes(parameter.name.data(), parameter.name.size(), before);
+  return wire::hash_bytes(parameter.shape.data(), parameter.shape.size() * sizeof(std::size_t), h);
+}
+
+std::string describe(const Parameter& parameter) {
+  std::size_t length = parameter.name.size();
+  if (length > 300) {
+    for (length = 300; length > 0 && (static_cast<unsigned char>(parameter.name[length]) & 0xc0) == 0x80;) --length;  // UTF-8 stays whole
+  }
+  std::string text = "'" + parameter.name.substr(0, length) + (length < parameter.name.size() ? "…" : "") + "' of shape (";
+  for (std::size_t d = 0; d < parameter.shape.size(); ++d) text += (d == 0 ? "" : ", ") + std::to_string(parameter.shape[d]);
+  return text + ")";
+}
+
 /// A duplicate with this deadline; the group it is made of keeps its own.
 std::unique_ptr<Communicator> split_within(Communicator& parent, std::chrono::milliseconds timeout) {
   const Deadline deadline(parent, timeout);
@@ -167,11 +182,37 @@ void GradientReducer::Impl::lay_out_state() {
 
 std::uint64_t GradientReducer::Impl::own_fingerprint() const {
   std::uint64_t h = 0;
-  for (const ParameterSlot& slot : slots_) {
-    h = wire::hash_bytes(slot.parameter.name.data(), slot.parameter.name.size(), h);
-    h = wire::hash_bytes(slot.parameter.shape.data(), slot.parameter.shape.size() * sizeof(std::size_t), h);
-  }
+  for (const ParameterSlot& slot : slots_) h = fingerprint_of(slot.parameter, h);
   return h;
+}
+
+std::string GradientReducer::Impl::first_difference(Communicator& communicator, int other, std::size_t other_count,
+                                                    std::size_t first_count) const {
+  const std::size_t world = std::size_t(communicator.size()), rank = std::size_t(communicator.rank());
+  const std::size_t common = std::min(other_count, first_count);
+  const auto gather = [&](auto& all) {
+    const Bytes recv{reinterpret_cast<std::byte*>(all.data()), all.size() * sizeof all[0], DType::u8, Place::host, 0};
+    communicator.all_gather(recv.sub(rank * recv.size / world, recv.size / world), recv);
+  };
+  std::vector<std::uint64_t> hashes(common * world);  // of any other count than these two's: as far as they go
+  for (std::size_t p = 0; p < std::min(common, slots_.size()); ++p) hashes[rank * common + p] = fingerprint_of(slots_[p].parameter, 0);
+  gather(hashes);
+  std::size_t at = 0;
+  while (at < common && hashes[at] == hashes[std::size_t(other) * common + at]) ++at;
+
+  using Text = std::array<char, 512>;
+  std::vector<Text> texts(world, Text{});
+  if (at < slots_.size()) {
+    const std::string text = describe(slots_[at].parameter);
+    std::memcpy(texts[rank].data(), text.data(), std::min(text.size(), sizeof(Text) - 1));
+  }
+  gather(texts);
+  const auto on = [&](int r) {
+    Text& text = texts[std::size_t(r)];
+    text.back() = '\0';
+    return (text[0] == '\0' ? std::string("none") : std::string(text.data())) + " on rank " + std::to_string(r);
+  };
+  return "the first that differs is number " + std::to_string(at) + ": " + on(other) + ", " + on(0);
 }
 
 void GradientReducer::Impl::compare_handovers(Communicator& communicator) const {
@@ -249,7 +290,7 @@ void GradientReducer::Impl::compare_cards(Communicator& communicator, const Stan
       fail(Errc::invalid_config, who + "have different configs: '" + other.config + "' and '" + first.config + "'");
     if (other.parameters != first.parameters)
       fail(Errc::invalid_config, who + "have different parameters (" + std::to_string(other.count) + " and " + std::to_string(first.count) +
-                                     " of them; names, shapes or their order differ)");
+                                     " of them): " + first_difference(communicator, r, other.count, first.count));
     if (other.step != first.step)
       fail(Errc::invalid_config, who + "are at different steps, " + std::to_string(other.step) + " and " + std::to_string(first.step) +
                                      "; load checkpoints of the same step on all ranks");
