@@ -60,6 +60,10 @@ class GradientReducer::Impl {
   void load_state(std::span<const ReducerState> states, const std::string& refused);
 
   // reducer_setup.cpp
+  /// @throws invalid_argument naming a parameter that is to be compressed and has more elements than the codec can address.
+  void check_sizes() const;
+  /// A codec's words, which know parameters by their ids, with the names beside them.
+  std::string with_names(std::string what) const;
   void lay_out_state();
   /// @throws device where the GPU lacks the memory that the largest bucket needs beside the state, naming the bytes.
   void check_device_memory() const;

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -99,6 +100,7 @@ GradientReducer::Impl::Impl(std::shared_ptr<Communicator> communicator, const Co
   }
   if (slots_.empty()) fail(Errc::invalid_argument, "a reducer needs at least one parameter");
   if (slots_.size() > std::size_t(1) << 31) fail(Errc::invalid_argument, std::to_string(slots_.size()) + " parameters are more than 2^31");
+  check_sizes();
   lay_out_state();
   seen_.assign(slots_.size(), 0);
   pass_reasons_.resize(slots_.size());
@@ -113,6 +115,33 @@ GradientReducer::Impl::Impl(std::shared_ptr<Communicator> communicator, const Co
   queue_ = std::make_unique<WorkQueue>(
       threaded, [this](Job& job) { run(job); },
       [this](const Job& job, std::exception_ptr error) { return explain(job, std::move(error)); });
+}
+
+void GradientReducer::Impl::check_sizes() const {
+  for (std::size_t p = 0; p < slots_.size(); ++p) {
+    const ParameterSlot& slot = slots_[p];
+    if (!slot.compressible) continue;
+    const Segment segment{std::uint32_t(p), 0, slot.numel, slot.rows, slot.columns, policy_->setting(0, std::uint32_t(p)), nullptr};
+    const std::uint32_t end = 1;
+    try {
+      (void)codec_->layout({std::span(&segment, 1), std::span(&end, 1), 0});
+    } catch (const Error& error) { fail(error.code(), with_names(error.what())); }
+  }
+}
+
+std::string GradientReducer::Impl::with_names(std::string what) const {
+  constexpr std::string_view kWord = "parameter ";
+  for (std::size_t at = what.find(kWord); at != std::string::npos; at = what.find(kWord, at)) {
+    at += kWord.size();
+    std::uint32_t id = 0;
+    const auto [end, error] = std::from_chars(what.data() + at, what.data() + what.size(), id);
+    if (error != std::errc() || id >= slots_.size()) continue;
+    at = std::size_t(end - what.data());
+    const std::string name = " '" + slots_[id].parameter.name + "'";
+    what.insert(at, name);
+    at += name.size();
+  }
+  return what;
 }
 
 void GradientReducer::Impl::check_device_memory() const {

@@ -160,6 +160,18 @@ TEST(ReducerErrors, DoneIsCalledOncePerBucketBeforeWaitReturns) {
   nothing.wait();
 }
 
+// Before there is state of it, by name; what stays dense may be of any size. Under econtrol the codec is asked more about it.
+TEST(ReducerErrors, ATensorTooLargeForTheWireIsRefusedAtOnce) {
+  const std::vector<Parameter> model = {{"small", {4, 5}}, {"table", {std::size_t(1) << 16, std::size_t(1) << 16}}};
+  const std::shared_ptr<Communicator> communicator = std::move(make_loopback(1)[0]);
+  for (const char* config : {"dgc:density=0.01 exchange=gather", "codec=topk:density=0.01 feedback=ef14", "econtrol:density=0.01"}) {
+    SCOPED_TRACE(config);
+    expect_error(Errc::invalid_argument, {"topk: parameter 1 'table' has 4294967296 elements", "at most 2^32 - 1"},
+                 [&] { GradientReducer(communicator, Config::parse(config), model); });
+  }
+  GradientReducer(communicator, Config::parse("codec=none"), model);
+}
+
 // ---- ranks that do not fit together
 
 /// Every rank must refuse with the same words after the "rank r, step s, bucket b: " of its own; returns them.
