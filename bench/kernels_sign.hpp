@@ -43,6 +43,8 @@ class SignKernel final : public Kernel {
   ConstBytes payload() const noexcept { return wire_.bytes().sub(0, capacity_); }
   const Codec& codec() const noexcept { return *codec_; }
   Plan plan() const noexcept { return plan_; }
+  const Recursion& recursion() const noexcept { return recursion_; }
+  StateView state() const noexcept { return {{&state_, 1}, nullptr}; }
 
  private:
   SignCase case_;

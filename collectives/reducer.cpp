@@ -383,6 +383,7 @@ std::exception_ptr GradientReducer::Impl::explain(const Job& job, std::exception
   } catch (const std::exception& e) { what = e.what(); } catch (...) {
     code = Errc::internal;
   }
+  if (code == Errc::corrupt_payload || code == Errc::invalid_argument) what = with_names(std::move(what));
   const std::string where = "rank " + std::to_string(communicator_->rank()) + ", step " + std::to_string(job.step) + ", bucket " +
                             (job.bucket != nullptr ? job.bucket->name : std::string("passed through"));
   if (job.flushed && (is_of_transport(code) || code == Errc::corrupt_payload))

@@ -170,7 +170,7 @@ struct ReducerOptions {
 class GradientReducer {
  public:
   /// Collective (it splits the communicator). @throws invalid_config, invalid_argument (no parameters, duplicate names, shapes beyond 2^63
-  /// elements).
+  /// elements, more elements in a compressed one than the codec addresses).
   GradientReducer(std::shared_ptr<Communicator> communicator, const Config& config, std::vector<Parameter> parameters,
                   ReducerOptions options = {});
   /// Fails what is queued, releases the peers if work was under way, joins the thread (bounded by the timeout). On a GPU what is enqueued

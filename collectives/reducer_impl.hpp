@@ -60,6 +60,10 @@ class GradientReducer::Impl {
   void load_state(std::span<const ReducerState> states, const std::string& refused);
 
   // reducer_setup.cpp
+  /// @throws invalid_argument naming a parameter that is to be compressed and has more elements than the codec can address.
+  void check_sizes() const;
+  /// A codec's words, which know parameters by their ids, with the names beside them.
+  std::string with_names(std::string what) const;
   void lay_out_state();
   /// @throws device where the GPU lacks the memory that the largest bucket needs beside the state, naming the bytes.
   void check_device_memory() const;
@@ -75,6 +79,8 @@ class GradientReducer::Impl {
   std::uint64_t own_fingerprint() const;
   /// Of cards whose optimizers differ: @throws invalid_argument with what differs in the words of two of them. `longest`: bytes of words.
   void compare_optimizers(Communicator& communicator, std::size_t longest) const;
+  /// In words, the first parameter in which rank `other` and rank 0, with so many each, differ. Collective: all ranks call it alike.
+  std::string first_difference(Communicator& communicator, int other, std::size_t other_count, std::size_t first_count) const;
   /// @throws invalid_argument naming the parameter of which the optimizers handed over different things.
   void compare_handovers(Communicator& communicator) const;
 

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -36,6 +37,21 @@ ParameterSlot make_slot(Parameter parameter, const Config& config, bool has_code
   slot.compressible = slot.never_reason.empty();
   slot.parameter = std::move(parameter);
   return slot;
+}
+
+std::uint64_t fingerprint_of(const Parameter& parameter, std::uint64_t before) {
+  const std::uint64_t h = wire::hash_bytes(parameter.name.data(), parameter.name.size(), before);
+  return wire::hash_bytes(parameter.shape.data(), parameter.shape.size() * sizeof(std::size_t), h);
+}
+
+std::string describe(const Parameter& parameter) {
+  std::size_t length = parameter.name.size();
+  if (length > 300) {
+    for (length = 300; length > 0 && (static_cast<unsigned char>(parameter.name[length]) & 0xc0) == 0x80;) --length;  // UTF-8 stays whole
+  }
+  std::string text = "'" + parameter.name.substr(0, length) + (length < parameter.name.size() ? "…" : "") + "' of shape (";
+  for (std::size_t d = 0; d < parameter.shape.size(); ++d) text += (d == 0 ? "" : ", ") + std::to_string(parameter.shape[d]);
+  return text + ")";
 }
 
 /// A duplicate with this deadline; the group it is made of keeps its own.
@@ -84,6 +100,7 @@ GradientReducer::Impl::Impl(std::shared_ptr<Communicator> communicator, const Co
   }
   if (slots_.empty()) fail(Errc::invalid_argument, "a reducer needs at least one parameter");
   if (slots_.size() > std::size_t(1) << 31) fail(Errc::invalid_argument, std::to_string(slots_.size()) + " parameters are more than 2^31");
+  check_sizes();
   lay_out_state();
   seen_.assign(slots_.size(), 0);
   pass_reasons_.resize(slots_.size());
@@ -98,6 +115,33 @@ GradientReducer::Impl::Impl(std::shared_ptr<Communicator> communicator, const Co
   queue_ = std::make_unique<WorkQueue>(
       threaded, [this](Job& job) { run(job); },
       [this](const Job& job, std::exception_ptr error) { return explain(job, std::move(error)); });
+}
+
+void GradientReducer::Impl::check_sizes() const {
+  for (std::size_t p = 0; p < slots_.size(); ++p) {
+    const ParameterSlot& slot = slots_[p];
+    if (!slot.compressible) continue;
+    const Segment segment{std::uint32_t(p), 0, slot.numel, slot.rows, slot.columns, policy_->setting(0, std::uint32_t(p)), nullptr};
+    const std::uint32_t end = 1;
+    try {
+      (void)codec_->layout({std::span(&segment, 1), std::span(&end, 1), 0});
+    } catch (const Error& error) { fail(error.code(), with_names(error.what())); }
+  }
+}
+
+std::string GradientReducer::Impl::with_names(std::string what) const {
+  constexpr std::string_view kWord = "parameter ";
+  for (std::size_t at = what.find(kWord); at != std::string::npos; at = what.find(kWord, at)) {
+    at += kWord.size();
+    std::uint32_t id = 0;
+    const auto [end, error] = std::from_chars(what.data() + at, what.data() + what.size(), id);
+    if (error != std::errc() || id >= slots_.size()) continue;
+    at = std::size_t(end - what.data());
+    const std::string name = " '" + slots_[id].parameter.name + "'";
+    what.insert(at, name);
+    at += name.size();
+  }
+  return what;
 }
 
 void GradientReducer::Impl::check_device_memory() const {
@@ -168,11 +212,37 @@ void GradientReducer::Impl::lay_out_state() {
 
 std::uint64_t GradientReducer::Impl::own_fingerprint() const {
   std::uint64_t h = 0;
-  for (const ParameterSlot& slot : slots_) {
-    h = wire::hash_bytes(slot.parameter.name.data(), slot.parameter.name.size(), h);
-    h = wire::hash_bytes(slot.parameter.shape.data(), slot.parameter.shape.size() * sizeof(std::size_t), h);
-  }
+  for (const ParameterSlot& slot : slots_) h = fingerprint_of(slot.parameter, h);
   return h;
+}
+
+std::string GradientReducer::Impl::first_difference(Communicator& communicator, int other, std::size_t other_count,
+                                                    std::size_t first_count) const {
+  const std::size_t world = std::size_t(communicator.size()), rank = std::size_t(communicator.rank());
+  const std::size_t common = std::min(other_count, first_count);
+  const auto gather = [&](auto& all) {
+    const Bytes recv{reinterpret_cast<std::byte*>(all.data()), all.size() * sizeof all[0], DType::u8, Place::host, 0};
+    communicator.all_gather(recv.sub(rank * recv.size / world, recv.size / world), recv);
+  };
+  std::vector<std::uint64_t> hashes(common * world);  // of any other count than these two's: as far as they go
+  for (std::size_t p = 0; p < std::min(common, slots_.size()); ++p) hashes[rank * common + p] = fingerprint_of(slots_[p].parameter, 0);
+  gather(hashes);
+  std::size_t at = 0;
+  while (at < common && hashes[at] == hashes[std::size_t(other) * common + at]) ++at;
+
+  using Text = std::array<char, 512>;
+  std::vector<Text> texts(world, Text{});
+  if (at < slots_.size()) {
+    const std::string text = describe(slots_[at].parameter);
+    std::memcpy(texts[rank].data(), text.data(), std::min(text.size(), sizeof(Text) - 1));
+  }
+  gather(texts);
+  const auto on = [&](int r) {
+    Text& text = texts[std::size_t(r)];
+    text.back() = '\0';
+    return (text[0] == '\0' ? std::string("none") : std::string(text.data())) + " on rank " + std::to_string(r);
+  };
+  return "the first that differs is number " + std::to_string(at) + ": " + on(other) + ", " + on(0);
 }
 
 void GradientReducer::Impl::compare_handovers(Communicator& communicator) const {
@@ -289,7 +359,7 @@ void GradientReducer::Impl::compare_cards(Communicator& communicator, const Stan
       fail(Errc::invalid_config, who + "have different configs: '" + other.config + "' and '" + first.config + "'");
     if (other.parameters != first.parameters)
       fail(Errc::invalid_config, who + "have different parameters (" + std::to_string(other.count) + " and " + std::to_string(first.count) +
-                                     " of them; names, shapes or their order differ)");
+                                     " of them): " + first_difference(communicator, r, other.count, first.count));
     if (other.step != first.step)
       fail(Errc::invalid_config, who + "are at different steps, " + std::to_string(other.step) + " and " + std::to_string(first.step) +
                                      "; load checkpoints of the same step on all ranks");

@@ -160,6 +160,18 @@ TEST(ReducerErrors, DoneIsCalledOncePerBucketBeforeWaitReturns) {
   nothing.wait();
 }
 
+// Before there is state of it, by name; what stays dense may be of any size. Under econtrol the codec is asked more about it.
+TEST(ReducerErrors, ATensorTooLargeForTheWireIsRefusedAtOnce) {
+  const std::vector<Parameter> model = {{"small", {4, 5}}, {"table", {std::size_t(1) << 16, std::size_t(1) << 16}}};
+  const std::shared_ptr<Communicator> communicator = std::move(make_loopback(1)[0]);
+  for (const char* config : {"dgc:density=0.01 exchange=gather", "codec=topk:density=0.01 feedback=ef14", "econtrol:density=0.01"}) {
+    SCOPED_TRACE(config);
+    expect_error(Errc::invalid_argument, {"topk: parameter 1 'table' has 4294967296 elements", "at most 2^32 - 1"},
+                 [&] { GradientReducer(communicator, Config::parse(config), model); });
+  }
+  GradientReducer(communicator, Config::parse("codec=none"), model);
+}
+
 // ---- ranks that do not fit together
 
 /// Every rank must refuse with the same words after the "rank r, step s, bucket b: " of its own; returns them.
@@ -197,14 +209,34 @@ TEST(ReducerErrors, ADifferenceAtTheEndOfALongConfigIsFound) {
   });
 }
 
-TEST(ReducerErrors, DifferentParametersAreRefusedByAllAlike) {
-  const std::vector<std::vector<Parameter>> others = {{{"a", {4, 5}}, {"b", {3}}},
-                                                      {{"a", {4, 5}}, {"b", {3}}, {"d", {2, 2}}},
-                                                      {{"a", {4, 5}}, {"c", {2, 2}}, {"b", {3}}},
-                                                      {{"a", {5, 4}}, {"b", {3}}, {"c", {2, 2}}}};
-  for (const auto& other : others) {
-    const std::string words = refusal_of_all(3, [&](int rank) { return std::pair(std::string(kConfig), rank == 2 ? other : kModel); });
+TEST(ReducerErrors, DifferentParametersAreRefusedByAllAlikeNamingTheFirst) {
+  const std::string longest(3000, 'x');
+  std::string letters;
+  for (int i = 0; i < 200; ++i) letters += "ü";  // two bytes each: 299 and 301 are in the middle of one
+  struct Case {
+    std::vector<Parameter> other;
+    std::string says;
+  };
+  const std::vector<Case> cases = {
+      {{{"a", {4, 5}}, {"b", {3}}}, "(2 and 3 of them): the first that differs is number 2: none on rank 2, 'c' of shape (2, 2) on rank 0"},
+      {{{"a", {4, 5}}, {"b", {3}}, {"d", {2, 2}}}, "number 2: 'd' of shape (2, 2) on rank 2, 'c' of shape (2, 2) on rank 0"},
+      {{{"a", {4, 5}}, {"c", {2, 2}}, {"b", {3}}}, "number 1: 'c' of shape (2, 2) on rank 2, 'b' of shape (3) on rank 0"},
+      {{{"a", {5, 4}}, {"b", {3}}, {"c", {2, 2}}}, "(3 and 3 of them): the first that differs is number 0: 'a' of shape (5, 4) on rank 2"},
+      {{{"a", {4, 5}}, {"b", {3}}, {"c", {2, 2}}, {"s", {}}}, "number 3: 's' of shape () on rank 2, none on rank 0"},
+      {{{"a", {4, 5}}, {longest, {7}}}, "number 1: '" + longest.substr(0, 300) + "…' of shape (7) on rank 2, 'b'"},
+      {{{"a", {4, 5}}, {"b" + letters, {7}}}, "number 1: 'b" + letters.substr(0, 298) + "…' of shape (7) on rank 2, 'b'"},
+  };
+  for (const Case& c : cases) {
+    // rank 1 has rank 0's parameters, rank 3 more of them than either, of which nobody speaks
+    const auto setup = [&](int rank) {
+      std::vector<Parameter> own = rank == 2 ? c.other : kModel;
+      if (rank == 3) own.resize(9, {"more", {1}});
+      for (std::size_t p = kModel.size(); rank == 3 && p < own.size(); ++p) own[p].name += std::to_string(p);
+      return std::pair(std::string(kConfig), own);
+    };
+    const std::string words = refusal_of_all(4, setup);
     EXPECT_NE(words.find("rank 2 and rank 0 have different parameters"), std::string::npos) << words;
+    EXPECT_NE(words.find(c.says), std::string::npos) << words;
   }
 }
 

@@ -137,6 +137,42 @@ TEST(ReducerReplicas, PassengersGiveTheSameBitsRawAndThroughOwners) {
       }
 }
 
+// Invariant 7: who sits on which rank changes a mean by reassociation alone. A rank's state and payload know nothing of its number, and N
+// numbers added in any order, then divided by N, are off by at most N roundings of their absolute sum over N each way: what every rank adds
+// is what it gets alone.
+TEST(ReducerReplicas, ShufflingTheRanksIsReassociation) {
+  constexpr int kWorld = 5, kSteps = 6;
+  const std::vector<int> shuffled = {3, 0, 4, 2, 1};
+  for (const char* config : {"codec=topk:density=0.3 feedback=dgc exchange=gather min_numel=3",
+                             "codec=topk:density=0.3,wire=bf16,select=exact feedback=ef14 exchange=gather min_numel=3 start_step=2"}) {
+    SCOPED_TRACE(config);
+    Scenario s = scenario(kWorld, config, DType::fp32, kSteps);
+    s.keep_payloads = true;
+    const auto grad = s.grad;
+    const Outcome plain = play(s);
+    s.grad = [&](int step, int rank, std::uint32_t p) { return grad(step, shuffled[std::size_t(rank)], p); };
+    const Outcome other = play(s);
+    std::vector<Outcome> alone;
+    s.world = 1;
+    for (int r = 0; r < kWorld; ++r) {
+      s.grad = [&](int step, int, std::uint32_t p) { return grad(step, r, p); };
+      alone.push_back(play(s));
+    }
+    for (int r = 0; r < kWorld; ++r) expect_same_state({other.state[std::size_t(r)]}, {plain.state[std::size_t(shuffled[std::size_t(r)])]});
+    std::size_t moved = 0;
+    for (std::size_t t = 0; t < kSteps; ++t)
+      for (std::uint32_t p = 0; p < kModel.size(); ++p)
+        for (std::size_t i = 0; i < plain.mean[t][0][p].size(); ++i) {
+          double sum = 0;
+          for (const Outcome& one : alone) sum += std::abs(double(one.mean[t][0][p][i]));
+          const float a = plain.mean[t][0][p][i], b = other.mean[t][0][p][i];
+          ASSERT_LE(std::abs(double(a) - double(b)), 2 * 1.001 * kWorld * 0x1p-24 * sum / kWorld) << t << " " << kModel[p].name << " " << i;
+          moved += float_bits(a) != float_bits(b);
+        }
+    EXPECT_GT(moved, 0u) << "no order was seen";
+  }
+}
+
 TEST(ReducerReplicas, ManyRanksAgreeWithTheOracle) {
   for (const int world : {4, 7}) {
     Scenario s = scenario(world, "codec=topk:density=0.02,select=exact feedback=dgc exchange=gather min_numel=3", DType::fp32, 10);

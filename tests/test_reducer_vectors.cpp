@@ -87,5 +87,48 @@ TEST(ReducerVectors, NothingStarves) {
   EXPECT_EQ(std::count(seen.begin(), seen.end(), true), n);
 }
 
+// Invariant 12 under noise: k of n coordinates are sent at a step, so a coordinate's mean gap is n/k = 1/density. Between a first and a
+// last send in T steps lie all but the waits at the two ends, together two gaps on average (a fresh one, and what is left of one); three
+// are allowed. And nobody starves: what waits is a random walk that is sent where it leaves ±tau, which takes longer than t with
+// probability (4/pi) exp(-pi^2/8 · t/gap), so that 15 gaps are seen once in 10^8 waits; there are 20,000 here.
+TEST(ReducerVectors, UnderNoiseTheMeanGapIsOneOverTheDensity) {
+  constexpr std::size_t n = 1000, k = 10;
+  constexpr int kSteps = 2000;
+  constexpr double kGap = double(n) / k, kGaps = kSteps / kGap;
+  for (const char* config : {"codec=topk:density=0.01,select=exact feedback=dgc:momentum=0.5 exchange=gather min_numel=1",
+                             "codec=topk:density=0.01,select=exact feedback=ef14 exchange=gather min_numel=1"}) {
+    SCOPED_TRACE(config);
+    Scenario s{.world = 1, .config = config, .parameters = {{"w", {40, 25}}}, .steps = kSteps, .grad = nullptr};
+    s.grad = [](int step, int, std::uint32_t) {
+      Vec g(n);
+      for (std::size_t i = 0; i < n; ++i) g[i] = float(std::int32_t(draw(5, std::uint64_t(step), 0, 0, i) >> 32)) * 0x1p-31f;
+      return g;
+    };
+    const Outcome out = play(s);
+    std::vector<int> first(n, -1), last(n, -1);
+    double between = 0, gaps = 0;
+    int longest = 0;
+    for (int t = 0; t < kSteps; ++t) {
+      const Vec& sent = out.mean[std::size_t(t)][0][0];
+      for (std::size_t i = 0; i < n; ++i) {
+        const bool end = t == kSteps - 1;
+        if (sent[i] != 0 || end) longest = std::max(longest, t - last[i]);
+        if (sent[i] == 0) continue;
+        if (first[i] < 0) {
+          first[i] = t;
+        } else {
+          ++gaps;
+        }
+        last[i] = t;
+      }
+    }
+    for (std::size_t i = 0; i < n; ++i) between += last[i] - first[i];
+    const double mean = between / gaps;
+    EXPECT_GE(mean, kGap * (kGaps - 3) / (kGaps - 1));
+    EXPECT_LE(mean, kGap * kGaps / (kGaps - 1));
+    EXPECT_LE(longest, 15 * kGap);
+  }
+}
+
 }  // namespace
 }  // namespace thinwire::test

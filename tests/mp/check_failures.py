@@ -26,12 +26,26 @@ CASES = [
     ("mismatch", 2, r"(transport|timeout|peer_lost) after \d+ ms: mpi rank {r} of 2: all_reduce"),
     ("finalized", 3, r"invalid_argument after \d+ ms: all_reduce: MPI is not running"),
 ]
+# A reducer's queue thread is in the call that breaks. The deadline is 3 s, of "closed" 60.
+CONFIGS = [
+    "codec=topk:density=0.01 feedback=ef14 exchange=gather min_numel=1",
+    "codec=sign feedback=ef14 exchange=two_phase min_numel=1",
+]
+LOST = r"(timeout|peer_lost) after \d+ ms: rank {r}, step 2, bucket "
+CLOSED = r"peer_lost after \d+ ms: rank {r}: the reducer was closed"
+for config in CONFIGS:
+    CASES += [
+        (f"reducer-stalled {config}", 3, LOST),
+        (f"reducer-closed {config}", 2, CLOSED),
+        (f"reducer-destroyed {config}", 3, rf"({LOST}|{CLOSED})"),
+        (f"reducer-killed {config}", 3, None),
+    ]
 
 
 def run(mpirun, program, mode, ranks):
     """Returns (exit status, output, seconds); a job over the deadline is killed with all it started and has status None."""
     env = dict(os.environ, OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1", OMPI_MCA_mpi_yield_when_idle="1")
-    command = [mpirun, "-np", str(ranks), "--oversubscribe", "--bind-to", "none", program, mode]
+    command = [mpirun, "-np", str(ranks), "--oversubscribe", "--bind-to", "none", program, *mode.split(" ", 1)]
     start = time.monotonic()
     job = subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     try:
@@ -54,7 +68,7 @@ def problems(mode, ranks, says, status, output):
     found = []
     if (status == 0) != (mode == "finalized"):
         found.append(f"exit status {status}")
-    silent = {"stalled": [ranks - 1]}.get(mode, [])
+    silent = [ranks - 1] if mode == "stalled" or mode.startswith("reducer-") else []
     for r in range(ranks) if says else ():
         if r in silent:
             continue
@@ -62,7 +76,9 @@ def problems(mode, ranks, says, status, output):
             found.append(f"rank {r} did not say /{says.format(r=r)}/")
         if not re.search(f"rank {r}: destroyed", output):
             found.append(f"rank {r} did not get past the destructor")
-        took = re.search(rf"rank {r}: \w+ after (\d+) ms", output)
+        if f"rank {r}: a broken reducer went on" in output:
+            found.append(f"rank {r} took a step after the error")
+        took = re.search(rf"rank {r}: (?:\w+ after|destroyed within) (\d+) ms", output)
         if took and int(took[1]) > 20000:
             found.append(f"rank {r} needed {took[1]} ms")  # the deadlines are 1 to 3 s; without a notice an abort would take 60
     return found

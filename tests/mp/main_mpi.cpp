@@ -1,14 +1,21 @@
 // The main of tests whose ranks are processes: every rank runs the same tests in the same order, and the run fails if one rank's do.
+// --funneled: MPI serves the main thread alone.
 
 #include <gtest/gtest.h>
 
 #include <cstdio>
+#include <string_view>
 
 #include "collectives/mpi/mpi.hpp"
 
 int main(int argc, char** argv) {
+  const bool funneled = argc > 1 && std::string_view(argv[1]) == "--funneled";
   int provided = 0;
-  MPI_Init_thread(&argc, &argv, MPI_THREAD_MULTIPLE, &provided);
+  MPI_Init_thread(&argc, &argv, funneled ? MPI_THREAD_FUNNELED : MPI_THREAD_MULTIPLE, &provided);
+  if (funneled && provided == MPI_THREAD_MULTIPLE) {
+    std::fprintf(stderr, "this MPI gives MPI_THREAD_MULTIPLE to those who ask for less: the run would show nothing\n");
+    MPI_Abort(MPI_COMM_WORLD, 1);
+  }
   ::testing::InitGoogleTest(&argc, argv);
   int rank = 0;
   MPI_Comm_rank(MPI_COMM_WORLD, &rank);

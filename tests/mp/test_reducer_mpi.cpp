@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <thread>
 
 #include "collectives/mpi/mpi.hpp"
 #include "tests/reducer_world.hpp"
@@ -86,6 +87,25 @@ TEST_F(Mpi, WithoutAThreadOfItsOwn) {
     Scenario s = scenario(config);
     s.reducer.inline_queue = true;
     expect_loopbacks(s);
+  }
+}
+
+// The rule itself, with nothing set by hand: a queue thread under MPI_THREAD_MULTIPLE, the caller's thread under less (--funneled).
+TEST_F(Mpi, WorkIsDoneOnAThreadThatMpiServes) {
+  int provided = 0;
+  MPI_Query_thread(&provided);
+  const std::thread::id caller = std::this_thread::get_id();
+  for (const char* config : kConfigs) {
+    Scenario s = scenario(config);
+    std::vector<std::thread::id> threads;
+    s.keep_payloads = false;
+    s.reducer.record_payload = [&](std::uint64_t, ConstBytes) { threads.push_back(std::this_thread::get_id()); };
+    play(s, [](int, const RankBody& body) { body(make_mpi(MPI_COMM_WORLD)); });
+    ASSERT_FALSE(threads.empty()) << config;
+    for (const std::thread::id thread : threads) {
+      EXPECT_EQ(thread, threads.front()) << config;
+      EXPECT_EQ(thread == caller, provided != MPI_THREAD_MULTIPLE) << config;
+    }
   }
 }
 

@@ -113,6 +113,23 @@ def different_configs_are_refused(rank: int, world: int) -> None:
 
 
 @feature
+def different_parameters_are_refused(rank: int, world: int) -> None:
+    """The first that differs is named on all ranks, in DDP's order of parameters."""
+    ddp = DistributedDataParallel(mlp())
+    named = [("renamed" if rank == world - 1 and name == "2.weight" else name, p) for name, p in ddp.module.named_parameters()]
+    config = "codec=topk:density=0.1 feedback=ef14 min_numel=0 timeout=20"
+    ddp.register_comm_hook(thinwire.HookState(config, named_parameters=named), thinwire.hook)
+    try:
+        loss_of(ddp, batch(rank, 0)).backward()
+    except thinwire.Error as error:
+        assert error.code == "invalid_config", (error.code, str(error))
+        says = f"number 2: 'renamed' of shape (24, 24) on rank {world - 1}, '2.weight' of shape (24, 24) on rank 0"
+        assert says in str(error), str(error)
+    else:
+        raise AssertionError("two names of one parameter went on")
+
+
+@feature
 def refusals(rank: int, world: int) -> None:
     def refused(word: str, call: Callable[[], Any]) -> None:
         try:

@@ -1,5 +1,6 @@
 """What DDP does to a hook, checked on every rank of a real group; run by test_ddp.py as one process per rank: RANK WORLD FOLDER [FEATURE
-...]. The features are in ddp_models.py, ddp_layouts.py, ddp_onebit*.py, ddp_state.py and ddp_errors.py.
+...]. The features are in ddp_models.py, ddp_layouts.py, ddp_onebit*.py, ddp_state.py, ddp_errors.py and
+ddp_threads.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import ddp_onebit  # noqa: F401
 import ddp_onebit_freeze  # noqa: F401
 import ddp_onebit_groups  # noqa: F401
 import ddp_state  # noqa: F401
+import ddp_threads  # noqa: F401
 import torch
 import torch.distributed as dist
 from ddp_training import FEATURES

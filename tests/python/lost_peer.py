@@ -1,4 +1,5 @@
-"""A rank that dies, stalls or leaves in the midst of training: RANK WORLD FOLDER HOW WIDTH DEVICE METHOD. Survivors write the error they got and when."""
+"""A rank that dies, stalls or leaves in the midst of training: RANK WORLD FOLDER HOW WIDTH DEVICE METHOD [TIMEOUT]. Survivors write the error they
+got and when; of four ranks they stay until all have."""
 
 from __future__ import annotations
 
@@ -29,6 +30,7 @@ import thinwire
 def main() -> None:
     rank, world, folder, how = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
     width, device, method = int(sys.argv[5]), sys.argv[6], sys.argv[7]
+    timeout = float(sys.argv[8]) if len(sys.argv) > 8 else TIMEOUT[device]
     torch.set_num_threads(1)
     # DDP's own group is Gloo on a GPU too: NCCL is in our group alone, and torch's watchdog does not end the process before we do.
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60))
@@ -51,7 +53,7 @@ def main() -> None:
     try:
         if how == "absent" and rank == world - 1:
             os.kill(os.getpid(), signal.SIGSTOP)
-        state = thinwire.attach(ddp, f"{METHODS[method]} min_numel=0 timeout={TIMEOUT[device]}", optimizer)
+        state = thinwire.attach(ddp, f"{METHODS[method]} min_numel=0 timeout={timeout}", optimizer)
         for step in range(1000):
             if step == 5 and rank == world - 1:
                 if how == "killed":
@@ -74,6 +76,10 @@ def main() -> None:
         except thinwire.Error as error:
             said["again"] = error.code
     (folder / f"rank{rank}.json").write_text(json.dumps(said))
+    # A process that ends closes its sockets: that must not be what releases the others.
+    others = [folder / f"rank{r}.json" for r in range(world - 1)]
+    while world > 3 and not all(other.exists() for other in others):
+        time.sleep(0.05)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def features() -> list[str]:
     """Names of the decorated functions, without importing torch's process groups into this process."""
     return [
         n.name
-        for file in ("ddp_models.py", "ddp_layouts.py", "ddp_onebit.py", "ddp_onebit_freeze.py", "ddp_onebit_groups.py", "ddp_state.py", "ddp_errors.py")
+        for file in ("ddp_models.py", "ddp_layouts.py", "ddp_onebit.py", "ddp_onebit_freeze.py", "ddp_onebit_groups.py", "ddp_state.py", "ddp_errors.py", "ddp_threads.py")
         for n in ast.parse((HERE / file).read_text()).body
         if isinstance(n, ast.FunctionDef) and any(isinstance(d, ast.Name) and d.id == "feature" for d in n.decorator_list)
     ]

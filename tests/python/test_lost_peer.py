@@ -18,10 +18,10 @@ SECONDS = float(os.environ.get("THINWIRE_TEST_SECONDS", 120))  # of a whole run
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available() or not thinwire.build_info()["devices"], reason="there is no GPU, or this build has no CUDA")
 
 
-def survivors(device: str, how: str, width: int, folder: Path, method: str = "dgc") -> list[dict]:
+def survivors(device: str, how: str, width: int, folder: Path, method: str = "dgc", world: int = 0, *timeout: str) -> list[dict]:
     """What each survivor said; all of them have ended by themselves."""
-    world = WORLD[device]
-    launch = Launch(Path(__file__).parent / "lost_peer.py", world, folder, how, str(width), device, method)
+    world = world or WORLD[device]
+    launch = Launch(Path(__file__).parent / "lost_peer.py", world, folder, how, str(width), device, method, *timeout)
     try:
         codes = launch.wait_for(range(world - 1), SECONDS)
     finally:
@@ -55,6 +55,14 @@ def test_survivors_get_an_error(how: str, width: int, device: str, tmp_path: Pat
             assert "nccl: " in said["text"], said
             if how == "stalled":
                 assert said["code"] == "timeout" and f"did not end within {TIMEOUT[device] * 1000:.0f} ms" in said["text"], said
+
+
+def test_who_is_no_neighbour_is_released_by_those_who_are(tmp_path: Path) -> None:
+    """In Gloo's ring of four rank 1 hears nothing of rank 3, which is killed: ranks 0 and 2 do, and shut their connections. A deadline of 60 s is not what
+    ends its wait."""
+    for rank, said in enumerate(survivors("cpu", "killed", 1024, tmp_path, "dgc", 4, "60")):
+        assert said["code"] in ("peer_lost", "transport") and said["again"] == said["code"], said
+        assert f"rank {rank}" in said["text"] and "step 5" in said["text"], said
 
 
 def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:

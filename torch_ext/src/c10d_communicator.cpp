@@ -108,6 +108,11 @@ std::string C10dCommunicator::missing(const std::string& place) const {
 }
 
 std::unique_ptr<Communicator> C10dCommunicator::split(int colour, int key) {
+  THINWIRE_EXPECTS(colour >= 0, "split: colour " + std::to_string(colour) + " is negative");
+  {
+    const std::lock_guard lock(mutex_);
+    if (aborted_) fail(Errc::peer_lost, "split: the group was given up: " + reason_);
+  }
   const std::string place = "split/" + std::to_string(splits_++) + "/";
   std::vector<std::pair<int, int>> members;  // (key, rank) of those who chose this colour
   try {
