@@ -42,7 +42,7 @@ struct ParameterStats {
   /// target=momentum: residual_norm / momentum_norm, 0 while there is no momentum. About 1 to 5 is usual; one that goes on growing says
   /// that the error feedback does not keep up (docs/onebit_adam.md).
   std::optional<double> residual_over_momentum;
-  std::optional<double> estimate_norm;         ///< estimate: of this rank's h
+  std::optional<double> estimate_norm;  ///< estimate: of this rank's h
   /// At the last step that was looked at, every 64th: 1 − ‖x − C(x)‖²/‖x‖² of the message x, whatever the codec promises. Not of a
   /// frozen momentum without feedback; without feedback on the host alone.
   std::optional<double> measured_delta;

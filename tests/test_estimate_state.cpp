@@ -13,9 +13,8 @@ using Init = EstimateOracle::Init;
 
 // A reset is a start: the same as a fresh run from there on, with its dense step.
 TEST(EstimateState, AResetStartsAnew) {
-  for (const Method& method :
-       {topk_method(true, 0.5), topk_method(false, 1, Init::zero), topk_method(false, 0.25, Init::zero),
-        topk_method(true, 0.25, Init::compressed), topk_method(true, 1, Init::dense, 2), sign_method(true, true)}) {
+  for (const Method& method : {topk_method(true, 0.5), topk_method(false, 1, Init::zero), topk_method(false, 0.25, Init::zero),
+                               topk_method(true, 0.25, Init::compressed), topk_method(true, 1, Init::dense, 2), sign_method(true, true)}) {
     SCOPED_TRACE(method.config);
     Scenario s = scenario_of(2, method, 8);
     s.before_step = [](GradientReducer& reducer, int step, int) {

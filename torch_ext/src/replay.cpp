@@ -90,7 +90,8 @@ ReplayResult replay(const Config& config, DType dtype, std::size_t steps, std::i
                                      " are possible, as each is a thread of this process");
   }
   if (config.feedback().name == "ef14" && config.feedback().flag("lr_rescale"))
-    fail(Errc::invalid_config, "replay: feedback=ef14:lr_rescale=1 follows an optimizer's learning rate, and a recording has none; leave it out");
+    fail(Errc::invalid_config,
+         "replay: feedback=ef14:lr_rescale=1 follows an optimizer's learning rate, and a recording has none; leave it out");
   const int world = int(ranks);
   std::vector<Parameter> parameters;
   std::vector<std::size_t> bytes;  // of one gradient of each parameter
