@@ -141,6 +141,7 @@ std::uint64_t GradientReducer::Impl::start_goes_on_until() const {
 bool GradientReducer::Impl::is_first_compressed(bool dense) {
   if (dense && step_ == compressed_from_) ++compressed_from_;
   if (dense || recursion_.kind != Recursion::Kind::estimate || init_ == Init::dense) return false;
+  if (!(recursion_.fresh < 1) && !(init_ == Init::compressed && recursion_.control)) return false;  // nothing hangs on it
   if (options_.step_verdict && step_ == compressed_from_ + 1) {  // where the scaler skipped that step, there is no state yet
     queue_->drain();
     engine_->wait();
