@@ -122,7 +122,7 @@ double Trainer::rate_at(std::int64_t done) const { return learning_rate(options_
 torch::Tensor Trainer::step(const torch::Tensor& batch) {
   const double lr = rate_at(done_);
   if (done_ > 0 && config_.feedback().name == "ef14" && config_.feedback().flag("lr_rescale"))
-    reducer_.rescale_residuals(std::vector<float>(parameters_.size(), float(rate_at(done_ - 1) / lr)));
+    reducer_.rescale_residuals(std::vector<float>(parameters_.size(), float(1.0 / (lr / rate_at(done_ - 1)))));
   buckets_.zero();
   const torch::Tensor images = pixels(train_.images.index_select(0, batch));
   const torch::Tensor loss =

@@ -169,6 +169,22 @@ def test_trainer_reaches_the_bits_of_python(quickstart: tuple[dict, str, Path], 
 
 
 @needs_mpi
+@pytest.mark.parametrize("config", ["dgc:density=0.05,momentum=0.8,nesterov=1", "codec=topk:density=0.05 feedback=ef14:lr_rescale=1"])
+def test_trainers_agree_on_momentum_and_rates(digits: Path, tmp_path: Path, config: str) -> None:
+    """The config's momentum is the optimizer's too, and the falling rate reaches the residual: the same bits from both."""
+    options = ("--config", config, "--weight-decay", 0.01, "--data", digits, "--subset", 640, "--epochs", 1, "--batch", 32)
+    result = trainer(*options, "--json", tmp_path / "cpp.json")
+    assert result.returncode == 0, result.stderr
+    result = python("launch/quickstart.py", *options, "--json", tmp_path / "python.json", "--output", tmp_path)
+    assert result.returncode == 0, result.stderr
+    ours, theirs = (json.loads((tmp_path / name).read_text())["rows"][-1] for name in ("cpp.json", "python.json"))
+    assert ours["config"] == theirs["config"] and ours["fingerprint"] == theirs["fingerprint"]
+    plain = trainer(*options[2:], "--config", config.replace(",nesterov=1", "").replace(":lr_rescale=1", ""), "--json", tmp_path / "plain.json")
+    assert plain.returncode == 0, plain.stderr
+    assert json.loads((tmp_path / "plain.json").read_text())["rows"][-1]["fingerprint"] != ours["fingerprint"], "what was asked for did nothing"
+
+
+@needs_mpi
 def test_trainers_agree_on_onebit_adam(digits: Path, tmp_path: Path) -> None:
     """Adam before the freeze, the handover, and momenta of two phases after it: the same bits from both."""
     options = ("--config", "onebit_adam:freeze=8", "--weight-decay", 0.01, "--data", digits, "--epochs", 1, "--batch", 32)
