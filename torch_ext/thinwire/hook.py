@@ -18,7 +18,7 @@ from .config import Config, as_config
 from .errors import ArgumentError, ConfigError, Error, UnsupportedError, warn
 from .learning_rate import LearningRates, follow
 from .onebit_adam import OneBitAdam
-from .pairing import paired_config
+from .pairing import guarded_steps, paired_config
 from .replay import shaped
 
 _UNPAIRED = (
@@ -84,6 +84,8 @@ class HookState:
             raise
         # Exit must not find a thread of ours at work; no Python object is needed for it any more.
         self._finalizer = weakref.finalize(self, self._engine.close, _CLOSE_MS)
+        guard = guarded_steps(self._config, optimizer)
+        self._unguard = None if guard is None else weakref.finalize(self, guard.remove)
         if paired is not None and named is not None:
             paired._pair(self, named, _sparse)
 
@@ -200,6 +202,8 @@ class HookState:
         there is to go on from."""
         if self._kept is None:
             self._finalizer()
+            if self._unguard is not None:
+                self._unguard()
             self._tell()
             if self._optimizer is not None:
                 self._optimizer._unpair(self)
@@ -221,6 +225,7 @@ class HookState:
         self._kept = state["kept"] or {"step": 0}  # made without names and never used: there is no state to give
         self._engine = None
         self._optimizer = None
+        self._unguard = None
 
     def __repr__(self) -> str:
         return f"HookState('{self._config}'{', a copy without process group' if self._kept is not None else ''})"

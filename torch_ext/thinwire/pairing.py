@@ -24,6 +24,7 @@ def paired_config(config: Config, optimizer: Any) -> Config:
             )
         if optimizer is not None:
             _check_momentum(config, optimizer)
+            _warn_of_decay(config, optimizer)
         return config
     if optimizer is None:
         if keys["freeze"] == "auto":
@@ -65,7 +66,7 @@ def _check_momentum(config: Config, optimizer: Any) -> None:
             if group["weight_decay"] != 0 and (group["momentum"], bool(group["nesterov"])) != (momentum, nesterov):
                 raise ArgumentError(
                     f"DGCSGD decays weights with momentum={group['momentum']}, nesterov={group['nesterov']}, but feedback=dgc has momentum={momentum}, "
-                    f"nesterov={nesterov}; give both the same"
+                    f"nesterov={nesterov}; give both the same (a scheduler that cycles it, such as OneCycleLR, takes cycle_momentum=False)"
                 )
         return
     if type(optimizer) is not torch.optim.SGD:
@@ -77,10 +78,24 @@ def _check_momentum(config: Config, optimizer: Any) -> None:
         if group["momentum"] != 0:
             raise ArgumentError(
                 f"feedback=dgc applies momentum in the hook; SGD(momentum={group['momentum']}) would apply it a second time. "
-                f"Use thinwire.optim.DGCSGD(params, lr, momentum={momentum})"
+                f"Use thinwire.optim.DGCSGD(params, lr, momentum={momentum}). Where a scheduler set it (OneCycleLR takes cycle_momentum=False) or a loaded "
+                "state_dict() of another run, set the groups' momentum to 0"
             )
-    if any(group["weight_decay"] != 0 for group in optimizer.param_groups):
-        warn(
-            f"feedback=dgc with SGD(weight_decay=...): the momentum is in the hook, so that the decay has none and acts 1 - momentum = {1 - momentum:g} times as "
-            f"strongly as under SGD with momentum. Use thinwire.optim.DGCSGD(params, lr, momentum={momentum}, weight_decay=...)"
-        )
+
+
+def _warn_of_decay(config: Config, optimizer: Any) -> None:
+    if not config.feedback.startswith("dgc") or isinstance(optimizer, DGCSGD) or all(group["weight_decay"] == 0 for group in optimizer.param_groups):
+        return
+    momentum = float(config.keys_of("feedback")["momentum"])
+    warn(
+        f"feedback=dgc with SGD(weight_decay=...): the momentum is in the hook, so that the decay has none and acts 1 - momentum = {1 - momentum:g} times as "
+        f"strongly as under SGD with momentum. Use thinwire.optim.DGCSGD(params, lr, momentum={momentum}, weight_decay=...)"
+    )
+
+
+def guarded_steps(config: Config, optimizer: Any) -> Any:
+    """Looks again before every step: schedulers and loaded states change an optimizer that was right when it was given. @returns a handle to remove() the look
+    by, or None where there is nothing to look at."""
+    if not config.feedback.startswith("dgc") or not isinstance(optimizer, torch.optim.Optimizer):
+        return None
+    return optimizer.register_step_pre_hook(lambda stepping, *_: _check_momentum(config, stepping))
