@@ -63,8 +63,8 @@ Trainer::Trainer(const Options& options, std::shared_ptr<Communicator> gradients
   if (uses_adam(options, config_)) adam_.emplace(parameters_, reducer_, config_, options.beta2, options.weight_decay);
   epoch_steps_ = train_.count() / (world_ * options.batch);
   if (epoch_steps_ == 0)
-    fail(Errc::invalid_argument, std::to_string(train_.count()) + " images are too few for " + std::to_string(world_) +
-                                     " ranks of batch " + std::to_string(options.batch));
+    fail(Errc::invalid_argument, std::to_string(train_.count()) + " images are too few for " + std::to_string(world_) + " ranks of batch " +
+                                     std::to_string(options.batch));
   steps_ = epoch_steps_ * options.epochs;
   if (rank_ == 0 && config_.target().name == "momentum" && config_.target().integer("freeze") >= std::uint64_t(steps_))
     std::fprintf(stderr, "thinwire_train: warning: freeze=%s: all %lld steps of this run will be dense\n",
