@@ -196,6 +196,18 @@ const ReducerState& checked_front(std::span<const ReducerState> states, int worl
   return old_world == world ? states[std::size_t(rank)] : states.front();
 }
 
+/// What is wrong with a state: the first findings in words, and how many more there are, since another config differs in every parameter.
+struct Problems {
+  static constexpr std::size_t kShown = 8;
+  std::string text;
+  std::size_t found = 0;
+
+  void add(const std::string& problem) {
+    if (found++ < kShown) text += "; " + problem;
+  }
+  std::string str() const { return found > kShown ? text + "; and " + std::to_string(found - kShown) + " more" : text; }
+};
+
 }  // namespace
 
 std::span<const ReducerState> GradientReducer::Impl::check_states(std::span<const ReducerState> states) const {
@@ -204,7 +216,7 @@ std::span<const ReducerState> GradientReducer::Impl::check_states(std::span<cons
   // The same world: this rank's own arrays. Another one: the mean over the old ranks, because the mean is what the output divides by.
   const std::span<const ReducerState> sources = front.world == world ? std::span(&front, 1) : states;
 
-  std::string problems;
+  Problems problems;
   std::set<std::string_view> mine;
   for (const ParameterSlot& slot : slots_) mine.insert(slot.parameter.name);
   std::array<Array, kNamedArrays> arrays;
@@ -214,7 +226,7 @@ std::span<const ReducerState> GradientReducer::Impl::check_states(std::span<cons
       const std::string& name = slots_[p].parameter.name;
       const auto found = source.parameters.find(name);
       if (found == source.parameters.end()) {
-        problems += "; '" + name + "' is missing";
+        problems.add("'" + name + "' is missing");
         continue;
       }
       const std::size_t n = arrays_of(p, arrays);
@@ -226,34 +238,37 @@ std::span<const ReducerState> GradientReducer::Impl::check_states(std::span<cons
           first_mean_estimate = first_shared[p];
         }
         if (values == found->second.end()) {
-          problems += "; '" + name + "' has no '" + std::string(arrays[a].name) + "'";
+          problems.add("'" + name + "' has no '" + std::string(arrays[a].name) + "'");
         } else if (const std::size_t length = length_in(arrays[a], p, source); values->second.size() != length) {
-          problems += "; '" + name + "' '" + std::string(arrays[a].name) + "' has " + std::to_string(values->second.size()) +
-                      " elements instead of " + std::to_string(length);
+          problems.add("'" + name + "' '" + std::string(arrays[a].name) + "' has " + std::to_string(values->second.size()) +
+                       " elements instead of " + std::to_string(length));
         } else if (!std::all_of(values->second.begin(), values->second.end(), [](float x) { return is_finite(x); })) {
-          problems += "; '" + name + "' '" + std::string(arrays[a].name) + "' holds a value that is not finite";
+          problems.add("'" + name + "' '" + std::string(arrays[a].name) + "' holds a value that is not finite");
         } else if (first_mean_estimate != nullptr && values->second != *first_mean_estimate) {
-          problems += "; '" + name + "' 'mean_estimate' is not the same on rank " + std::to_string(source.rank) + " and on rank " +
-                      std::to_string(sources.front().rank) + ", as it is on all ranks of a checkpoint";
+          problems.add("'" + name + "' 'mean_estimate' is not the same on rank " + std::to_string(source.rank) + " and on rank " +
+                       std::to_string(sources.front().rank) + ", as it is on all ranks of a checkpoint");
         } else if (sources.size() == 1 && off_grid(arrays[a], values->second)) {
-          problems += "; '" + name +
-                      "' 'estimate' holds values that are no bf16 numbers, which estimate=grid needs: it was saved with estimate=fp32";
+          problems.add("'" + name +
+                       "' 'estimate' holds values that are no bf16 numbers, which estimate=grid needs: it was saved with estimate=fp32");
         }
       }
       for (const auto& [array, ignored] : found->second) {
         const bool kept =
             std::any_of(arrays.begin(), arrays.begin() + std::ptrdiff_t(n), [&](const Array& own) { return own.name == array; });
-        if (!kept) problems += "; '" + name + "' has '" + array + "', which this config does not keep";
+        if (!kept) problems.add("'" + name + "' has '" + array + "', which this config does not keep");
       }
     }
     for (const auto& [name, ignored] : source.parameters)
-      if (!mine.contains(name)) problems += "; '" + name + "' is not a parameter here";
+      if (!mine.contains(name)) problems.add("'" + name + "' is not a parameter here");
     for (const auto& [name, ignored] : source.watchdog)
-      if (!mine.contains(name)) problems += "; '" + name + "' in 'watchdog' is not a parameter here";
+      if (!mine.contains(name)) problems.add("'" + name + "' in 'watchdog' is not a parameter here");
     for (const auto& [name, ignored] : source.dense)
-      if (!mine.contains(name)) problems += "; '" + name + "' in 'dense' is not a parameter here";
+      if (!mine.contains(name)) problems.add("'" + name + "' in 'dense' is not a parameter here");
   }
-  if (!problems.empty()) fail(Errc::invalid_argument, "load_state: the state does not fit config '" + config_.str() + "'" + problems);
+  if (!problems.text.empty()) {
+    const std::string saved = front.config.empty() || front.config == config_.str() ? "" : ", saved under '" + front.config + "',";
+    fail(Errc::invalid_argument, "load_state: the state" + saved + " does not fit config '" + config_.str() + "'" + problems.str());
+  }
   return sources;
 }
 

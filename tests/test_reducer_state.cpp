@@ -228,7 +228,10 @@ TEST(ReducerState, WhatDoesNotFitIsRefusedByNameAndChangesNothing) {
             }));
     refused({"'w' has no 'accumulated'"}, changed([](ReducerState& s) { s.parameters.at("w").erase("accumulated"); }));
     refused({"'w' has no 'threshold'"}, {exact.state[me]});
-    refused({"'w' has no 'momentum'", "'bias' has no 'momentum'"}, {ef.state[me]});
+    refused({"'w' has no 'momentum'", "'bias' has no 'momentum'", "saved under '" + ef.state[me].config + "'"}, {ef.state[me]});
+    refused({"'e7' is not a parameter here; and 92 more"}, changed([](ReducerState& s) {
+              for (int i = 0; i < 100; ++i) s.parameters["e" + std::string(i < 10 ? "" : "x") + std::to_string(i)];
+            }));
     refused({"'bias' has 'residual', which this config does not keep"},
             changed([](ReducerState& s) { s.parameters.at("bias")["residual"] = Vec(50); }));
     refused({"'w' 'momentum'", "999", "1000"}, changed([](ReducerState& s) { s.parameters.at("w").at("momentum").pop_back(); }));

@@ -119,6 +119,7 @@ def test_replay_refuses(run: Callable[..., Done], tmp_path: Path) -> None:
     ):
         done = run("replay", *arguments)
         assert done.returncode == code and done.stderr.startswith("thinwire replay: ") and "Traceback" not in done.stderr, (arguments, done)
+        assert "bad.npz" not in arguments or "not an .npz archive" in done.stderr, done
 
 
 def test_outputs_are_refused_before_the_work(run: Callable[..., Done], tmp_path: Path) -> None:

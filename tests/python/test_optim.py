@@ -76,6 +76,18 @@ def test_without_dgc_there_is_no_momentum(config: str) -> None:
     paired_config(thinwire.Config.parse("dgc"), DGCSGD(parameters, 0.1))
 
 
+def test_which_sgd_goes_with_dgc() -> None:
+    """A subclass does what SGD does as long as step() is SGD's, whether or not a profiler's hook has been put around it."""
+    dgc, parameters = thinwire.Config.parse("dgc"), [torch.nn.Parameter(torch.ones(2))]
+    named = type("Named", (torch.optim.SGD,), {})
+    other = type("Other", (torch.optim.SGD,), {"step": lambda self, closure=None: None})
+    for optimizer in (named(parameters, 0.1), torch.optim.SGD(parameters, 0.1), named(parameters, 0.1)):
+        assert paired_config(dgc, optimizer) == dgc
+    for optimizer, word in ((other(parameters, 0.1), "not Other"), (named(parameters, 0.1, momentum=0.9), "second time")):
+        with pytest.raises(thinwire.errors.ArgumentError, match=word):
+            paired_config(dgc, optimizer)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"lr": -1}, {"momentum": 1.0}, {"momentum": -0.1}, {"weight_decay": -1}, {"momentum": 0, "nesterov": True}, {"lr": float("nan")}],

@@ -329,7 +329,7 @@ def test_empty_and_odd_gradients() -> None:
         (3, "not be a int"),
         ({"w": torch.ones(3, 2, 2), "b": torch.ones(3, 2, 2, dtype=torch.bfloat16)}, "dtype"),
         ({"w": torch.ones(3, 2, 2), "b": torch.ones(3, 3, 2)}, "3 ranks"),
-        ({"w": [1, 2]}, "tensor"),
+        ({"w": [1, 2]}, "w is a list; torch tensors"),
         ({"w": torch.ones(1, 1025, 0)}, "1025 ranks"),
         ({"w": torch.ones(1, 2**40, 0)}, "1099511627776 ranks"),
     ],

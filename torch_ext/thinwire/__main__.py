@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,8 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".npz":
             import numpy
 
+            if not zipfile.is_zipfile(path):
+                raise _Refused(f"{path}: not an .npz archive, which numpy.savez writes")
             with numpy.load(path) as arrays:
                 return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     except _Refused:

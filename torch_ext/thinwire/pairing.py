@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def _check_momentum(config: Config, optimizer: Any) -> None:
                     f"nesterov={nesterov}; give both the same (a scheduler that cycles it, such as OneCycleLR, takes cycle_momentum=False)"
                 )
         return
-    if type(optimizer) is not torch.optim.SGD:
+    if not _is_plain_sgd(optimizer):
         raise ArgumentError(
             f"feedback=dgc applies momentum in the hook, so it needs thinwire.optim.DGCSGD or torch.optim.SGD without momentum, not {type(optimizer).__name__}; "
             "error_feedback('ef14', codec=...) goes with any optimizer"
@@ -81,6 +82,11 @@ def _check_momentum(config: Config, optimizer: Any) -> None:
                 f"Use thinwire.optim.DGCSGD(params, lr, momentum={momentum}). Where a scheduler set it (OneCycleLR takes cycle_momentum=False) or a loaded "
                 "state_dict() of another run, set the groups' momentum to 0"
             )
+
+
+def _is_plain_sgd(optimizer: Any) -> bool:
+    """SGD, or a subclass with SGD's step(), which torch wraps by a profiler's hook."""
+    return isinstance(optimizer, torch.optim.SGD) and inspect.unwrap(type(optimizer).step) is inspect.unwrap(torch.optim.SGD.step)
 
 
 def _warn_of_decay(config: Config, optimizer: Any) -> None:
