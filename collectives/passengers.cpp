@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "compressors/core/clones.hpp"
+#include "compressors/core/prefetch.hpp"
 #include "compressors/core/recursion.hpp"
 #include "compressors/core/rounding.hpp"
 
@@ -13,14 +14,28 @@ namespace {
 
 constexpr std::size_t kTile = 2048;  // floats: the accumulator stays in L1 while one rank after the other is added
 
+template <class T, class Convert>
+inline __attribute__((always_inline)) void add_all(const T* x, Convert convert, float* sum, std::size_t n) {
+  constexpr std::size_t kRow = 64;
+  std::size_t i = 0;
+  for (; i + kRow <= n; i += kRow) {
+    prefetch_ahead<kRow * sizeof(T)>(x + i);
+    for (std::size_t j = i; j < i + kRow; ++j) sum[j] += convert(x[j]);
+  }
+  for (; i < n; ++i) sum[i] += convert(x[i]);
+}
+
 THINWIRE_CLONES void add_fp32(const float* x, float* sum, std::size_t n) {
-  for (std::size_t i = 0; i < n; ++i) sum[i] += x[i];
+  add_all(
+      x, [](float v) { return v; }, sum, n);
 }
 THINWIRE_CLONES void add_bf16(const std::uint16_t* x, float* sum, std::size_t n) {
-  for (std::size_t i = 0; i < n; ++i) sum[i] += bf16_to_float(x[i]);
+  add_all(
+      x, [](std::uint16_t v) { return bf16_to_float(v); }, sum, n);
 }
 THINWIRE_CLONES void add_fp16(const std::uint16_t* x, float* sum, std::size_t n) {
-  for (std::size_t i = 0; i < n; ++i) sum[i] += fp16_to_float(x[i]);
+  add_all(
+      x, [](std::uint16_t v) { return fp16_to_float(v); }, sum, n);
 }
 void add(ConstBytes x, std::size_t first, float* sum, std::size_t n) {
   if (x.dtype == DType::fp32) add_fp32(x.as<float>() + first, sum, n);

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "compressors/core/clones.hpp"
+#include "compressors/core/prefetch.hpp"
 #include "compressors/core/recursion.hpp"
 #include "compressors/feedback/feedback_math.hpp"
 
@@ -35,7 +36,7 @@ inline __attribute__((always_inline)) bool dense_loop(Load load, float factor, c
                                                       std::size_t n) noexcept {
   const float rate = rates.rate, beta = rates.beta, fresh = 1.0f - beta;
   std::uint32_t bad = 0;  // a word, not a bool: so the loop vectorises
-  for (std::size_t i = 0; i < n; ++i) {
+  const auto one = [&](std::size_t i) __attribute__((always_inline)) {
     float g = 0.0f;
     bool finite = feedback::news(load(i) * factor, g);
     const float v0 = residual ? v[i] : 0.0f;
@@ -50,7 +51,16 @@ inline __attribute__((always_inline)) bool dense_loop(Load load, float factor, c
     if (residual) v[i] = x;
     message[i] = x;
     bad |= std::uint32_t(!finite);
+  };
+  constexpr std::size_t kRow = 64;
+  std::size_t i = 0;
+  for (; i + kRow <= n; i += kRow) {
+    prefetch_ahead<kRow * sizeof *load.p>(load.p + i);
+    if (feedback::has_momentum(form) || feedback::is_averaged(form)) prefetch_ahead<kRow * sizeof(float)>(u + i);
+    if (residual) prefetch_ahead<kRow * sizeof(float)>(v + i);
+    for (std::size_t j = i; j < i + kRow; ++j) one(j);
   }
+  for (; i < n; ++i) one(i);
   return bad != 0;
 }
 

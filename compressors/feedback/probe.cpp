@@ -8,6 +8,7 @@
 
 #include "compressors/core/block_sum.hpp"
 #include "compressors/core/clones.hpp"
+#include "compressors/core/prefetch.hpp"
 #include "compressors/feedback/probe_math.hpp"
 
 namespace thinwire {
@@ -87,6 +88,11 @@ template <Form form, When when>
   constexpr bool estimates = feedback::has_estimate(form), smoothed = feedback::is_smoothed(form);
   constexpr bool moves = when == When::before && (feedback::has_momentum(form) || feedback::is_averaged(form));
   alignas(64) float g[kPartials];
+  prefetch_ahead<kPartials * sizeof(float)>(piece.grad.data + (piece.first + at) * size_of(piece.grad.dtype));
+  if constexpr (moves) prefetch_ahead<kPartials * sizeof(float)>(piece.momentum + at);
+  if constexpr (feedback::has_residual(form)) prefetch_ahead<kPartials * sizeof(float)>(piece.residual + at);
+  if constexpr (estimates) prefetch_ahead<kPartials * sizeof(float)>(piece.estimate + at);
+  if constexpr (smoothed) prefetch_ahead<kPartials * sizeof(float)>(piece.average + at);
   if (n != kPartials) std::memset(g, 0, sizeof g);
   load_gradients(piece, at, n, g);
   if (piece.live != nullptr) {

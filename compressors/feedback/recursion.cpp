@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "compressors/core/clones.hpp"
+#include "compressors/core/prefetch.hpp"
 #include "compressors/feedback/clip.hpp"
 #include "compressors/feedback/squared_norm.hpp"
 
@@ -16,28 +17,33 @@ constexpr std::size_t kBlock = kSumBlock;
 inline float finite_or_zero(float x) noexcept { return is_finite(x) ? x : 0.0f; }
 
 /// One block's Σ x² in fp32: element i goes to partial i mod 64 in rising i.
-template <class Load>
-inline __attribute__((always_inline)) void add_squares(Load load, std::size_t n, float* partial) noexcept {
+template <class T, class Convert>
+inline __attribute__((always_inline)) void add_squares(const T* from, Convert convert, std::size_t n, float* partial) noexcept {
   std::size_t row = 0;
-  for (; row + kPartials <= n; row += kPartials)
+  for (; row + kPartials <= n; row += kPartials) {
+    prefetch_ahead<kPartials * sizeof(T)>(from + row);
     for (std::size_t j = 0; j < kPartials; ++j) {
-      const float x = finite_or_zero(load(row + j));
+      const float x = finite_or_zero(convert(from[row + j]));
       partial[j] += x * x;
     }
+  }
   for (std::size_t j = 0; row + j < n; ++j) {
-    const float x = finite_or_zero(load(row + j));
+    const float x = finite_or_zero(convert(from[row + j]));
     partial[j] += x * x;
   }
 }
 
 THINWIRE_CLONES void add_squares_fp32(const float* x, std::size_t n, float* partial) {
-  add_squares([x](std::size_t i) { return x[i]; }, n, partial);
+  add_squares(
+      x, [](float v) { return v; }, n, partial);
 }
 THINWIRE_CLONES void add_squares_bf16(const std::uint16_t* x, std::size_t n, float* partial) {
-  add_squares([x](std::size_t i) { return bf16_to_float(x[i]); }, n, partial);
+  add_squares(
+      x, [](std::uint16_t v) { return bf16_to_float(v); }, n, partial);
 }
 THINWIRE_CLONES void add_squares_fp16(const std::uint16_t* x, std::size_t n, float* partial) {
-  add_squares([x](std::size_t i) { return fp16_to_float(x[i]); }, n, partial);
+  add_squares(
+      x, [](std::uint16_t v) { return fp16_to_float(v); }, n, partial);
 }
 
 float block_sum(ConstBytes grad, std::size_t first, std::size_t n) noexcept {

@@ -2,6 +2,7 @@
 // The vector twin of sign_scalar.cpp, once for all widths. Only an ISA's own file includes it, under its target pragma, after every other
 // header. L is the vocabulary of one vector (core/vector_*.hpp).
 
+#include "compressors/core/prefetch.hpp"
 #include "compressors/feedback/feedback_math.hpp"
 #include "compressors/sign/sign_math.hpp"
 
@@ -14,6 +15,16 @@ inline std::uint64_t word_at(const std::uint8_t* bits) noexcept {
   std::uint64_t word;
   std::memcpy(&word, bits, 8);
   return word;
+}
+
+/// What follows elements [i, i + count), of every array that the form reads.
+template <std::size_t count, Form form, DType dtype>
+[[gnu::always_inline]] inline void prefetch(const Chunk& c, std::size_t i) noexcept {
+  prefetch_ahead<count * size_of(dtype)>(static_cast<const std::byte*>(c.grad) + i * size_of(dtype));
+  if constexpr (feedback::has_residual(form)) prefetch_ahead<count * 4>(c.residual + i);
+  if constexpr (feedback::is_averaged(form)) prefetch_ahead<count * 4>(c.momentum + i);
+  if constexpr (feedback::has_estimate(form)) prefetch_ahead<count * 4>(c.estimate + i);
+  if constexpr (feedback::is_smoothed(form)) prefetch_ahead<count * 4>(c.average + i);
 }
 
 /// A chunk's coefficients as vectors. `beta`: of the average that the form has.
@@ -63,6 +74,7 @@ std::uint32_t encode_rows(const Chunk& c, float* partial, std::uint8_t* bits) {
   std::uint32_t flags = 0;
   const auto unit = [&](std::size_t i, V * sums) __attribute__((always_inline)) {
     V x[4], most{};
+    prefetch<kUnit, form, dtype>(c, i);
     for (std::size_t j = 0; j < 4; ++j) {
       const std::size_t at = i + j * L::kWidth;
       if constexpr (feedback::has_estimate(form)) {
@@ -122,6 +134,7 @@ void leave(float* residual, const std::uint8_t* live, std::size_t count, float s
   const V plus = L::set(scale), minus = L::set(-scale);
   std::size_t i = 0;
   for (; i + kRow <= count; i += kRow) {
+    prefetch_ahead<kRow * 4>(residual + i);
     const std::uint64_t alive = live != nullptr ? word_at(live + i / 8) : ~std::uint64_t(0);
     for (std::size_t j = 0; j < kRow; j += L::kWidth) {
       const V x = L::load(residual + i + j);
@@ -143,6 +156,7 @@ void commit(const Chunk& c, const std::uint8_t* bits, float scale) {
   const V plus = L::set(scale), minus = L::set(-scale), limit = L::set(feedback::kAmple);
   std::size_t i = 0;
   for (; i + kRow <= c.count; i += kRow) {
+    prefetch<kRow, form, dtype>(c, i);
     const std::uint64_t word = word_at(bits + i / 8);
     for (std::size_t j = 0; j < kRow; j += L::kWidth) {
       const std::size_t at = i + j;
@@ -190,7 +204,7 @@ struct PairTables {
 /// Rows whose bits are brought side by side at once: a cache line of every rank's.
 inline constexpr std::size_t kRows = 8;
 /// Every rank's bits are a slow stream of their own, which hardware does not prefetch in time.
-inline constexpr std::size_t kAhead = 512;
+inline constexpr std::size_t kBitsAhead = 512;
 
 /// Words of two bits per element, those of a pair's two ranks: in memory, where broadcasts cost nothing.
 using Words = std::uint64_t[kRows][kPairs + 1][2];
@@ -201,8 +215,8 @@ using Words = std::uint64_t[kRows][kPairs + 1][2];
   for (std::size_t r = 0; r < even; r += 2) {
     const std::uint8_t* const first = peers.bits[r] + at;
     const std::uint8_t* const second = peers.bits[r + 1] + at;
-    __builtin_prefetch(first + kAhead);
-    __builtin_prefetch(second + kAhead);
+    __builtin_prefetch(first + kBitsAhead);
+    __builtin_prefetch(second + kBitsAhead);
     std::uint64_t(*out)[2] = &words[0][r / 2];
     for (std::size_t row = 0; row < rows; ++row, out += kPairs + 1) {
       const std::uint64_t a = word_at(first + 8 * row), b = word_at(second + 8 * row);
@@ -257,7 +271,7 @@ void bring_together(const Peers& peers, std::size_t first, std::size_t i, std::u
     x[k] = typename L::Bytes{};
     if (first + k >= peers.count) continue;
     const std::uint8_t* const bits = peers.bits[first + k] + peers.offset + i / 8;
-    __builtin_prefetch(bits + kAhead);
+    __builtin_prefetch(bits + kBitsAhead);
     x[k] = L::load_bytes(bits);
   }
   // Bit q of register r becomes bit r of register q.

@@ -2,6 +2,7 @@
 // The vector twin of topk_scalar.cpp, once for all widths. Only an ISA's own file includes it, under its target pragma, after every other
 // header. L is that file's vocabulary of one vector of kWidth floats; masks are L::Mask.
 
+#include "compressors/core/prefetch.hpp"
 #include "compressors/feedback/feedback_math.hpp"
 
 namespace thinwire::topk {
@@ -30,6 +31,11 @@ struct Group {
   [[gnu::always_inline]] inline std::uint64_t update(const Block& b, std::uint32_t i, const Factors<L>& factors,
                                                      const V& threshold) noexcept {
     std::uint64_t hits = 0;
+    prefetch_ahead<kElements * size_of(dtype)>(static_cast<const std::byte*>(b.grad) + i * size_of(dtype));
+    if constexpr (feedback::has_residual(form)) prefetch_ahead<kElements * 4>(b.residual + i);
+    if constexpr (feedback::has_momentum(form)) prefetch_ahead<kElements * 4>(b.momentum + i);
+    if constexpr (feedback::has_estimate(form)) prefetch_ahead<kElements * 4>(b.estimate + i);
+    if constexpr (feedback::is_smoothed(form)) prefetch_ahead<kElements * 4>(b.average + i);
     for (int j = 0; j < kVectors; ++j) {
       const std::uint32_t at = i + std::uint32_t(j) * L::kWidth;
       V g = L::template load_grad<dtype>(b.grad, at) * factors.grad;
@@ -304,20 +310,20 @@ std::size_t sample(const Block& s, std::uint64_t draw, std::uint32_t* magnitudes
     return whole + kernels_scalar().sample[std::size_t(form)][std::size_t(dtype)](tail, draw, magnitudes + whole);
   }
   SampleGroups groups(s.count, draw);
-  constexpr std::uint64_t kAhead = 64;  // groups whose lines are on their way to L2: no hardware prefetcher knows the hash
-  std::size_t ring[kAhead];
+  constexpr std::uint64_t kGroups = 64;  // groups whose lines are on their way to L2: no hardware prefetcher knows the hash
+  std::size_t ring[kGroups];
   const auto ask = [&](std::uint64_t j) {
-    const std::size_t first = ring[j % kAhead] = groups.next();
+    const std::size_t first = ring[j % kGroups] = groups.next();
     __builtin_prefetch(static_cast<const std::byte*>(s.grad) + first * size_of(dtype), 0, 2);
     if constexpr (feedback::has_residual(form)) __builtin_prefetch(s.residual + first, 0, 2);
     if constexpr (feedback::has_momentum(form)) __builtin_prefetch(s.momentum + first, 0, 2);
     if constexpr (feedback::has_estimate(form)) __builtin_prefetch(s.estimate + first, 0, 2);
     if constexpr (feedback::is_smoothed(form)) __builtin_prefetch(s.average + first, 0, 2);
   };
-  for (std::uint64_t j = 0; j < kAhead && j < groups.taken(); ++j) ask(j);
+  for (std::uint64_t j = 0; j < kGroups && j < groups.taken(); ++j) ask(j);
   for (std::uint64_t j = 0; j < groups.taken(); ++j) {
-    const std::size_t first = ring[j % kAhead];
-    if (j + kAhead < groups.taken()) ask(j + kAhead);
+    const std::size_t first = ring[j % kGroups];
+    if (j + kGroups < groups.taken()) ask(j + kGroups);
     for (std::size_t i = 0; i < kSampleGroup; i += L::kWidth)
       magnitudes_at<L, form, dtype>(s, first + i, factors, magnitudes + j * kSampleGroup + i);
   }
