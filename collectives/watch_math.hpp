@@ -40,6 +40,8 @@ inline constexpr double kWatchWindow = 10,
                         kSettling = 2;           // steps × eta: a window, and what a residual that starts from nothing takes to settle
 inline constexpr double kPersistence = 2;        // steps × eta for which it stays grown: a single odd gradient leaves e sooner
 inline constexpr std::uint32_t kLooksGrown = 3;  // and at so many looks
+inline constexpr double kJump = 2;               // of the largest ‖g‖²: other gradients, whose residual has yet to fill
+inline constexpr double kFaint = 4;              // times less than the largest ‖g‖²: the ratio says too little of this step
 inline constexpr double kHopeless = 1e4;         // times 1/eta² of the proven eta: no stable residual is as large
 
 /// Up to the contraction (rounding aside) eta is stable: a ratio that grows tenfold is then a step whose gradient is small.
@@ -63,6 +65,7 @@ THINWIRE_HD inline void watch_growth(const WatchedSegment& segment, WatchdogStat
   const double gap = is_risky(eta, segment.contraction) ? double(kLookEveryRisky) : double(kLookEvery), rate = double(eta);
   // The largest gradient of a window or so: a small one among others is no growth.
   const double faded = state.grad / (1 + gap * rate / kWatchWindow);
+  const bool jumped = grad > kJump * faded;
   state.grad = grad > faded ? grad : faded;
   const double ratio = residual / state.grad, proven = double(segment.proven);
   const auto lower = [&](float to) {
@@ -73,10 +76,13 @@ THINWIRE_HD inline void watch_growth(const WatchedSegment& segment, WatchdogStat
     lower(segment.proven);
     return restart_watch(state);
   }
-  if (state.since == 0) state.since = step + 1;
-  const double age = double(step + 1 - state.since) * rate;
+  // A window begins where a residual has settled. Until then, and where the gradient is small beside the largest, the ratio is too small to be
+  // what later ones are compared with.
+  const std::uint64_t settled = step + 1 + std::uint64_t(rate > 1e-9 ? kSettling / rate : kSettling * 1e9);
+  if (jumped || state.since == 0 || state.since > settled) state.since = settled;
+  if (step + 1 < state.since && state.ratio == 0) return;
+  const double age = step + 1 < state.since ? 0 : double(step + 1 - state.since) * rate;
   if (state.ratio == 0) {
-    if (age < kSettling) return;
     state.ratio = state.recent = ratio;
     state.since = step + 1;
   } else if (ratio > kWatchGrowth * state.recent || ratio > kWatchSlowGrowth * state.ratio) {
@@ -87,6 +93,7 @@ THINWIRE_HD inline void watch_growth(const WatchedSegment& segment, WatchdogStat
     state.grown = 0;
   } else {
     state.grown = 0;
+    if (step + 1 < state.since || grad * kFaint < state.grad) return;
     state.ratio = ratio < state.ratio ? ratio : state.ratio;
     const bool ended = age >= kWatchWindow;
     if (ended || ratio < state.recent) state.recent = ratio;

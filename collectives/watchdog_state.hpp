@@ -7,7 +7,7 @@ namespace thinwire {
 /// EControl's watchdog, of one parameter that it has looked at.
 struct WatchdogState {
   float eta = 0;            ///< what it has lowered eta to; 0: nothing
-  std::uint64_t since = 0;  ///< 1 + the step at which its window began; 0: none has
+  std::uint64_t since = 0;  ///< 1 + the step at which its window begins; 0: none has
   double ratio = 0;         ///< the smallest ‖e‖²/‖g‖² since eta is what it is; 0: not taken yet
   double recent = 0;        ///< the smallest since the window began
   double grad = 0;          ///< the largest ‖g‖² of late

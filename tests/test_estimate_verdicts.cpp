@@ -271,7 +271,7 @@ TEST(EstimateVerdicts, TheWatchdogAddsUpSlowGrowth) {
 }
 
 // An eta between the contraction and twice it is stable, and so is that of signs whose measured contraction is small. What empties or
-// scales the residual, and gradients that are small or large for a step, are no growth.
+// scales the residual, and gradients that are small or large for a step or from one on, are no growth.
 TEST(EstimateVerdicts, TheWatchdogLeavesStableEtasAlone) {
   const auto noise = [](int step, int rank, std::uint32_t p, double share) {
     std::mt19937 random(std::uint32_t(step * 31 + rank * 7 + int(p)));
@@ -301,6 +301,11 @@ TEST(EstimateVerdicts, TheWatchdogLeavesStableEtasAlone) {
                 }},
                {"small gradients", top, 1, [](int step) { return step % 128 == 0 ? 0.05f : 1.0f; }, nullptr},
                {"large gradients", top, 1, [](int step) { return step % 40 == 0 ? 10.0f : 1.0f; }, nullptr},
+               {"larger gradients from a step on", top, 1, [](int step) { return step >= 600 ? 5.0f : 1.0f; }, nullptr},
+               {"much larger ones", top, 1, [](int step) { return step >= 601 ? 20.0f : 1.0f; }, nullptr},
+               {"a steep rise", top, 1, [](int step) { return step < 600 ? 1.0f : std::min(std::pow(1.1f, float(step - 600)), 20.0f); }, nullptr},
+               {"much smaller ones", top, 1, [](int step) { return step >= 602 ? 0.05f : 1.0f; }, nullptr},
+               {"a phase of large ones", top, 1, [](int step) { return step >= 600 && step < 630 ? 20.0f : 1.0f; }, nullptr},
                {"signs of sparse gradients, small ones", signs, 0.02, [](int step) { return step % 256 == 0 ? 0.05f : 1.0f; }, nullptr},
                {"signs of sparse gradients, large ones", signs, 0.02, [](int step) { return step % 20 == 0 ? 10.0f : 1.0f; }, nullptr}};
   for (const auto& one : cases) {
