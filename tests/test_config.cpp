@@ -138,9 +138,9 @@ TEST(Config, DgcPresetIsASettingOfTheSlots) {
 
 TEST(Config, SlotsAfterAPresetReplaceItsOwn) {
   EXPECT_EQ(Config::parse("dgc:density=0.1 start_step=100"), Config::parse("codec=topk:density=0.1 feedback=dgc start_step=100"));
-  EXPECT_EQ(Config::parse("dgc:density=0.1,wire=bf16 codec=topk:density=0.5"), Config::parse("codec=topk:density=0.5 feedback=dgc"));
+  EXPECT_EQ(Config::parse("dgc:nesterov=1 codec=topk:density=0.5"), Config::parse("codec=topk:density=0.5 feedback=dgc:nesterov=1"));
   EXPECT_EQ(Config::parse("dgc feedback=ef14"), Config::parse("codec=topk:density=0.001 feedback=ef14"));
-  EXPECT_EQ(Config::parse("dgc:warmup_steps=5 policy=none"), Config::parse("dgc"));
+  EXPECT_EQ(Config::parse("dgc policy=none"), Config::parse("dgc"));
   EXPECT_EQ(Config::parse("dgc codec=none feedback=none"), Config());
 }
 
@@ -272,6 +272,13 @@ TEST(Config, RefusalsSayWhatWhereAndWhatIsAllowed) {
       {"feedback=ef14", {"feedback=ef14", "codec=none", "nothing to feed back"}},
       {"policy=warmup:steps=3", {"policy=warmup needs a sparse codec", "codec=none"}},
       {"dgc:warmup_steps=3 codec=none feedback=none", {"policy=warmup needs a sparse codec"}},
+      // a slot that would drop what a preset was given
+      {"dgc:density=0.1,wire=bf16 codec=topk:density=0.5", {"codec=topk:density=0.5", "preset dgc", "density=0.1 would be lost"}},
+      {"dgc:wire=fp32 codec=topk:density=0.5", {"wire=fp32 would be lost"}},
+      {"dgc:warmup_steps=5 policy=none", {"policy=none", "warmup_steps=5 would be lost"}},
+      {"onebit_adam:freeze=1,clip_norm=0.5 target=momentum:freeze=7", {"preset onebit_adam", "freeze=1 would be lost"}},
+      {"onebit_adam:block=64,scale=l2 codec=sign", {"block=64 would be lost"}},
+      {"onebit_adam:freeze=5 target=gradient", {"target=gradient", "freeze=5 would be lost"}},
       {"codec=none exchange=gather", {"exchange=gather", "codec=none", "exchange=auto"}},
       {"exchange=two_phase", {"exchange=two_phase needs a codec", "codec=sign", "codec=none"}},
       {"dgc exchange=two_phase", {"exchange=two_phase needs a codec", "codec=topk", "exchange=auto"}},

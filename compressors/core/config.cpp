@@ -311,6 +311,40 @@ std::string owners_of_key(std::string_view word) {
          "; anything else is slot=value with one of the slots " + joined(names_of(grammar::slots())));
 }
 
+/// A preset with what its user gave.
+struct GivenPreset {
+  const grammar::Preset* preset = nullptr;
+  Spec spec;
+  Texts keys;  ///< the given ones
+
+  explicit GivenPreset(const grammar::Preset& which, std::string_view word, std::optional<std::string_view> settings)
+      : preset(&which), spec(parse_spec(which.name, std::string(word), settings)) {
+    for (const std::string_view setting : settings ? split(*settings, ',') : Texts()) keys.push_back(setting.substr(0, setting.find('=')));
+  }
+  /// A slot replaces what the preset says of it as a whole. @throws where that would drop a key without a word.
+  void check_replaced(const Slot& slot, std::string_view token) const {
+    for (const std::string_view key : keys) {
+      Spec without = spec;
+      const std::string said = slot_text(spec, slot);
+      for (auto& [name, value] : without.values) {
+        if (name == key) value = find(preset->name.keys, key)->fallback;
+      }
+      const std::string setting = std::string(key) + "=" + spec.text(key);
+      if (said == slot_text(without, slot) && said.find(":" + setting) == said.npos && said.find("," + setting) == said.npos) continue;
+      refuse(shown(token) + " replaces all that the preset " + spec.name + " says of the slot, and " + setting +
+             " would be lost: write it into the slot, or leave the slot out");
+    }
+  }
+
+ private:
+  std::string slot_text(const Spec& filled, const Slot& slot) const {
+    for (const std::string& token : split_tokens(preset->expand(filled))) {
+      if (token.starts_with(std::string(slot.name) + "=")) return token;
+    }
+    return "";
+  }
+};
+
 }  // namespace
 
 const std::string& Spec::text(std::string_view key) const {
@@ -389,6 +423,7 @@ Config::Config() {
 
 void Config::fill(std::string_view text, bool preset_allowed) {
   std::set<std::string_view> given;
+  std::optional<GivenPreset> preset_given;
   bool first = true;
   for (const std::string& token : split_tokens(text)) {
     const std::size_t end = token.find_first_of(":=");
@@ -397,11 +432,13 @@ void Config::fill(std::string_view text, bool preset_allowed) {
       const grammar::Preset* const preset = find_preset(word);
       if (preset == nullptr) refuse_preset(word, token);
       if (!first || !preset_allowed) refuse("the preset " + quoted(word) + " must come first, and there can be one only");
-      fill(preset->expand(parse_spec(preset->name, std::string(word), split_spec(token).second)), false);
+      preset_given.emplace(*preset, word, split_spec(token).second);
+      fill(preset->expand(preset_given->spec), false);
     } else {
       const Slot* const slot = find(grammar::slots(), word);
       if (slot == nullptr) refuse_slot(word);
       if (!given.insert(slot->name).second) refuse("the slot " + std::string(slot->name) + " is given twice");
+      if (preset_given) preset_given->check_replaced(*slot, token);
       Fields::set(*this, *slot, std::string_view(token).substr(end + 1));
     }
     first = false;
