@@ -6,12 +6,10 @@
 #include "compressors/core/config.hpp"
 
 #include <algorithm>
-#include <charconv>
-#include <cmath>
 #include <optional>
 #include <set>
-#include <system_error>
 
+#include "compressors/core/config_values.hpp"
 #include "compressors/core/error.hpp"
 #include "compressors/core/registry.hpp"
 
@@ -19,48 +17,7 @@ namespace thinwire {
 
 namespace {
 
-using grammar::Key;
-using grammar::Kind;
-using grammar::Name;
-using grammar::Slot;
-
-using Texts = std::vector<std::string_view>;
-
-[[noreturn]] void refuse(const std::string& what) { fail(Errc::invalid_config, what); }
-
-/// What the user typed, fit for an error message: printable ASCII of bounded length, whatever the bytes were.
-std::string shown(std::string_view text) {
-  constexpr std::size_t kLongest = 60;
-  constexpr char kHex[] = "0123456789abcdef";
-  std::string out;
-  for (const char c : text.substr(0, kLongest)) {
-    const auto byte = static_cast<unsigned char>(c);
-    if (byte >= 0x20 && byte < 0x7f) {
-      out += c;
-    } else {
-      out += {'\\', 'x', kHex[byte >> 4], kHex[byte & 15]};
-    }
-  }
-  return text.size() > kLongest ? out + "..." : out;
-}
-
-std::string quoted(std::string_view text) { return "'" + shown(text) + "'"; }
-
-std::string joined(const Texts& words) {
-  std::string out;
-  for (const std::string_view word : words) out += (out.empty() ? "" : ", ") + std::string(word);
-  return out;
-}
-
-Texts split(std::string_view text, char separator) {
-  Texts parts;
-  for (;;) {
-    const std::size_t end = text.find(separator);
-    parts.push_back(text.substr(0, end));
-    if (end == std::string_view::npos) return parts;
-    text.remove_prefix(end + 1);
-  }
-}
+using namespace grammar;
 
 template <class Entry>
 Texts names_of(std::span<const Entry> entries) {
@@ -75,8 +32,8 @@ const Entry* find(std::span<const Entry> entries, std::string_view name) {
   return at == entries.end() ? nullptr : &*at;
 }
 
-const grammar::Preset* find_preset(std::string_view name) {
-  for (const grammar::Preset& preset : grammar::presets()) {
+const Preset* find_preset(std::string_view name) {
+  for (const Preset& preset : presets()) {
     if (preset.name.name == name) return &preset;
   }
   return nullptr;
@@ -84,129 +41,9 @@ const grammar::Preset* find_preset(std::string_view name) {
 
 Texts preset_names() {
   Texts names;
-  for (const grammar::Preset& preset : grammar::presets()) names.push_back(preset.name.name);
+  for (const Preset& preset : presets()) names.push_back(preset.name.name);
   return names;
 }
-
-char lower(char c) noexcept { return c >= 'A' && c <= 'Z' ? char(c - 'A' + 'a') : c; }
-
-/// Insertions, deletions, replacements and swaps of neighbours between two short words, case aside.
-std::size_t typing_errors(std::string_view a, std::string_view b) {
-  std::vector<std::size_t> before, above, row(b.size() + 1);  // two rows back, one row back, this one
-  for (std::size_t j = 0; j <= b.size(); ++j) row[j] = j;
-  for (std::size_t i = 1; i <= a.size(); ++i) {
-    before = std::move(above);
-    above = row;
-    row[0] = i;
-    for (std::size_t j = 1; j <= b.size(); ++j) {
-      const bool same = lower(a[i - 1]) == lower(b[j - 1]);
-      row[j] = std::min({above[j] + 1, row[j - 1] + 1, above[j - 1] + (same ? 0 : 1)});
-      if (i > 1 && j > 1 && lower(a[i - 1]) == lower(b[j - 2]) && lower(a[i - 2]) == lower(b[j - 1]))
-        row[j] = std::min(row[j], before[j - 2] + 1);
-    }
-  }
-  return row.back();
-}
-
-/// ", did you mean 'x'?" for the valid word nearest to `given`, or ";" where none is near.
-std::string suggestion(std::string_view given, const Texts& valid) {
-  std::size_t least = std::max<std::size_t>(1, given.size() / 3) + 1;  // one error in three letters still looks like a typo
-  std::string_view nearest;
-  if (given.size() <= 32) {
-    for (const std::string_view word : valid) {
-      const std::size_t errors = typing_errors(given, word);
-      if (errors < least) least = errors, nearest = word;
-    }
-  }
-  return nearest.empty() ? ";" : ", did you mean '" + std::string(nearest) + "'?";
-}
-
-// ---------------------------------------------------------------------------------------------------------------------------------------------------------
-// Values. std::from_chars and to_chars know no locale, and to_chars' shortest form reads back as the same number.
-
-template <class T>
-std::string canonical_number(T value) {
-  char text[32];
-  const auto end = std::to_chars(text, text + sizeof text, value);
-  return {text, end.ptr};
-}
-
-/// The whole text as a T, or nothing. Never NaN or infinite; -0 becomes 0, so that equal numbers have equal texts.
-template <class T>
-std::optional<T> parse_number(std::string_view text) {
-  T value{};
-  const auto end = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (end.ec != std::errc() || end.ptr != text.data() + text.size()) return std::nullopt;
-  if constexpr (std::is_floating_point_v<T>) {
-    if (!std::isfinite(value)) return std::nullopt;
-  }
-  return value + T(0);
-}
-
-/// Text such as "(0, 1]".
-bool inside(double value, std::string_view interval) {
-  const std::size_t comma = interval.find(", ");
-  const std::string_view low = interval.substr(1, comma - 1), high = interval.substr(comma + 2, interval.size() - comma - 3);
-  const double least = parse_number<double>(low).value();
-  const bool above = interval.front() == '[' ? value >= least : value > least;
-  if (high == "inf") return above;
-  const double most = parse_number<double>(high).value();
-  return above && (interval.back() == ']' ? value <= most : value < most);
-}
-
-std::string canonical_real(const std::string& given, const Key& key, std::string_view text) {
-  const std::optional<double> value = parse_number<double>(text);
-  if (!value) refuse(given + " is not a finite decimal number; allowed: a number in " + std::string(key.allowed));
-  if (!inside(*value, key.allowed)) refuse(given + " is outside " + std::string(key.allowed));
-  return canonical_number(*value);
-}
-
-/// The canonical text of a value. `where`: "topk: " for the key of a spec, "" for a slot that is a plain number.
-std::string canonical(const std::string& where, const Key& key, std::string_view text) {
-  const std::string given = where + std::string(key.name) + "=" + shown(text);
-  switch (key.kind) {
-    case Kind::number:
-      return canonical_real(given, key, text);
-    case Kind::integer: {
-      const std::optional<std::uint64_t> value = parse_number<std::uint64_t>(text);
-      if (!value) refuse(given + " is not a whole number of 64 bits; allowed: an integer in " + std::string(key.allowed));
-      if (!inside(double(*value), key.allowed)) refuse(given + " is outside " + std::string(key.allowed));
-      return canonical_number(*value);
-    }
-    case Kind::flag:
-      if (text != "0" && text != "1") refuse(given + " is neither 0 nor 1");
-      return std::string(text);
-    case Kind::word: {
-      const Texts words = split(key.allowed, '|');
-      if (std::find(words.begin(), words.end(), text) == words.end()) {
-        refuse(given + " is not valid" + suggestion(text, words) + " allowed: " + joined(words));
-      }
-      return std::string(text);
-    }
-    case Kind::integer_or_word:
-    case Kind::number_or_word: {
-      const std::size_t bar = key.allowed.rfind('|');
-      const Texts words = split(key.allowed.substr(0, bar), '|');
-      if (std::find(words.begin(), words.end(), text) != words.end()) return std::string(text);
-      const bool whole = key.kind == Kind::integer_or_word;
-      if (whole ? !parse_number<std::uint64_t>(text) : !parse_number<double>(text))
-        refuse(given + " is not valid" + suggestion(text, words) + " allowed: " + joined(words) +
-               (whole ? ", or an integer in " : ", or a number in ") + std::string(key.allowed.substr(bar + 1)));
-      const Key number{key.name, whole ? Kind::integer : Kind::number, {}, key.allowed.substr(bar + 1), {}};
-      return canonical(where, number, text);
-    }
-    case Kind::number_list: {
-      std::string list;
-      for (const std::string_view entry : split(text, '/')) {
-        list += (list.empty() ? "" : "/") + canonical_real(given + ": entry " + quoted(entry), key, entry);
-      }
-      return list;
-    }
-  }
-  fail(Errc::internal, "a key of unknown kind: " + std::string(key.name));
-}
-
-// ---------------------------------------------------------------------------------------------------------------------------------------------------------
 
 bool is_blank(char c) noexcept { return c == ' ' || (c >= '\t' && c <= '\r'); }
 bool is_joint(char c) noexcept { return c == ':' || c == '=' || c == ',' || c == '/'; }
@@ -242,7 +79,7 @@ Spec parse_spec(const Name& name, const std::string& place, std::optional<std::s
     if (equals == std::string_view::npos) refuse(where + quoted(setting) + " is not key=value;" + takes);
     const Key* const key = find(name.keys, word);
     if (key == nullptr) {
-      const bool slot = find(grammar::slots(), word) != nullptr;
+      const bool slot = find(slots(), word) != nullptr;
       refuse(where + "unknown key " + quoted(word) + (slot ? " (a slot: put a blank before it, not a comma);" : suggestion(word, keys)) +
              takes);
     }
@@ -265,7 +102,7 @@ std::pair<std::string_view, std::optional<std::string_view>> split_spec(std::str
 
 std::string place_of(const Slot& slot, const Name& name) {
   int meanings = find_preset(name.name) != nullptr ? 1 : 0;
-  for (const Slot& other : grammar::slots()) meanings += find(other.names, name.name) != nullptr ? 1 : 0;
+  for (const Slot& other : slots()) meanings += find(other.names, name.name) != nullptr ? 1 : 0;
   return (meanings > 1 ? std::string(slot.name) + "=" : std::string()) + std::string(name.name);
 }
 
@@ -281,10 +118,10 @@ Spec parse_choice(const Slot& slot, std::string_view text) {
 std::string owners_of_key(std::string_view word) {
   std::string owners;
   const auto add = [&](const std::string& owner) { owners += (owners.empty() ? "" : ", ") + owner; };
-  for (const grammar::Preset& preset : grammar::presets()) {
+  for (const Preset& preset : presets()) {
     if (find(preset.name.keys, word) != nullptr) add(std::string(preset.name.name));
   }
-  for (const Slot& slot : grammar::slots()) {
+  for (const Slot& slot : slots()) {
     for (const Name& name : slot.names) {
       if (find(name.keys, word) != nullptr) add(std::string(slot.name) + "=" + std::string(name.name));
     }
@@ -293,7 +130,7 @@ std::string owners_of_key(std::string_view word) {
 }
 
 [[noreturn]] void refuse_slot(std::string_view word) {
-  const Texts valid = names_of(grammar::slots());
+  const Texts valid = names_of(slots());
   const std::string owners = owners_of_key(word);
   const std::string hint =
       owners.empty() ? suggestion(word, valid) : " (a key of " + owners + ": keys follow their name, name:key=value,key=value);";
@@ -301,23 +138,23 @@ std::string owners_of_key(std::string_view word) {
 }
 
 [[noreturn]] void refuse_preset(std::string_view word, std::string_view token) {
-  for (const Slot& slot : grammar::slots()) {
+  for (const Slot& slot : slots()) {
     if (find(slot.names, word) == nullptr) continue;
     refuse(quoted(word) + " is not a preset but a value of the slot " + std::string(slot.name) + ": write " + std::string(slot.name) + "=" +
            shown(token));
   }
-  if (find(grammar::slots(), word) != nullptr) refuse("the slot " + quoted(word) + " has no value: write " + std::string(word) + "=...");
+  if (find(slots(), word) != nullptr) refuse("the slot " + quoted(word) + " has no value: write " + std::string(word) + "=...");
   refuse("unknown preset " + quoted(word) + suggestion(word, preset_names()) + " presets: " + joined(preset_names()) +
-         "; anything else is slot=value with one of the slots " + joined(names_of(grammar::slots())));
+         "; anything else is slot=value with one of the slots " + joined(names_of(slots())));
 }
 
 /// A preset with what its user gave.
 struct GivenPreset {
-  const grammar::Preset* preset = nullptr;
+  const Preset* preset = nullptr;
   Spec spec;
   Texts keys;  ///< the given ones
 
-  explicit GivenPreset(const grammar::Preset& which, std::string_view word, std::optional<std::string_view> settings)
+  explicit GivenPreset(const Preset& which, std::string_view word, std::optional<std::string_view> settings)
       : preset(&which), spec(parse_spec(which.name, std::string(word), settings)) {
     for (const std::string_view setting : settings ? split(*settings, ',') : Texts()) keys.push_back(setting.substr(0, setting.find('=')));
   }
@@ -418,7 +255,7 @@ struct Config::Fields {
 };
 
 Config::Config() {
-  for (const Slot& slot : grammar::slots()) Fields::set(*this, slot, slot.names.empty() ? slot.plain.fallback : slot.names.front().name);
+  for (const Slot& slot : slots()) Fields::set(*this, slot, slot.names.empty() ? slot.plain.fallback : slot.names.front().name);
 }
 
 void Config::fill(std::string_view text, bool preset_allowed) {
@@ -429,13 +266,13 @@ void Config::fill(std::string_view text, bool preset_allowed) {
     const std::size_t end = token.find_first_of(":=");
     const std::string_view word = std::string_view(token).substr(0, end);
     if (end == std::string::npos || token[end] == ':') {
-      const grammar::Preset* const preset = find_preset(word);
+      const Preset* const preset = find_preset(word);
       if (preset == nullptr) refuse_preset(word, token);
       if (!first || !preset_allowed) refuse("the preset " + quoted(word) + " must come first, and there can be one only");
       preset_given.emplace(*preset, word, split_spec(token).second);
       fill(preset->expand(preset_given->spec), false);
     } else {
-      const Slot* const slot = find(grammar::slots(), word);
+      const Slot* const slot = find(slots(), word);
       if (slot == nullptr) refuse_slot(word);
       if (!given.insert(slot->name).second) refuse("the slot " + std::string(slot->name) + " is given twice");
       if (preset_given) preset_given->check_replaced(*slot, token);
@@ -445,20 +282,20 @@ void Config::fill(std::string_view text, bool preset_allowed) {
   }
   if (first) {
     refuse("the configuration is empty; codec=none is dense training. Presets: " + joined(preset_names()) +
-           "; slots: " + joined(names_of(grammar::slots())));
+           "; slots: " + joined(names_of(slots())));
   }
 }
 
 Config Config::parse(std::string_view text) {
   Config config;
   config.fill(text, true);
-  grammar::check_combination(config);
+  check_combination(config);
   return config;
 }
 
 std::string Config::str() const {
   std::string text;
-  for (const Slot& slot : grammar::slots()) text += (text.empty() ? "" : " ") + std::string(slot.name) + "=" + Fields::get(*this, slot);
+  for (const Slot& slot : slots()) text += (text.empty() ? "" : " ") + std::string(slot.name) + "=" + Fields::get(*this, slot);
   return text;
 }
 
