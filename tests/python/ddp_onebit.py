@@ -279,22 +279,24 @@ def onebit_adam_says_unusual_updates(rank: int, world: int) -> None:
 
 
 @feature
-def onebit_adam_keeps_the_beta1_of_the_freeze(rank: int, world: int) -> None:
-    """A scheduler that cycles beta1 is told once that the hook does not, and it does not: also in a run that goes on from a checkpoint."""
+def onebit_adam_keeps_the_betas_of_the_freeze(rank: int, world: int) -> None:
+    """Whoever changes them is told once that the hook's and those of the frozen v stay, and they do: also in a run that goes on from a checkpoint."""
     def begin() -> tuple[nn.Module, thinwire.optim.OneBitAdam, thinwire.HookState]:
         torch.manual_seed(1)
         weights = nn.Sequential(nn.Linear(10, 24, bias=False), nn.Tanh(), nn.Linear(24, 4, bias=False))  # biases are AdamW's, which follows
         return pair("onebit_adam:freeze=2,block=64 min_numel=1 timeout=60", weights)
-    def trained(cycles: bool, cut: bool) -> list[torch.Tensor]:
+    def trained(cycles: bool, cut: bool, older: bool = False) -> list[torch.Tensor]:
         ddp, optimizer, state = begin()
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             for step in range(8):
                 if cycles and step >= 2:
-                    optimizer.param_groups[0]["betas"] = (0.9 - 0.01 * step, 0.999)
+                    optimizer.param_groups[0]["betas"] = (0.9 - 0.01 * step, 0.999 - 0.02 * step)
                 if cut and step == 5:
                     kept, ours = optimizer.state_dict(), state.state_dict()
                     weights = ddp.module.state_dict()
+                    for one in kept["state"].values() if older else ():
+                        del one["beta1"], one["beta2"]
                     ddp, optimizer, state = begin()
                     ddp.module.load_state_dict(weights)
                     optimizer.load_state_dict(kept)
@@ -302,10 +304,14 @@ def onebit_adam_keeps_the_beta1_of_the_freeze(rank: int, world: int) -> None:
                 run(ddp, optimizer, rank, range(step, step + 1))
         if cycles and not cut:
             once(rank, said, "beta1 of parameter group 0 is 0.88 now and was 0.9", "cycle_momentum=False")
+            once(rank, said, "beta2 of parameter group 0 is 0.959 now and was 0.999", "corrected by that of 0.999")
+        elif not cycles:
+            assert not [w for w in said if "parameter group" in str(w.message)], [str(w.message) for w in said]
         return [p.detach().clone() for p in ddp.parameters()]
     plain = trained(cycles=False, cut=False)
     for cut in (False, True):
         assert all(torch.equal(a, b) for a, b in zip(plain, trained(cycles=True, cut=cut), strict=True)), f"cut={cut}"
+    assert all(torch.equal(a, b) for a, b in zip(plain, trained(cycles=False, cut=True, older=True), strict=True)), "a state without them takes the group's"
 
 
 @feature

@@ -99,6 +99,59 @@ def onebit_adam_warns_of_a_warm_up_that_v_remembers(rank: int, world: int) -> No
             assert not [w for w in said if "learning rate" in str(w.message)], [str(w.message) for w in said]
 
 
+@feature
+def onebit_adam_warns_of_a_warm_up_that_goes_on(rank: int, world: int) -> None:
+    """A rate that rises at epochs longer than what v remembers: said at the first rise after the freeze, once in a training's life."""
+    config, late = "onebit_adam:freeze=15,block=64 min_numel=1 timeout=60", "is 0.03 now and was 0.02 when the variance was frozen, at step 15"
+    for rates, resumed, older, words in (
+        ({0: 2, 20: 3, 24: 4}, None, False, late),
+        ({0: 1, 2: 2, 20: 3, 24: 4}, None, False, late),  # the plateau before the freeze is longer than v's memory
+        ({0: 2, 20: 3, 24: 4}, 18, False, late),
+        ({0: 2, 20: 3, 24: 4}, 22, False, late),
+        ({0: 2, 20: 3}, 18, True, ""),  # a state of before these rates were kept
+        ({0: 1, 14: 2, 20: 3}, None, False, "the learning rate last rose 0 steps before"),  # said at the freeze
+        ({0: 2, 16: 1, 20: 2}, None, False, ""),  # back to where it was
+    ):
+        ddp, optimizer, state = pair(config, betas=(0.9, 0.9))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for step in range(26):
+                if step == resumed:
+                    hook, numbers, model = state.state_dict(), copy.deepcopy(optimizer.state_dict()), ddp.module
+                    if older:
+                        del numbers["freeze"]["frozen"]["rates"]
+                    state.close()
+                    ddp, optimizer, state = pair(config, model, betas=(0.9, 0.9))
+                    state.load_state_dict(hook)
+                    optimizer.load_state_dict(numbers)
+                optimizer.param_groups[0]["lr"] = LR * rates.get(step, optimizer.param_groups[0]["lr"] / LR)
+                run(ddp, optimizer, rank, range(step, step + 1))
+        assert state.stats()["freeze"]["step"] == 15
+        if words:
+            once(rank, said, "learning rate", words, "not_before", "freeze=STEP")
+        else:
+            assert not [w for w in said if "learning rate" in str(w.message)], [str(w.message) for w in said]
+
+
+@feature
+def onebit_adam_warns_of_a_rise_only_where_v_is_frozen(rank: int, world: int) -> None:
+    """The rate of a group whose tensors stay dense may rise: their v follows."""
+    ddp = DistributedDataParallel(mlp(), bucket_cap_mb=0.002)
+    biases, weights = ([p for p in ddp.parameters() if (p.dim() < 2) == dense] for dense in (True, False))
+    optimizer = thinwire.optim.OneBitAdam([{"params": biases}, {"params": weights}], lr=LR)
+    thinwire.attach(ddp, CONFIG, optimizer)
+    for group, words in ((0, ""), (1, "the learning rate of parameter group 1 is 0.02 now and was 0.01")):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            run(ddp, optimizer, rank, range(4))
+            optimizer.param_groups[group]["lr"] = 2 * LR
+            run(ddp, optimizer, rank, range(4, 6))
+        if words:
+            once(rank, said, words)
+        else:
+            assert not [w for w in said if "learning rate" in str(w.message)], [str(w.message) for w in said]
+
+
 def frozen_states(rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
     ddp, optimizer, state = pair()
     run(ddp, optimizer, rank, range(5))

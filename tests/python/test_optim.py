@@ -130,13 +130,19 @@ def test_onebit_adam_refuses_what_it_would_ignore(name: str) -> None:
     saved["param_groups"][0][name] = True
     with pytest.raises(thinwire.errors.ArgumentError, match=name):
         OneBitAdam([p]).load_state_dict(saved)
+    trained, optimizer = stepped()
+    optimizer.param_groups[0][name] = True  # in the midst of a training
+    before = trained.detach().clone()
+    with pytest.raises(thinwire.errors.ArgumentError, match=f"{name}=True is not supported: "):
+        optimizer.step()
+    assert torch.equal(before, trained)
     with pytest.raises(TypeError, match="unexpected keyword argument 'nesterov'"):
         OneBitAdam([p], nesterov=True)
 
 
 @pytest.mark.parametrize(
     ("betas", "words"),
-    [((0.9, 1.0), "beta2=1.0 must be in"), ((1.5, 0.9), "beta1=1.5 must be in"), ((-0.1, 0.9), "beta1=-0.1"), ((0.9, float("nan")), "beta2=nan"), (0.9, "betas=0.9 must be two")],
+    [((0.9, 1.0), "beta2=1.0 must be in"), ((1.5, 0.9), "beta1=1.5 must be in"), ((-0.1, 0.9), "beta1=-0.1"), ((0.9, float("nan")), "beta2=nan"), (0.9, "betas=0.9 must be two"), (("a", "b"), "betas=('a', 'b') must be two numbers"), (("0.9", 0.9), "betas=('0.9', 0.9) must be two numbers"), ((0.9, None), "betas=(0.9, None) must be two numbers")],
 )
 def test_onebit_adam_checks_the_betas_of_every_group(betas: Any, words: str) -> None:
     p, q = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
@@ -166,7 +172,7 @@ def test_a_copy_of_onebit_adam_goes_on(copied: Any) -> None:
 
 @pytest.mark.parametrize(
     "freeze",
-    [3, None, {}, {"frozen": 1, "seen": None}, {"frozen": {}}, {"frozen": {}, "seen": 5}, {"frozen": {}, "seen": (1.5, 1, [])}, {"frozen": {}, "seen": (1, 1, ["x"])}, {"frozen": {}, "seen": None, "rates": 1}, {"frozen": {}, "seen": None, "since_rise": -1}],
+    [3, None, {}, {"frozen": 1, "seen": None}, {"frozen": {}}, {"frozen": {}, "seen": 5}, {"frozen": {}, "seen": (1.5, 1, [])}, {"frozen": {}, "seen": (1, 1, ["x"])}, {"frozen": {}, "seen": None, "rates": 1}, {"frozen": {"rates": ["x"]}, "seen": None}, {"frozen": {}, "seen": None, "since_rise": -1}],
 )
 def test_a_state_with_a_wrong_freeze_changes_nothing(freeze: Any) -> None:
     p, optimizer = stepped()

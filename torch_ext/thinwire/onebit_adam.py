@@ -10,7 +10,7 @@ from torch.optim import AdamW
 
 from ._extension import native
 from .errors import ArgumentError, warn
-from .onebit_checks import REFUSED, check_freeze, check_group, check_within, checked_freeze, refuse_sparse, settings_of, unhooked
+from .onebit_checks import REFUSED, betas_of, changed_beta, check_freeze, check_group, check_within, checked_freeze, refuse_sparse, risen_rate, settings_of, unhooked
 from .replay import flattened
 from .variance import WITHIN, VarianceWatch, bits, names_of, raised
 
@@ -69,13 +69,13 @@ class OneBitAdam(AdamW):
         self.not_after = not_after
         self.floor = floor
         self._hook: HookState | None = None
-        self._said_beta1 = False
+        self._said_betas: tuple[str, ...] = ()  # those that a warning said were changed after the freeze
         self._averaged: dict[torch.Tensor, tuple[int, str]] = {}  # parameters that the hook compresses: their places among its parameters, and names
         self._named: list[tuple[str, torch.Tensor]] = []  # the hook's parameters
         self._watch: VarianceWatch | None = None  # freeze=auto
         self._freeze_from = _NEVER
         self._seen: tuple[int, int, list[float]] | None = None  # of a watch that is yet to be
-        self._frozen: dict[str, Any] = {}  # when, why, how large updates got, whether the variances have their floor
+        self._frozen: dict[str, Any] = {}  # when, why, at which rates, how large updates got, whether the variances have their floor
         self._largest: torch.Tensor | None = None  # update since that was last noted
         self._unread = 0  # steps since then
         self._rates: list[float] = []  # of the last step
@@ -166,7 +166,7 @@ class OneBitAdam(AdamW):
                 given[place] = (
                     flattened(state["exp_avg"], layout) if momenta else None,
                     bits(flattened(state["exp_avg_sq"] != 0, layout)),
-                    _beta1(state, group),
+                    betas_of(state, group)[0],
                 )
         self._hook._engine.freeze(given)
 
@@ -179,6 +179,8 @@ class OneBitAdam(AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            check_group(group)  # what was changed in it since
         self._note_rates()
         frozen = self.frozen
         self._check_stage(frozen)
@@ -196,24 +198,18 @@ class OneBitAdam(AdamW):
         finally:
             for p, grad in grads.items():
                 p.grad = grad
-        self._check_beta1()
+        self._check_betas()
         for group in self.param_groups:
             self._apply_momentum(group, {p: grads[p] for p in group["params"] if p in grads})
         self._look_at_updates()
         return loss
 
-    def _check_beta1(self) -> None:
-        """The hook's share of the old momentum is that of the freeze: whose scheduler cycles it is told so, once."""
-        for i, group in enumerate(() if self._said_beta1 else self.param_groups):
-            now = float(group["betas"][0])
-            for p in group["params"]:
-                if p in self._averaged and (beta1 := _beta1(self.state[p], group)) != now:
-                    self._said_beta1 = True
-                    self._warn(
-                        f"beta1 of parameter group {i} is {now:g} now and was {beta1:g} when the variance was frozen; the hook averages the momentum with {beta1:g} "
-                        "and goes on so. A scheduler that cycles it, such as OneCycleLR, takes cycle_momentum=False"
-                    )
-                    return
+    def _check_betas(self) -> None:
+        """The hook's share of the old momentum and v's correction are those of the freeze: whoever changes a beta is told so, once for each."""
+        for name in ("beta1", "beta2"):
+            if name not in self._said_betas and (words := changed_beta(name, self.param_groups, self._averaged, self.state)):
+                self._said_betas += (name,)
+                self._warn(words)
 
     def _note_rates(self) -> None:
         rates = [float(group["lr"]) for group in self.param_groups]
@@ -222,6 +218,9 @@ class OneBitAdam(AdamW):
         elif self._since_rise is not None:
             self._since_rise += 1
         self._rates = rates
+        if words := risen_rate(self._frozen, rates, self.param_groups, self._averaged):
+            self._frozen["rates"] = None
+            self._warn(words)
 
     def _memory(self) -> int:
         """Steps that v remembers, 1 / (1 − beta2), where the hook averages the momentum."""
@@ -243,9 +242,10 @@ class OneBitAdam(AdamW):
         raise ArgumentError("the hook sends momenta, but this optimizer's variance is not frozen: load the optimizer's state_dict() as well")
 
     def _apply_momentum(self, group: dict[str, Any], momenta: Mapping[torch.Tensor, torch.Tensor]) -> None:
-        beta2, lr, decay = group["betas"][1], float(group["lr"]), group["weight_decay"]
+        lr, decay = float(group["lr"]), group["weight_decay"]
         for p, m in momenta.items():
-            state, beta1 = self.state[p], _beta1(self.state[p], group)
+            state = self.state[p]
+            beta1, beta2 = betas_of(state, group)
             state["step"] += 1
             t = float(state["step"])
             denominator = state["exp_avg_sq"].sqrt().div_((1 - beta2 ** state["frozen_step"]) ** 0.5).add_(group["eps"])
@@ -320,7 +320,7 @@ class OneBitAdam(AdamW):
 
     def _freeze(self, step: int, reason: str) -> None:
         assert self._hook is not None
-        if self._since_rise is not None and self._since_rise < self._memory():
+        if warms_up := self._since_rise is not None and self._since_rise < self._memory():
             self._warn(
                 f"the variance is frozen at step {step}, and the learning rate last rose {self._since_rise} steps before; v remembers 1/(1 - beta2) = "
                 f"{self._memory()} steps, so it is that of the warm-up. Freeze later: OneBitAdam(..., not_before=STEPS), or a later freeze=STEP"
@@ -336,13 +336,13 @@ class OneBitAdam(AdamW):
             )
         for group in self.param_groups:
             for p in self._averaged.keys() & set(group["params"]):
-                self.state[p]["beta1"] = float(group["betas"][0])
+                self.state[p]["beta1"], self.state[p]["beta2"] = (float(beta) for beta in group["betas"])
         self._hand_over(momenta=True)
         for p in self._averaged:
             state = self.state[p]
             state["frozen_step"] = max(1, int(state["step"]))
             del state["exp_avg"]  # the hook's from now on
-        self._frozen = {"step": step, "reason": reason}
+        self._frozen = {"step": step, "reason": reason, "rates": None if warms_up else list(self._rates)}  # None: a warning said that they rise
         self._raise_variances()
         self._describe()
 
@@ -384,12 +384,7 @@ class OneBitAdam(AdamW):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no hook: its numbers and state only."""
-        own = {name: getattr(self, name) for name in ("freeze", "not_before", "not_after", "floor", "_rates", "_since_rise", "_largest", "_unread", "_said_beta1")}
+        own = {name: getattr(self, name) for name in ("freeze", "not_before", "not_after", "floor", "_rates", "_since_rise", "_largest", "_unread", "_said_betas")}
         seen = self._seen if self._watch is None else self._watch.seen
         alone = {"_hook": None, "_averaged": {}, "_named": [], "_watch": None, "_freeze_from": _NEVER, "_seen": seen, "_frozen": dict(self._frozen)}
         return {**super().__getstate__(), **own, **alone}
-
-
-def _beta1(state: Mapping[str, Any], group: Mapping[str, Any]) -> float:
-    """What the hook averages a parameter's momentum with: as it was at the freeze."""
-    return float(state.get("beta1", group["betas"][0]))

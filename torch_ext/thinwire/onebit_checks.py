@@ -1,9 +1,10 @@
-"""What OneBitAdam is given: its arguments, groups, gradients and checkpoints, what of them is refused, and its settings in words."""
+"""What OneBitAdam is given: its arguments, groups, gradients and checkpoints, what of them is refused, what was changed since the freeze, and its
+settings in words."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,15 @@ REFUSED = {
 
 def is_count(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any) -> bool:
+    """Words that read like one are none."""
+    try:
+        float(value)
+    except (TypeError, ValueError, RuntimeError):  # the last: a tensor of several elements
+        return False
+    return not isinstance(value, (str, bytes))
 
 
 def check_within(what: str, step: int, not_before: int, not_after: int | None) -> None:
@@ -52,7 +62,7 @@ def check_group(group: Mapping[str, Any]) -> None:
     if "betas" not in group:  # the defaults, which were checked
         return
     betas = group["betas"]
-    if not isinstance(betas, Sequence) or len(betas) != 2:
+    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(_is_number(beta) for beta in betas):
         raise ArgumentError(f"OneBitAdam: betas={betas!r} must be two numbers, of the momentum and of the variance")
     for name, beta in zip(("beta1", "beta2"), betas, strict=True):
         if not 0 <= float(beta) < 1:
@@ -64,9 +74,10 @@ def checked_freeze(freeze: Any) -> Mapping[str, Any]:
     wrong = "load_state_dict: freeze must be what OneBitAdam's state_dict() has under it"
     if not isinstance(freeze, Mapping) or not isinstance(freeze.get("frozen"), Mapping) or "seen" not in freeze:
         raise ArgumentError(f"{wrong}, not {freeze!r}")
-    rates, since_rise = freeze.get("rates", []), freeze.get("since_rise")
-    if not isinstance(rates, Sequence) or not all(isinstance(rate, float) for rate in rates):
-        raise ArgumentError(f"{wrong}; its rates={rates!r} are no learning rates")
+    since_rise = freeze.get("since_rise")
+    for rates in (freeze.get("rates", []), freeze["frozen"].get("rates") or []):  # of the last step, and of the freeze
+        if not isinstance(rates, Sequence) or not all(isinstance(rate, float) for rate in rates):
+            raise ArgumentError(f"{wrong}; its rates={rates!r} are no learning rates")
     if not (since_rise is None or is_count(since_rise, 0)):
         raise ArgumentError(f"{wrong}; its since_rise={since_rise!r} is no number of steps")
     seen = freeze["seen"]
@@ -89,6 +100,38 @@ def refuse_sparse(groups: Sequence[Mapping[str, Any]], named: Sequence[tuple[str
             f"OneBitAdam: {called} has a sparse gradient, of which AdamW's m and v cannot be made; make it dense, such as with "
             "nn.Embedding(sparse=False), or leave it out of OneBitAdam and give it to an optimizer of its own, such as torch.optim.SparseAdam"
         )
+
+
+def betas_of(state: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[float, float]:
+    """What a parameter's momentum is averaged with and its v corrected by: as they were at the freeze."""
+    beta1, beta2 = group["betas"]
+    return float(state.get("beta1", beta1)), float(state.get("beta2", beta2))
+
+
+def changed_beta(name: str, groups: Sequence[Mapping[str, Any]], averaged: Collection[torch.Tensor], states: Mapping[torch.Tensor, Any]) -> str:
+    """In words, which group's beta is another than at the freeze, which goes on counting for what the hook averages; empty: none is."""
+    at, means = {
+        "beta1": (0, "the hook averages the momentum with {0:g} and goes on so. A scheduler that cycles it, such as OneCycleLR, takes cycle_momentum=False"),
+        "beta2": (1, "the frozen variance goes on being corrected by that of {0:g}, and only tensors that stay dense follow the change"),
+    }[name]
+    for i, group in enumerate(groups):
+        now = float(group["betas"][at])
+        for p in group["params"]:
+            if p in averaged and (then := states[p].get(name, now)) != now:
+                return f"{name} of parameter group {i} is {now:g} now and was {then:g} when the variance was frozen; {means.format(then)}"
+    return ""
+
+
+def risen_rate(frozen: Mapping[str, Any], rates: Sequence[float], groups: Sequence[Mapping[str, Any]], averaged: Collection[torch.Tensor]) -> str:
+    """In words, which group's learning rate is higher than at the freeze, perhaps epochs after it; empty: none is, or it was said already."""
+    for i, (now, then, group) in enumerate(zip(rates, frozen.get("rates") or (), groups, strict=False)):
+        if now > then * (1 + 1e-5) and any(p in averaged for p in group["params"]):  # more than the rounding of a rate computed from the last one
+            return (
+                f"the learning rate of parameter group {i} is {now:g} now and was {then:g} when the variance was frozen, at step {frozen.get('step', '?')}: v is "
+                "that of the lower rate. If it is a warm-up that goes on, freeze after it: OneBitAdam(..., not_before=STEPS), or a later freeze=STEP. A schedule "
+                "that restarts or cycles comes to this too: freeze where its rate is high, or look at the loss"
+            )
+    return ""
 
 
 def settings_of(groups: Sequence[Mapping[str, Any]], named: Sequence[tuple[str, torch.Tensor]]) -> str:
