@@ -187,7 +187,8 @@ def main() -> int:
         if options.optimizer == "auto":  # dense training by the same optimizer, so that one thing differs
             averaged = [config.target.startswith("momentum") for config in configs]
             if any(averaged) and not all(averaged):
-                raise thinwire.ConfigError("configs with target=momentum train with Adam, the others with SGD: compare them in runs of their own, or give --optimizer adam")
+                or_adam = "" if any(config.feedback.startswith("dgc") for config in configs) else ", or give --optimizer adam"  # which dgc does not take
+                raise thinwire.ConfigError(f"configs with target=momentum train with Adam, the others with SGD: compare them in runs of their own{or_adam}")
             options.optimizer = "adam" if any(averaged) else "sgd"
         check_optimizer(options, configs)
         if options.device == "cuda" and not torch.cuda.is_available():
