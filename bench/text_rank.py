@@ -161,6 +161,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     ranks.die_with_parent()
+    ranks.tell_warnings()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=options.timeout))
     trainer = Trainer(options)

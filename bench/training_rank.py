@@ -148,6 +148,7 @@ def main() -> int:
     parser.add_argument("options", type=functools.partial(json.loads, object_hook=lambda fields: argparse.Namespace(**fields)))
     options = parser.parse_args().options
     ranks.die_with_parent()
+    ranks.tell_warnings()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=options.timeout))
     measure(options)

@@ -269,8 +269,16 @@ std::vector<std::string> hints(const Config& config) {
     return {"feedback=ef14:decay=" + feedback.text("decay") +
             " forgets: it suits pseudo-gradients of local steps, where .95 stands for the outer momentum (SparseLoCo); for gradients of "
             "single steps choose decay=1"};
-  if (!is_sparse(codec))
-    return {"under Adam choose onebit_adam: signs of the momentum, with the variance frozen, lose less than signs of gradients"};
+  if (!is_sparse(codec)) {
+    const std::string adam =
+        "under Adam choose onebit_adam: signs of the momentum, with the variance frozen, lose less than signs of gradients";
+    if (feedback.name != "econtrol") return {adam};
+    return {adam,
+            "feedback=econtrol with codec=" + codec.name +
+                " is better than feedback=ef14 with large batches, with different data on the ranks and in convex and federated problems, "
+                "where ef14 stops at a level" +
+                (feedback.number("worker_ema") < 1 ? "" : "; with small noisy minibatches choose ef14 or add worker_ema=0.1")};
+  }
   const std::string at = "density " + brief(codec.number("density"));
   if (codec.number("density") < 0.05) {
     if (!estimates)
@@ -289,9 +297,8 @@ std::vector<std::string> hints(const Config& config) {
             " suits convex and federated problems; where the loss of training counts choose feedback=econtrol"};
   if (feedback.name == "ef21")
     return {"feedback=ef21 at " + at + " suits gradients with little noise; with minibatches choose feedback=econtrol"};
-  return {
-      "feedback=econtrol at " + at +
-      " suits large batches, ranks with different data, convex and federated problems; with small noisy minibatches add worker_ema=0.1"};
+  return {"feedback=econtrol at " + at + " suits large batches, ranks with different data, convex and federated problems" +
+          (feedback.number("worker_ema") < 1 ? "" : "; with small noisy minibatches add worker_ema=0.1")};
 }
 
 }  // namespace grammar

@@ -77,6 +77,9 @@ def run_all(options: argparse.Namespace, console) -> list[Run]:
     import ranks
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+    def warn(words: str) -> None:
+        bar.console.print(f"{run.label}: warning: {words}", markup=False)
+
     runs = [Run("dense", "")] + [Run(config, config) for config in options.config]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TimeRemainingColumn())
     with contextlib.ExitStack() as stack:
@@ -86,7 +89,7 @@ def run_all(options: argparse.Namespace, console) -> list[Run]:
         for run, task in zip(runs, tasks):
             bar.start_task(task)
             # An evaluation or an import is silent for a while; a stuck peer becomes an error of its rank after --timeout.
-            with ranks.Ranks(options.world, command_of_a_rank(options, run.config), cluster, silence_s=options.timeout + 180) as processes:
+            with ranks.Ranks(options.world, command_of_a_rank(options, run.config), cluster, silence_s=options.timeout + 180, warn=warn) as processes:
                 for _, word in processes.events():
                     kind = word["event"]
                     run.take(word)
@@ -157,7 +160,16 @@ def plot(runs: list[Run], path: pathlib.Path) -> None:
 
 
 class Refused(Exception):
-    """What was asked for cannot be done on this machine."""
+    """What was asked for cannot be done, or not on this machine."""
+
+
+def check_optimizer(options: argparse.Namespace, configs: list) -> None:
+    """@raises Refused where a rank's `attach` would refuse, after the dense training."""
+    for text, config in zip(options.config, configs):
+        if config.target.startswith("momentum") and options.optimizer == "sgd":
+            raise Refused(f"--config {text}: target=momentum puts Adam's momentum into the gradients: --optimizer sgd does not go with it")
+        if config.feedback.startswith("dgc") and options.optimizer == "adam":
+            raise Refused(f"--config {text}: feedback=dgc applies momentum in the hook: --optimizer adam does not go with it")
 
 
 def main() -> int:
@@ -171,12 +183,14 @@ def main() -> int:
 
     console = Console(highlight=False)
     try:
-        targets = [thinwire.Config.parse(config).target for config in options.config]
+        configs = [thinwire.Config.parse(config) for config in options.config]
         if options.optimizer == "auto":  # dense training by the same optimizer, so that one thing differs
-            averaged = [target.startswith("momentum") for target in targets]
+            averaged = [config.target.startswith("momentum") for config in configs]
             if any(averaged) and not all(averaged):
-                raise thinwire.ConfigError("configs with target=momentum train with Adam, the others with SGD: compare them in runs of their own, or give --optimizer adam")
+                or_adam = "" if any(config.feedback.startswith("dgc") for config in configs) else ", or give --optimizer adam"  # which dgc does not take
+                raise thinwire.ConfigError(f"configs with target=momentum train with Adam, the others with SGD: compare them in runs of their own{or_adam}")
             options.optimizer = "adam" if any(averaged) else "sgd"
+        check_optimizer(options, configs)
         if options.device == "cuda" and not torch.cuda.is_available():
             raise Refused("--device cuda: there is no GPU, or no driver for it, or this torch has no CUDA")
         datasets.epoch_steps(datasets.load(options.data), options.subset, options.world, options.batch)  # bad data is one message here, not one per rank

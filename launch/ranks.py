@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -33,6 +34,11 @@ def die_with_parent() -> None:
 def emit(event: str, **fields: object) -> None:
     """A rank's word to whoever started it: one JSON object on a line of standard output."""
     print(json.dumps({"event": event, **fields}), flush=True)
+
+
+def tell_warnings() -> None:
+    """Called by a rank: from now on a warning is a word to whoever started it. Its standard error is read only if it fails."""
+    warnings.showwarning = lambda message, *_: emit("warning", words=str(message))
 
 
 def leave() -> NoReturn:
@@ -84,11 +90,16 @@ class Cluster:
         return [str(CLUSTER), "exec", str(rank), *command]
 
 
-class Ranks:
-    """`world` processes of `command`, with torchrun's environment variables. Leaving the with-block ends those that still run."""
+def complain(words: str) -> None:
+    print(f"warning: {words}", file=sys.stderr, flush=True)
 
-    def __init__(self, world: int, command: Sequence[str], cluster: Cluster | None = None, silence_s: float = 300) -> None:
-        self.world, self.command, self.cluster, self.silence_s = world, list(command), cluster, silence_s
+
+class Ranks:
+    """`world` processes of `command`, with torchrun's environment variables. Leaving the with-block ends those that still run. `warn` is handed what they warn of,
+    once each, however many of them say it."""
+
+    def __init__(self, world: int, command: Sequence[str], cluster: Cluster | None = None, silence_s: float = 300, warn: Callable[[str], None] = complain) -> None:
+        self.world, self.command, self.cluster, self.silence_s, self.warn = world, list(command), cluster, silence_s, warn
         self.processes: list[subprocess.Popen] = []
         self.words: queue.SimpleQueue = queue.SimpleQueue()
 
@@ -112,8 +123,9 @@ class Ranks:
         return self
 
     def _listen(self, rank: int, process: subprocess.Popen) -> None:
-        for line in process.stdout:
-            self.words.put((rank, line))
+        with process.stdout:
+            for line in process.stdout:
+                self.words.put((rank, line))
         self.words.put((rank, None))
 
     def __exit__(self, *_: object) -> None:
@@ -140,8 +152,8 @@ class Ranks:
         return RankError(f"rank {rank} failed (exit status {codes})\n" + "\n".join(filter(None, map(self._last_words, failed))))
 
     def events(self) -> Iterator[tuple[int, dict]]:
-        """What the ranks emit, until all have ended well. @raises RankError if one ends badly, or all are silent for `silence_s`."""
-        running = self.world
+        """What the ranks emit, warnings apart, until all have ended well. @raises RankError if one ends badly, or all are silent for `silence_s`."""
+        running, warned = self.world, set()
         while running:
             try:
                 rank, line = self.words.get(timeout=self.silence_s)
@@ -158,4 +170,8 @@ class Ranks:
             except json.JSONDecodeError:
                 print(line, end="", file=sys.stderr)  # a library's chatter
                 continue
-            yield rank, word
+            if word["event"] != "warning":
+                yield rank, word
+            elif word["words"] not in warned:
+                warned.add(word["words"])
+                self.warn(word["words"])

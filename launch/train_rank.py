@@ -204,6 +204,7 @@ def main() -> int:
     options = options_parser().parse_args()
     if options.events:
         ranks.die_with_parent()
+        ranks.tell_warnings()
     torch.set_num_threads(1)
     try:
         device = pick_device(options)

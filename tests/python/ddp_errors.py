@@ -6,6 +6,7 @@ import copy
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,29 @@ def a_refused_hook_is_not_counted(rank: int, world: int) -> None:
         assert "one float32" in str(error) and error.code == "invalid_argument", str(error)
     ddp.register_comm_hook(thinwire.HookState(oracle.config, named_parameters=named), thinwire.hook)
     train(ddp, oracle, range(2))
+
+
+@feature
+def a_hook_that_compresses_nothing_says_so(rank: int, world: int) -> None:
+    """At 90 % a gather sends more than a dense all-reduce; where one tensor is compressed, or none ever would be, there is nothing to say."""
+    for config, warns in (
+        ("codec=topk:density=0.9 feedback=econtrol min_numel=1", True),
+        ("codec=topk:density=0.01 feedback=ef14 min_numel=1", False),
+        ("codec=topk:density=0.9 feedback=ef14 min_numel=1 exchange=gather", False),
+        ("codec=topk:density=0.9 feedback=ef14 min_numel=1000000", False),
+    ):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            ddp = DistributedDataParallel(mlp())
+            state = thinwire.attach(ddp, config)
+        texts = [str(one.message) for one in said]
+        assert len(texts) == (1 if warns and rank == 0 else 0), texts
+        assert all(f"on {world} ranks exchange=auto sends every tensor densely" in text and "feedback=econtrol keeps" in text for text in texts), texts
+        for step in range(3):  # the first is a start, dense in any case
+            loss_of(ddp, batch(rank, step)).backward()
+        sent = [one["compressed"] for one in state.stats()["parameters"].values()]
+        assert any(sent) == (not warns and "1000000" not in config), (config, sent)
+        state.close()
 
 
 @feature

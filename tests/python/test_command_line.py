@@ -69,6 +69,52 @@ def test_check(run: Callable[..., Done], tmp_path: Path) -> None:
     assert row["dense_bytes"] == 6e6
 
 
+def test_check_warns_of_a_config_that_compresses_nothing(run: Callable[..., Done], tmp_path: Path) -> None:
+    done = run("check", "econtrol", "--world", "16", "--json", "out.json")
+    rows = [row for row in rows_of(tmp_path / "out.json", "check") if row["numel"] > 16384]
+    assert done.returncode == 0 and not rows[-1]["compressed"] and rows[-1]["stage"] == "dense, which sends less"
+    (warning,) = rows[0]["warnings"]
+    # 1/10 of 2^20 entries of 6 bytes, room for a quarter more, 15 times; dense 4 MiB, 15/8 times.
+    assert "on 16 ranks" in warning and "1,048,576" in warning and "7.864 MB in a dense" in warning, warning
+    assert float(warning.split("would send ")[1].split(" MB")[0]) == pytest.approx(2**20 / 10 * 6 * 1.25 * 15 / 1e6 * 0.8333, rel=0.01)
+    assert "feedback=econtrol keeps is kept for nothing" in warning and "codec=sign" in warning and rows[0]["hints"] == []
+    assert "warning:" in done.stdout and "hint:" not in done.stdout
+    advised = warning.split("Choose density ")[1].split(" ")[0]
+    for config, world, warns in (
+        (f"econtrol:density={advised}", 16, False),
+        ("econtrol", 8, False),
+        ("econtrol exchange=gather", 16, False),
+        ("codec=sign feedback=econtrol", 16, False),
+        ("econtrol", 1, False),
+        ("codec=none", 16, False),
+        ("codec=topk:density=0.9 feedback=none", 2, True),
+        ("dgc:density=0.9", 2, True),
+    ):
+        assert run("check", config, "--world", str(world), "--json", "out.json").returncode == 0
+        warnings = rows_of(tmp_path / "out.json", "check")[0]["warnings"]
+        assert any("sends every tensor densely" in one for one in warnings) == warns, (config, warnings)
+        if warns:
+            assert ("is kept for nothing" in warnings[-1]) == ("dgc" in config) == ("codec=sign feedback=ef14" in warnings[-1])
+    assert run("check", "econtrol", "--world", "16", "--numel", "100", "--json", "out.json").returncode == 0
+    assert rows_of(tmp_path / "out.json", "check")[0]["warnings"] == []  # dense as it is small, whatever the rule
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_check_is_readable_in_a_terminal(run: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    """No word is cut, no number has an exponent."""
+    monkeypatch.setenv("COLUMNS", columns)
+    for config, numel, words in (
+        ("dgc:density=0.001,warmup_steps=100", "100000000", {"compressed", "16.5", "6,300", "47.64 MB"}),
+        ("econtrol", "1", {"dense start", "0.000056"}),
+        ("onebit_adam", "25000000", {"compressed", "dense, before the", "1,400"}),
+    ):
+        done = run("check", config, "--numel", numel, "--world", "64" if "dgc" in config else "8")
+        table = done.stdout.partition("tensor of two")[2]
+        assert done.returncode == 0 and "…" not in done.stdout and "e+" not in table and "e-0" not in table, done.stdout
+        assert all(len(line) <= int(columns) for line in done.stdout.splitlines())
+        assert all(word in table for word in words), done.stdout
+
+
 def test_check_knows_no_step_of_an_automatic_freeze(run: Callable[..., Done], tmp_path: Path) -> None:
     for config, first in (("onebit_adam", None), ("onebit_adam:freeze=7", 7)):
         done = run("check", config, "--json", "out.json")

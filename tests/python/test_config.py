@@ -124,6 +124,8 @@ def test_defaults() -> None:
     assert error_feedback(codec="topk:density=0.01", decay=0.5, min_numel=7) == Config.parse(
         "codec=topk:density=0.01 feedback=ef14:decay=0.5 min_numel=7"
     )
+    with pytest.raises(ConfigError, match=r"kind='ef14:decay=.9' has keys.*keyword arguments"):
+        error_feedback("ef14:decay=.9", codec="topk:density=0.01", residual="bf16")
     config = dgc(0.01, min_numel=5, timeout=1.5)
     assert (config.min_numel, config.timeout, config.start_step, config.seed, config.check_every) == (5, 1.5, 0, 0, 0)
     assert config.keys_of("feedback")["momentum"] == "0.9" and math.isclose(float(config.keys_of("codec")["density"]), 0.01)

@@ -165,7 +165,8 @@ def test_presets_are_slots() -> None:
         ("codec=topk:density=0.1 feedback=none", ["diverge", "ef14"]),
         ("codec=sign feedback=none", ["diverge", "ef14"]),
         ("codec=sign feedback=none target=momentum:freeze=5", ["diverge", "ef14"]),
-        ("codec=topk:density=1 feedback=none", []),
+        ("codec=topk:density=1 feedback=none", ["sends every tensor densely"]),
+        ("codec=topk:density=1 feedback=none exchange=gather", []),
         ("econtrol:eta=0.3", ["eta=0.3", "0.2", "eta=auto is 0.1"]),
         ("econtrol:density=0.01", ["stale", "worker_ema=0.1"]),
         ("econtrol:density=0.03", ["density 0.03", "stale", "worker_ema=0.1"]),
@@ -210,7 +211,8 @@ def test_check_warns_of_what_is_likely_to_go_wrong(config: str, words: list[str]
         ("codec=topk:density=0.016 feedback=ef14:decay=0.95", ["local steps", "decay=1"]),
         ("codec=sign feedback=ef14:decay=0.95", ["local steps"]),
         ("codec=sign feedback=ef14", ["onebit_adam"]),
-        ("codec=sign feedback=econtrol", ["onebit_adam"]),
+        ("codec=sign feedback=ef21", ["onebit_adam"]),
+        ("econtrol:worker_ema=0.1", ["large batches, ranks with different data"]),
     ],
 )
 def test_check_says_what_a_config_suits(config: str, words: list[str] | None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -219,6 +221,17 @@ def test_check_says_what_a_config_suits(config: str, words: list[str] | None, ca
     hints = json.loads(file.read_text())["rows"][0]["hints"]
     assert ("hint:" in capsys.readouterr().out) == bool(words) and len(hints) == (1 if words else 0)
     assert all(word in hints[0] for word in words or ())
+    assert ("worker_ema=0.1" in config) <= ("add worker_ema" not in "".join(hints)), "it is there"
+
+
+def test_check_says_when_econtrol_on_signs_is_better(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    for config, noise in (("codec=sign feedback=econtrol", True), ("codec=sign feedback=econtrol:worker_ema=0.1", False)):
+        assert main(["check", config, "--json", str(file)]) == 0
+        assert capsys.readouterr().out.count("hint: ") == 2
+        adam, better = json.loads(file.read_text())["rows"][0]["hints"]
+        assert "onebit_adam" in adam and "better than feedback=ef14 with large batches, with different data" in better
+        assert ("add worker_ema=0.1" in better) == noise
 
 
 def test_check_shows_all_of_a_long_slot(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

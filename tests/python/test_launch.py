@@ -108,10 +108,37 @@ def test_quickstart_refuses_a_bad_config_before_it_trains(tmp_path: Path) -> Non
         (["--subset", "100"], "100 images are too few for 2 ranks of batch 64"),
         (["--data", tmp_path / "nowhere"], "missing train-images-idx3-ubyte"),
         (["--json", tmp_path / "no" / "rows.json"], "rows.json cannot be written"),
+        (["--config", "dgc", "--config", "onebit_adam:freeze=3", "--optimizer", "sgd"], "onebit_adam:freeze=3: target=momentum"),
+        (["--config", "dgc", "--optimizer", "adam"], "--optimizer adam does not go with it"),
     ):
         result = python("launch/quickstart.py", *arguments, "--output", tmp_path)
         assert result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr, result.stderr
+        assert result.stdout == ""  # nothing was trained
     assert not (tmp_path / "no").exists()
+
+
+def test_quickstart_shows_what_its_ranks_warn_of(digits: Path, tmp_path: Path) -> None:
+    """Eight steps are few for a variance of .999: once, under the config's name, and nothing of the results changes."""
+    result = python("launch/quickstart.py", "--data", digits, "--epochs", 1, "--batch", 32, "--config", "onebit_adam:freeze=8", "--output", tmp_path, "--json", tmp_path / "rows.json")
+    assert result.returncode == 0 and result.stderr == "", result.stdout + result.stderr
+    text = " ".join(result.stdout.split())
+    assert text.count("warning: ") == text.count("onebit_adam:freeze=8: warning: OneBitAdam: an update of ") == text.count(" times the learning rate by step 9; Adam's are about 1.") == 1, text
+    results = json.loads((tmp_path / "rows.json").read_text())
+    assert set(results) == {"command", "version", "machine", "rows"} and [row["frozen_step"] for row in results["rows"]] == [None, 8]
+    assert "warning" not in json.dumps(results["rows"])
+
+
+def test_a_warning_of_several_ranks_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(LAUNCH)
+    import ranks
+
+    program = (f"import os, sys, warnings; sys.path.insert(0, {str(LAUNCH)!r}); import ranks; ranks.tell_warnings(); warnings.warn('both [bold]say'); "
+               "warnings.warn('rank ' + os.environ['RANK']); ranks.emit('row', rank=os.environ['RANK'])")
+    said: list[str] = []
+    with ranks.Ranks(2, [sys.executable, "-c", program], silence_s=60, warn=said.append) as processes:
+        words = [word for _, word in processes.events()]
+    assert sorted(said) == ["both [bold]say", "rank 0", "rank 1"]
+    assert sorted(word["rank"] for word in words) == ["0", "1"] and all(word["event"] == "row" for word in words)
 
 
 @pytest.mark.parametrize("config, whole", [("codec=none", "codec=none timeout=7.5"), ("codec=none timeout=9", "codec=none timeout=9"), ("timeout=9", "timeout=9")])

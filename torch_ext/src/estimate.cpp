@@ -96,12 +96,13 @@ std::vector<Estimate> estimate(const Config& config, std::uint64_t numel, int wo
     return stages;
   }
 
-  const auto stage = [&](std::uint64_t step, const char* name) {
+  const auto stage = [&](std::uint64_t step, bool last) {
+    const std::string name = last ? "compressed" : "warm-up";
     const Setting setting = policy->setting(step, 0);
     const Segment segment{0, 0, std::size_t(numel), 1, std::uint32_t(numel), setting, nullptr};
     const DenseRule rule = dense_rule(config, *codec, segment, DType::fp32, world);
-    if (rule == DenseRule::alone) return passenger(std::string(name) + ", a world of one is exact", step);
-    if (rule == DenseRule::sends_less) return passenger(std::string(name) + ", dense sends less", step);
+    if (rule == DenseRule::alone) return passenger(name + ", a world of one is exact", step);
+    if (rule == DenseRule::sends_less) return passenger(last ? "dense, which sends less" : "warm-up, dense sends less", step);
     const Sent sent = buckets.compressed(std::size_t(numel), setting);
     return Estimate{name, at(step), setting.density, true, std::uint64_t(sent.payload), sent.wire, ring};
   };
@@ -111,7 +112,7 @@ std::vector<Estimate> estimate(const Config& config, std::uint64_t numel, int wo
   const std::uint64_t entries = warms_up ? config.policy().numbers("densities").size() : 0;
   for (std::uint64_t entry = 0; entry <= entries; ++entry) {
     const bool last = policy->setting(entry * period, 0) == policy->setting(entries * period, 0);
-    stages.push_back(stage(entry * period, last ? "compressed" : "warm-up"));
+    stages.push_back(stage(entry * period, last));
     if (last) break;
   }
   return stages;

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from ._extension import VERSION, native
 from .config import Config
+from .dense_rule import all_dense
 from .errors import ArgumentError, ConfigError, Error
 from .info import build_info, machine
 from .replay import Replay, replay
@@ -118,26 +119,26 @@ def _info(arguments: argparse.Namespace, console: Console) -> list[dict[str, Any
     return [info]
 
 
-def _print_warnings(config: Config, console: Console) -> list[str]:
-    warnings = native.config_warnings(config)
+def _print_warnings(config: Config, console: Console, more: Sequence[str] = ()) -> list[str]:
+    warnings = [*native.config_warnings(config), *more]
     for warning in warnings:
-        console.print(f"warning: {warning}", highlight=False)
+        console.print(f"warning: {warning}", highlight=False, markup=False)
     return warnings
 
 
 def _check(arguments: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
-    config = Config.parse(arguments.config)
+    config, numel, world = Config.parse(arguments.config), arguments.numel, arguments.world
+    unsent = all_dense(config, [numel], world) if numel >= config.min_numel else ""
     table = Table("slot", title="configuration")
     table.add_column("value", overflow="fold")  # all of it, however narrow the terminal
     for slot in str(config).split(" "):
         table.add_row(*slot.split("=", 1))
     console.print(table)
-    warnings = _print_warnings(config, console)
-    hints = native.config_hints(config)
+    warnings = _print_warnings(config, console, [unsent] if unsent else [])
+    hints = [] if unsent else native.config_hints(config)  # what a config suits that does nothing is of no use
     for hint in hints:
         console.print(f"hint: {hint}", highlight=False)
 
-    numel, world = arguments.numel, arguments.world
     classes = [("tensor of two or more dimensions", numel)]
     small = min(numel, config.min_numel - 1)
     if small > 0 and not config.codec.startswith("none") and numel >= config.min_numel:
@@ -153,9 +154,10 @@ def _check(arguments: argparse.Namespace, console: Console) -> list[dict[str, An
         table = Table(
             title=f"{name}: {count:,} fp32 elements, {world} ranks",
             caption="bytes per rank and step; ms: their time on a link of 1 Gbit/s, latency left out",
+            padding=(0, 1) if console.width >= _WIDE else 0,
         )
         for column in ("step", "stage", "density", "payload", "sent", "factor", "ms", "dense ms"):
-            table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=column != "stage")
+            table.add_column(column, justify="left" if column == "stage" else "right", overflow="fold", no_wrap=column != "stage")
         for row in (row for row in rows if row["class"] == name):
             table.add_row(
                 "auto" if row["first_step"] is None else str(row["first_step"]),
@@ -164,11 +166,22 @@ def _check(arguments: argparse.Namespace, console: Console) -> list[dict[str, An
                 _bytes(row["payload_bytes"]),
                 _bytes(row["wire_bytes"]),
                 f"{row['factor']:.1f}",
-                f"{1e3 * row['seconds_1gbit']:.3g}",
-                f"{1e3 * row['dense_seconds_1gbit']:.3g}",
+                _plain(1e3 * row["seconds_1gbit"]),
+                _plain(1e3 * row["dense_seconds_1gbit"]),
             )
         console.print(table)
     return rows
+
+
+_WIDE = 100
+"""Columns of a terminal in which the table of `check` has room between its own."""
+
+
+def _plain(value: float) -> str:
+    """Three digits or more, and never an exponent."""
+    if value >= 100 or value == 0:
+        return f"{value:,.0f}"
+    return f"{value:.{2 - math.floor(math.log10(value))}f}"
 
 
 def _bytes(count: float) -> str:

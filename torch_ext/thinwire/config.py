@@ -104,6 +104,8 @@ def error_feedback(kind: str = "ef14", *, codec: str, **keys_and_slots: Any) -> 
     ``keys_and_slots``: keys of the feedback (``decay=0.9``, ``worker_ema=0.1``) and other slots (``min_numel=0``).
     """
     slots = {name: value for name, value in keys_and_slots.items() if name in _SLOTS}
+    if ":" in kind and len(slots) < len(keys_and_slots):
+        raise ConfigError(f"error_feedback: kind={kind!r} has keys; kind is a name alone, such as 'ef14', where keys are keyword arguments: decay=0.9")
     keys = ",".join(
         f"{name}={int(value) if isinstance(value, bool) else value}" for name, value in keys_and_slots.items() if name not in _SLOTS
     )

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ._extension import native
 from .checkpoint import FORMAT, checked_states, copied
 from .config import Config, as_config
+from .dense_rule import all_dense
 from .errors import ArgumentError, ConfigError, Error, UnsupportedError, warn
 from .learning_rate import LearningRates, follow
 from .onebit_adam import OneBitAdam
@@ -68,8 +69,10 @@ class HookState:
         scale = _scale_of(grad_scaler, None if named is None else named[0][1].device)
         self._group = group = _group(process_group)
         self._optimizer = paired
-        for text in native.config_warnings(self._config) if group.rank() == 0 else ():
-            warn(text)
+        if group.rank() == 0:
+            for text in (*native.config_warnings(self._config), all_dense(self._config, _sizes(self._config, named or ()), group.size())):
+                if text:
+                    warn(text)
         store = group.get_group_store()
         # Numbers the hooks of this group: every rank counts its own, all in the same order. A refused call is not counted: whoever corrects
         # it meets the peers that wait for it.
@@ -112,7 +115,7 @@ class HookState:
         ``residual_over_momentum`` (residual_norm / momentum_norm) and ``masked`` (elements whose frozen variance is 0) where the target is
         the momentum; ``frozen``: whether it is compressed by now. Of a codec ``measured_delta``, at every 64th step (under
         ``feedback=none`` on the CPU alone); of EF21 and EControl also ``estimate_norm``, ``stale`` (‖g − h‖/‖g‖; with ``worker_ema`` of
-        the average), ``eta`` and ``eta_cuts``, how often the watchdog has lowered it. With OneBitAdam ``freeze``: ``step`` and
+        the average); of EControl ``eta`` and ``eta_cuts``, how often the watchdog has lowered it. With OneBitAdam ``freeze``: ``step`` and
         ``reason``, once it has frozen, and ``max_update``, the largest update seen since, in units of the learning rate.
         """
         stats = dict(self._live("stats").stats())
@@ -302,6 +305,11 @@ def _followed_rates(config: Config, optimizer: Any, named: list[tuple[str, torch
             "HookState(config, named_parameters=..., optimizer=...)"
         )
     return LearningRates(optimizer, named)
+
+
+def _sizes(config: Config, named: Iterable[tuple[str, torch.nn.Parameter]]) -> set[int]:
+    """Of the parameters that a codec may compress; one that is too large for it is refused later."""
+    return {p.numel() for _, p in named if p.dim() >= 2 and max(1, config.min_numel) <= p.numel() < 2**32}
 
 
 def _group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
