@@ -76,8 +76,8 @@ THINWIRE_HD inline void watch_growth(const WatchedSegment& segment, WatchdogStat
     lower(segment.proven);
     return restart_watch(state);
   }
-  // A window begins where a residual has settled. Until then, and where the gradient is small beside the largest, the ratio is too small to be
-  // what later ones are compared with.
+  // A window begins where a residual has settled. Until then, and where the gradient is small beside the largest, the ratio is too small to
+  // be what later ones are compared with.
   const std::uint64_t settled = step + 1 + std::uint64_t(rate > 1e-9 ? kSettling / rate : kSettling * 1e9);
   if (jumped || state.since == 0 || state.since > settled) state.since = settled;
   if (step + 1 < state.since && state.ratio == 0) return;

@@ -290,24 +290,25 @@ TEST(EstimateVerdicts, TheWatchdogLeavesStableEtasAlone) {
     double share;
     std::function<float(int)> scale;
     Before before;
-  } cases[] = {{"flushes", sparse, 1, [](int) { return 1.0f; },
-                [](GradientReducer& reducer, int step, int) {
-                  if (step % 400 == 399) reducer.flush();
-                }},
-               {"a smaller learning rate", top, 1, [](int) { return 1.0f; },
-                [](GradientReducer& reducer, int step, int) {
-                  const std::vector<float> factors(kModel.size(), 10.0f);
-                  if (step == 300) reducer.rescale_residuals(factors);
-                }},
-               {"small gradients", top, 1, [](int step) { return step % 128 == 0 ? 0.05f : 1.0f; }, nullptr},
-               {"large gradients", top, 1, [](int step) { return step % 40 == 0 ? 10.0f : 1.0f; }, nullptr},
-               {"larger gradients from a step on", top, 1, [](int step) { return step >= 600 ? 5.0f : 1.0f; }, nullptr},
-               {"much larger ones", top, 1, [](int step) { return step >= 601 ? 20.0f : 1.0f; }, nullptr},
-               {"a steep rise", top, 1, [](int step) { return step < 600 ? 1.0f : std::min(std::pow(1.1f, float(step - 600)), 20.0f); }, nullptr},
-               {"much smaller ones", top, 1, [](int step) { return step >= 602 ? 0.05f : 1.0f; }, nullptr},
-               {"a phase of large ones", top, 1, [](int step) { return step >= 600 && step < 630 ? 20.0f : 1.0f; }, nullptr},
-               {"signs of sparse gradients, small ones", signs, 0.02, [](int step) { return step % 256 == 0 ? 0.05f : 1.0f; }, nullptr},
-               {"signs of sparse gradients, large ones", signs, 0.02, [](int step) { return step % 20 == 0 ? 10.0f : 1.0f; }, nullptr}};
+  } cases[] = {
+      {"flushes", sparse, 1, [](int) { return 1.0f; },
+       [](GradientReducer& reducer, int step, int) {
+         if (step % 400 == 399) reducer.flush();
+       }},
+      {"a smaller learning rate", top, 1, [](int) { return 1.0f; },
+       [](GradientReducer& reducer, int step, int) {
+         const std::vector<float> factors(kModel.size(), 10.0f);
+         if (step == 300) reducer.rescale_residuals(factors);
+       }},
+      {"small gradients", top, 1, [](int step) { return step % 128 == 0 ? 0.05f : 1.0f; }, nullptr},
+      {"large gradients", top, 1, [](int step) { return step % 40 == 0 ? 10.0f : 1.0f; }, nullptr},
+      {"larger gradients from a step on", top, 1, [](int step) { return step >= 600 ? 5.0f : 1.0f; }, nullptr},
+      {"much larger ones", top, 1, [](int step) { return step >= 601 ? 20.0f : 1.0f; }, nullptr},
+      {"a steep rise", top, 1, [](int step) { return step < 600 ? 1.0f : std::min(std::pow(1.1f, float(step - 600)), 20.0f); }, nullptr},
+      {"much smaller ones", top, 1, [](int step) { return step >= 602 ? 0.05f : 1.0f; }, nullptr},
+      {"a phase of large ones", top, 1, [](int step) { return step >= 600 && step < 630 ? 20.0f : 1.0f; }, nullptr},
+      {"signs of sparse gradients, small ones", signs, 0.02, [](int step) { return step % 256 == 0 ? 0.05f : 1.0f; }, nullptr},
+      {"signs of sparse gradients, large ones", signs, 0.02, [](int step) { return step % 20 == 0 ? 10.0f : 1.0f; }, nullptr}};
   for (const auto& one : cases) {
     Scenario s = scenario_of(1, topk_method(true), 1200);
     s.config = one.config;

@@ -138,7 +138,8 @@ py::dict replay_dict(const Config& config, const py::dict& grads, bool record_pa
   std::int64_t steps = 0, world = 0;
   for (const auto& [key, value] : grads) {
     const std::string name = py::str(key).cast<std::string>();
-    if (!THPVariable_Check(value.ptr())) fail(Errc::invalid_argument, "replay: " + name + " is a " + Py_TYPE(value.ptr())->tp_name + "; torch tensors are needed");
+    if (!THPVariable_Check(value.ptr()))
+      fail(Errc::invalid_argument, "replay: " + name + " is a " + Py_TYPE(value.ptr())->tp_name + "; torch tensors are needed");
     const at::Tensor tensor = THPVariable_Unpack(value.ptr()).detach().cpu().contiguous();
     if (tensor.dim() < 2 || tensor.size(1) < 1) fail(Errc::invalid_argument, "replay: " + name + " needs the shape (steps, world, *shape)");
     if (!type) type = tensor.scalar_type(), steps = tensor.size(0), world = tensor.size(1);
