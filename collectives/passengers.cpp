@@ -16,13 +16,9 @@ constexpr std::size_t kTile = 2048;  // floats: the accumulator stays in L1 whil
 
 template <class T, class Convert>
 inline __attribute__((always_inline)) void add_all(const T* x, Convert convert, float* sum, std::size_t n) {
-  constexpr std::size_t kRow = 64;
-  std::size_t i = 0;
-  for (; i + kRow <= n; i += kRow) {
-    prefetch_ahead<kRow * sizeof(T)>(x + i);
-    for (std::size_t j = i; j < i + kRow; ++j) sum[j] += convert(x[j]);
-  }
-  for (; i < n; ++i) sum[i] += convert(x[i]);
+  for_prefetched(
+      n, [=](std::size_t i) __attribute__((always_inline)) { prefetch_ahead<kAskEvery * sizeof(T)>(x + i); },
+      [=](std::size_t i) __attribute__((always_inline)) { sum[i] += convert(x[i]); });
 }
 
 THINWIRE_CLONES void add_fp32(const float* x, float* sum, std::size_t n) {

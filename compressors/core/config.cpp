@@ -150,19 +150,19 @@ std::string owners_of_key(std::string_view word) {
 
 /// A preset with what its user gave.
 struct GivenPreset {
-  const Preset* preset = nullptr;
+  const Preset* preset;
   Spec spec;
   Texts keys;  ///< the given ones
 
-  explicit GivenPreset(const Preset& which, std::string_view word, std::optional<std::string_view> settings)
+  GivenPreset(const Preset& which, std::string_view word, std::optional<std::string_view> settings)
       : preset(&which), spec(parse_spec(which.name, std::string(word), settings)) {
     for (const std::string_view setting : settings ? split(*settings, ',') : Texts()) keys.push_back(setting.substr(0, setting.find('=')));
   }
   /// A slot replaces what the preset says of it as a whole. @throws where that would drop a key without a word.
   void check_replaced(const Slot& slot, std::string_view token) const {
+    const std::string said = slot_text(spec, slot);
     for (const std::string_view key : keys) {
       Spec without = spec;
-      const std::string said = slot_text(spec, slot);
       for (auto& [name, value] : without.values) {
         if (name == key) value = find(preset->name.keys, key)->fallback;
       }

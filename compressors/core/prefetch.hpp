@@ -19,4 +19,19 @@ template <std::size_t bytes>
   for (std::size_t line = 0; line < bytes; line += 64) __builtin_prefetch(reinterpret_cast<const void*>(at + line), 0, 3);
 }
 
+/// Elements between two calls of `ask` below: whole lines of every dtype, and a length that the compiler knows.
+inline constexpr std::size_t kAskEvery = 64;
+
+/// one(i) for all i < n in order, and before every kAskEvery of them ask(i), which prefetches what it reads behind element i. A simple loop
+/// with prefetches inside would not be vectorised.
+template <class Ask, class One>
+[[gnu::always_inline]] inline void for_prefetched(std::size_t n, Ask ask, One one) noexcept {
+  std::size_t i = 0;
+  for (; i + kAskEvery <= n; i += kAskEvery) {
+    ask(i);
+    for (std::size_t j = i; j < i + kAskEvery; ++j) one(j);
+  }
+  for (; i < n; ++i) one(i);
+}
+
 }  // namespace thinwire

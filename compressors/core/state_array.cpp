@@ -8,15 +8,10 @@
 namespace thinwire {
 namespace {
 
-constexpr std::size_t kRow = 64;
-
 THINWIRE_CLONES void widen(const std::uint16_t* from, float* to, std::size_t count) {
-  std::size_t i = 0;
-  for (; i + kRow <= count; i += kRow) {
-    prefetch_ahead<kRow * sizeof *from>(from + i);
-    for (std::size_t j = i; j < i + kRow; ++j) to[j] = bf16_to_float(from[j]);
-  }
-  for (; i < count; ++i) to[i] = bf16_to_float(from[i]);
+  for_prefetched(
+      count, [=](std::size_t i) __attribute__((always_inline)) { prefetch_ahead<kAskEvery * sizeof *from>(from + i); },
+      [=](std::size_t i) __attribute__((always_inline)) { to[i] = bf16_to_float(from[i]); });
 }
 // wire_round of finite values, so that the loop vectorises.
 THINWIRE_CLONES void narrow(const float* from, std::uint16_t* to, std::size_t count) {

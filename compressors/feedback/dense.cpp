@@ -36,31 +36,28 @@ inline __attribute__((always_inline)) bool dense_loop(Load load, float factor, c
                                                       std::size_t n) noexcept {
   const float rate = rates.rate, beta = rates.beta, fresh = 1.0f - beta;
   std::uint32_t bad = 0;  // a word, not a bool: so the loop vectorises
-  const auto one = [&](std::size_t i) __attribute__((always_inline)) {
-    float g = 0.0f;
-    bool finite = feedback::news(load(i) * factor, g);
-    const float v0 = residual ? v[i] : 0.0f;
-    float u1 = feedback::has_momentum(form) ? u[i] : 0.0f, x = 0.0f;
-    const float u0 = u1;
-    if (feedback::is_averaged(form)) g = feedback::average(beta, fresh, u[i], g);
-    feedback::message<feedback::past_average(form)>(g, rate, v0, u1, x);
-    const bool kept = is_finite(x);
-    finite &= kept;
-    x = kept ? x : v0;
-    if (feedback::has_momentum(form)) u[i] = kept ? u1 : u0;
-    if (residual) v[i] = x;
-    message[i] = x;
-    bad |= std::uint32_t(!finite);
+  const auto ask = [&](std::size_t i) __attribute__((always_inline)) {
+    prefetch_ahead<kAskEvery * sizeof *load.p>(load.p + i);
+    if (feedback::has_momentum(form) || feedback::is_averaged(form)) prefetch_ahead<kAskEvery * sizeof(float)>(u + i);
+    if (residual) prefetch_ahead<kAskEvery * sizeof(float)>(v + i);
   };
-  constexpr std::size_t kRow = 64;
-  std::size_t i = 0;
-  for (; i + kRow <= n; i += kRow) {
-    prefetch_ahead<kRow * sizeof *load.p>(load.p + i);
-    if (feedback::has_momentum(form) || feedback::is_averaged(form)) prefetch_ahead<kRow * sizeof(float)>(u + i);
-    if (residual) prefetch_ahead<kRow * sizeof(float)>(v + i);
-    for (std::size_t j = i; j < i + kRow; ++j) one(j);
-  }
-  for (; i < n; ++i) one(i);
+  for_prefetched(
+      n, ask, [&](std::size_t i) __attribute__((always_inline)) {
+        float g = 0.0f;
+        bool finite = feedback::news(load(i) * factor, g);
+        const float v0 = residual ? v[i] : 0.0f;
+        float u1 = feedback::has_momentum(form) ? u[i] : 0.0f, x = 0.0f;
+        const float u0 = u1;
+        if (feedback::is_averaged(form)) g = feedback::average(beta, fresh, u[i], g);
+        feedback::message<feedback::past_average(form)>(g, rate, v0, u1, x);
+        const bool kept = is_finite(x);
+        finite &= kept;
+        x = kept ? x : v0;
+        if (feedback::has_momentum(form)) u[i] = kept ? u1 : u0;
+        if (residual) v[i] = x;
+        message[i] = x;
+        bad |= std::uint32_t(!finite);
+      });
   return bad != 0;
 }
 

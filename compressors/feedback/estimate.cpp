@@ -40,14 +40,10 @@ float eta_of(const Recursion& recursion, double delta) noexcept {
 }
 
 THINWIRE_CLONES void add_to_mean_estimate(float* sum, float factor, float* mean_estimate, std::size_t count) noexcept {
-  constexpr std::size_t kRow = 64;
-  const auto one = [&](std::size_t i) { sum[i] = mean_estimate[i] = feedback::saturated(mean_estimate[i] + sum[i] * factor); };
-  std::size_t i = 0;
-  for (; i + kRow <= count; i += kRow) {
-    prefetch_ahead<kRow * sizeof(float)>(mean_estimate + i);
-    for (std::size_t j = i; j < i + kRow; ++j) one(j);
-  }
-  for (; i < count; ++i) one(i);
+  for_prefetched(
+      count, [=](std::size_t i) __attribute__((always_inline)) { prefetch_ahead<kAskEvery * sizeof(float)>(mean_estimate + i); },
+      [=](std::size_t i)
+          __attribute__((always_inline)) { sum[i] = mean_estimate[i] = feedback::saturated(mean_estimate[i] + sum[i] * factor); });
 }
 
 void keep_news(const Recursion& recursion, const Plan& plan, const StateView& state) noexcept {

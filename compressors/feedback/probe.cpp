@@ -88,7 +88,12 @@ template <Form form, When when>
   constexpr bool estimates = feedback::has_estimate(form), smoothed = feedback::is_smoothed(form);
   constexpr bool moves = when == When::before && (feedback::has_momentum(form) || feedback::is_averaged(form));
   alignas(64) float g[kPartials];
-  prefetch_ahead<kPartials * sizeof(float)>(piece.grad.data + (piece.first + at) * size_of(piece.grad.dtype));
+  const std::byte* const grad = piece.grad.data + (piece.first + at) * size_of(piece.grad.dtype);
+  if (piece.grad.dtype == DType::fp32) {
+    prefetch_ahead<kPartials * sizeof(float)>(grad);
+  } else {
+    prefetch_ahead<kPartials * sizeof(std::uint16_t)>(grad);
+  }
   if constexpr (moves) prefetch_ahead<kPartials * sizeof(float)>(piece.momentum + at);
   if constexpr (feedback::has_residual(form)) prefetch_ahead<kPartials * sizeof(float)>(piece.residual + at);
   if constexpr (estimates) prefetch_ahead<kPartials * sizeof(float)>(piece.estimate + at);
